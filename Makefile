@@ -1,0 +1,50 @@
+# demo · test · check · bench. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
+# rebuilds the native library when native/ is newer. Nothing is left outside this folder.
+PYTHON ?= python3
+# A small download of torch without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+BUILD_TOOLS := scikit-build-core nanobind cmake ninja
+CXX_FILES := $(wildcard native/*.cpp native/*.hpp native/*.def)
+
+export PIP_NO_CACHE_DIR := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
+
+.PHONY: demo test check bench stub clean
+
+demo: .venv/.built
+	$(BIN)/sparsefold demo
+
+test: .venv/.built
+	$(BIN)/python -m pytest
+
+check: .venv/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/lint-imports
+
+bench: .venv/.built
+	$(BIN)/python bench/kernels.py
+
+# The extension's type stub, after a change of native/bind.cpp; a test compares it with the extension.
+stub: .venv/.built
+	$(BIN)/python -m nanobind.stubgen -q -m sparsefold._native -o src/sparsefold/_native.pyi
+	$(BIN)/ruff format -q src/sparsefold/_native.pyi
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) $(BUILD_TOOLS)
+	$(PIP) --no-build-isolation --editable '.[train,bench,report,dev]'
+	touch $@
+
+.venv/.built: .venv/.installed CMakeLists.txt $(wildcard native/*)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
