@@ -1,0 +1,18 @@
+"""Recurrent cells that speak in events, for training in torch."""
+
+from .activity import Activity
+from .events import Triangle, event
+from .modules import EGRU, EGRUCell, EGRUState, Stack, StackState, anneal, param_groups
+
+__all__ = [
+    "EGRU",
+    "Activity",
+    "EGRUCell",
+    "EGRUState",
+    "Stack",
+    "StackState",
+    "Triangle",
+    "anneal",
+    "event",
+    "param_groups",
+]
