@@ -1,0 +1,108 @@
+"""Time of one recurrent product, 3H x H at batch 1, by density and event rate: ``make bench`` or ``python bench/kernels.py``.
+
+Correctness first: every case is compared with float64 numpy before it is timed. Each line committed holds the machine, the
+instruction set, the shape and the median over many calls; the library's own dense product with dense x is the yardstick of
+its own run, and numpy's is timed beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import tomllib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsefold import _native
+from sparsefold.bench import pinned, provenance
+from sparsefold.engine import native_matrix
+from sparsefold.formats import Block, Dense
+from sparsefold.program import write_atomically
+from sparsefold.progress import Progress
+
+SHAPES = Path(__file__).parent / "shapes.toml"
+
+
+def microseconds(call: Callable[[], Any], repeat: int, rounds: int = 15) -> float:
+    """Median over ``rounds`` of one call's time, ``repeat`` calls a round."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / repeat / 1e3)
+    return float(np.median(times))
+
+
+def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> list[dict[str, Any]]:
+    """Every density and event rate of one size, as timed lines."""
+    lines: list[dict[str, Any]] = []
+    weight = (random.standard_normal((3 * units, units)) / np.sqrt(units)).astype(np.float32)
+    br, bc = shapes["block"]
+    for density in shapes["density"]:
+        if density == 1:
+            matrix: Dense | Block = Dense.from_dense(weight, 3)
+        else:
+            tiles = random.random((3, -(-units // br), -(-units // bc))) < density
+            mask = np.repeat(np.repeat(tiles, br, 1), bc, 2)[:, :units, :units].reshape(3 * units, units)
+            matrix = Block.from_dense(np.where(mask, weight, 0), (br, bc), 3)
+        packed = _native.Packed(native_matrix(matrix))
+        exact = matrix.to_dense().astype(np.float64)
+        for rate in shapes["event_rate"]:
+            events = max(round(rate * units), 1)
+            sets = [np.sort(random.choice(units, events, replace=False)).astype(np.uint32) for _ in range(16)]
+            values = random.random(events).astype(np.float32)
+            out = np.zeros(packed.padded_rows, np.float32)
+            for index in sets:  # correctness, and warm-up
+                out[:] = 0
+                packed.matvec_events(index, values, out)
+                x = np.zeros(units)
+                x[index] = values
+                got = out.reshape(3, -1)[:, :units].reshape(-1)
+                if not np.allclose(got, exact @ x, rtol=0, atol=1e-4):
+                    raise RuntimeError(f"wrong product at H={units}, density={density}, rate={rate}: nothing is timed.")
+            # Every call reads another event set, as a moving state does.
+            us = microseconds(lambda s=sets: [packed.matvec_events(i, values, out) for i in s], len(sets))
+            macs = int(matrix.column_elements[np.concatenate(sets)].sum()) / len(sets)
+            lines.append({"x": "events", "density": density, "event_rate": rate, "us": us, "macs": macs})
+        x32 = random.standard_normal(units).astype(np.float32)
+        us = microseconds(lambda v=x32: packed.matvec(v, out, 16), 16)
+        lines.append({"x": "dense", "density": density, "event_rate": 1.0, "us": us, "macs": matrix.elements})
+    us = microseconds(lambda: [weight @ x32 for _ in range(16)], 16)
+    lines.append({"x": "numpy dense", "density": 1.0, "event_rate": 1.0, "us": us, "macs": weight.size})
+    yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["density"] == 1)
+    return [{"units": units, **e, "macs_per_ns": e["macs"] / e["us"] / 1e3, "speedup": yardstick / e["us"]} for e in lines]
+
+
+def main() -> None:
+    """Times all shapes and writes bench/results/<machine>/<date>-<commit>.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    shapes = tomllib.loads(SHAPES.read_text())
+    random = np.random.default_rng(0)
+    about = provenance("python bench/kernels.py")
+    lines: list[dict[str, Any]] = []
+    with pinned(), Progress(len(shapes["units"]), "kernels") as progress:
+        for i, units in enumerate(shapes["units"]):
+            lines += cases(units, shapes, random)
+            progress.update(i + 1, f"H = {units}")
+    for e in lines:
+        print(
+            f"H {e['units']:>5}  x {e['x']:<12} density {e['density']:<5} rate {e['event_rate']:<5}"
+            f"{e['us']:>9.2f} us {e['macs_per_ns']:>7.1f} MAC/ns {e['speedup']:>7.1f}x"
+        )
+    name = f"{datetime.now(UTC):%Y-%m-%d}-{(about['commit'] or 'none').rstrip('+')}.jsonl"
+    machine = "".join(c if c.isalnum() else "-" for c in f"{about['processor']} {about['isa']}".lower())
+    out = args.out or Path(__file__).parent / "results" / machine / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(json.dumps({**about, **e}) + "\n" for e in lines).encode())
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+// The only file that knows Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+
+#include "engine.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace sparsefold {
+namespace {
+
+template <class T, size_t N>
+using Array = nb::ndarray<const T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Vector = Array<float, 1>;
+
+std::string plural(uint64_t n, const char* noun) { return std::to_string(n) + " " + noun + (n == 1 ? "" : "s"); }
+
+uint32_t size32(size_t n) {
+    if (n > (1u << 28)) throw std::invalid_argument("an axis of " + std::to_string(n) + " elements is longer than 2^28.");
+    return static_cast<uint32_t>(n);
+}
+
+/// A matrix of the file format, keeping the arrays it borrows alive.
+struct PyMatrix {
+    MatrixView view;
+    nb::object values, block_row, start;
+
+    static PyMatrix dense(Array<float, 2> values, uint32_t gates) {
+        PyMatrix m;
+        m.view.format = MatrixView::Format::dense;
+        m.view.rows = size32(values.shape(0));
+        m.view.cols = size32(values.shape(1));
+        m.view.gates = gates;
+        m.view.values = values.data();
+        m.values = nb::find(values);
+        return m;
+    }
+
+    static PyMatrix block(uint32_t rows, uint32_t cols, uint32_t gates, Array<float, 3> values, Array<uint32_t, 1> block_row,
+                          Array<uint32_t, 1> start) {
+        PyMatrix m;
+        m.view.format = MatrixView::Format::block;
+        m.view.rows = size32(rows);
+        m.view.cols = size32(cols);
+        m.view.gates = gates;
+        m.view.blocks = values.shape(0);
+        m.view.block_cols = size32(values.shape(1));
+        m.view.block_rows = size32(values.shape(2));
+        if (m.view.block_cols == 0 || m.view.block_rows == 0) throw std::invalid_argument("a block has at least one element.");
+        const size_t columns = (size_t{cols} + m.view.block_cols - 1) / m.view.block_cols;
+        if (block_row.shape(0) != values.shape(0) || start.shape(0) != columns + 1)
+            throw std::invalid_argument("a block matrix of " + plural(values.shape(0), "block") + " and " +
+                                        plural(columns, "block column") + " came with " + plural(block_row.shape(0), "block row") +
+                                        " and " + plural(start.shape(0), "start") + ".");
+        m.view.values = values.data();
+        m.view.block_row = block_row.data();
+        m.view.start = start.data();
+        m.values = nb::find(values);
+        m.block_row = nb::find(block_row);
+        m.start = nb::find(start);
+        return m;
+    }
+};
+
+/// A packed matrix by itself, for tests and benchmarks of one kernel.
+struct PyPacked {
+    Matrix matrix;
+    const Kernels* kernels;
+
+    PyPacked(const PyMatrix& m, const std::string& isa) : matrix(m.view), kernels(&sparsefold::kernels(isa)) {}
+
+    void check(size_t x, size_t limit, size_t out) const {
+        if (x != limit || out != matrix.padded_rows())
+            throw std::invalid_argument("this product reads " + plural(limit, "value") + " and adds to " +
+                                        plural(matrix.padded_rows(), "padded row") + "; it was given " + std::to_string(x) +
+                                        " and " + std::to_string(out) + ".");
+    }
+    void matvec(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
+        check(x.shape(0), matrix.cols(), out.shape(0));
+        nb::gil_scoped_release release;
+        for (uint32_t i = 0; i < repeat; ++i) matrix.matvec(*kernels, x.data(), out.data());
+    }
+    void matvec_events(Array<uint32_t, 1> index, Vector value, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out,
+                       uint32_t repeat) const {
+        check(value.shape(0), index.shape(0), out.shape(0));
+        for (size_t k = 0; k < index.shape(0); ++k)
+            if (index(k) >= matrix.cols())
+                throw std::invalid_argument("event of input " + std::to_string(index(k)) + " in a matrix of " +
+                                            plural(matrix.cols(), "column") + ".");
+        nb::gil_scoped_release release;
+        const Events x{index.data(), value.data(), size32(index.shape(0))};
+        for (uint32_t i = 0; i < repeat; ++i) matrix.matvec(*kernels, x, out.data());
+    }
+};
+
+struct PyEngine {
+    Program program;
+    std::shared_ptr<const Engine> engine;
+
+    PyEngine() = default;
+    PyEngine(const PyEngine&) = delete;
+
+    const float* vector(const Vector& v, size_t size, const char* what) {
+        if (v.shape(0) != size)
+            throw std::invalid_argument(std::string(what) + " has " + plural(v.shape(0), "value") + ", expected " +
+                                        std::to_string(size) + ".");
+        return v.data();
+    }
+    void open() const {
+        if (engine) throw std::invalid_argument("this engine is finished; ops can no longer be added.");
+    }
+    void add_embedding(Array<float, 2> weight) {
+        open();
+        program.add_embedding(weight.data(), size32(weight.shape(0)), size32(weight.shape(1)));
+    }
+    void add_linear(const PyMatrix& weight, Vector bias) {
+        open();
+        program.add_linear(weight.view, vector(bias, weight.view.rows, "bias"));
+    }
+    void add_gru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool reset_after) {
+        open();
+        program.add_gru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"), vector(bias_hh, hh.view.rows, "bias_hh"),
+                        reset_after);
+    }
+    void add_egru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, Vector threshold, bool reset_after,
+                  const std::string& reset, bool always, bool emits_events, float zoneout) {
+        open();
+        const Reset kind = reset == "threshold" ? Reset::threshold : reset == "output" ? Reset::output : Reset::none;
+        if (kind == Reset::none && reset != "none")
+            throw std::invalid_argument("reset '" + reset + "' is not one of threshold, output, none.");
+        program.add_egru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"), vector(bias_hh, hh.view.rows, "bias_hh"),
+                         vector(threshold, hh.view.cols, "threshold"), reset_after, kind, always, emits_events, zoneout);
+    }
+    void finish(const std::string& isa, uint64_t fold_limit) {
+        open();
+        if (program.ops().empty()) throw std::invalid_argument("a program needs at least one op.");
+        engine = std::make_shared<const Engine>(std::move(program), isa, fold_limit);
+    }
+    const Engine& get() const {
+        if (!engine) throw std::invalid_argument("this engine is not finished.");
+        return *engine;
+    }
+};
+
+/// A contiguous float32 buffer of a Python object, by the buffer protocol: the cheapest crossing there is.
+class FloatBuffer {
+  public:
+    FloatBuffer(nb::handle object, size_t size, const char* what, bool writable) {
+        const int flags = PyBUF_ND | PyBUF_FORMAT | PyBUF_C_CONTIGUOUS | (writable ? PyBUF_WRITABLE : 0);
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) {
+            PyErr_Clear();
+            fail(what, size, writable ? "not a writable contiguous array" : "not a contiguous array");
+        }
+        const bool is_float = view_.format && view_.format[0] == 'f' && view_.format[1] == 0;
+        if (!is_float || view_.ndim != 1 || static_cast<size_t>(view_.shape[0]) != size) {
+            std::string got = is_float ? "float32 of shape (" : "another type of shape (";
+            for (int i = 0; i < view_.ndim; ++i) got += (i ? ", " : "") + std::to_string(view_.shape[i]);
+            PyBuffer_Release(&view_);
+            fail(what, size, got + ")");
+        }
+    }
+    ~FloatBuffer() { PyBuffer_Release(&view_); }
+    FloatBuffer(const FloatBuffer&) = delete;
+    float* data() const { return static_cast<float*>(view_.buf); }
+
+  private:
+    [[noreturn]] static void fail(const char* what, size_t size, const std::string& got) {
+        throw std::invalid_argument(std::string(what) + " must be float32 of shape (" + std::to_string(size) + ",); got " + got +
+                                    ". Convert it with numpy.ascontiguousarray(x, numpy.float32).");
+    }
+    Py_buffer view_{};
+};
+
+class PyStream {
+  public:
+    explicit PyStream(const PyEngine& engine) : engine_(engine.engine), stream_((engine.get(), engine.engine)) {}
+
+    void step(nb::handle x, nb::handle out) {
+        const Program& program = engine_->program;
+        const FloatBuffer target(out, program.outputs(), "out", true);
+        if (program.takes_tokens()) {
+            run_one(token(x), nullptr, target.data());
+        } else {
+            const FloatBuffer source(x, program.inputs(), "x", false);
+            run_one(0, source.data(), target.data());
+        }
+    }
+
+    void run_tokens(Array<int64_t, 1> tokens, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
+                    nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> trace) {
+        if (!engine_->program.takes_tokens()) throw std::invalid_argument("this program reads values, not tokens.");
+        for (size_t t = 0; t < tokens.shape(0); ++t) check_token(tokens(t));
+        run(tokens.shape(0), out, trace, [&](size_t t) { return std::pair<int64_t, const float*>(tokens(t), nullptr); });
+    }
+    void run_values(Array<float, 2> x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
+                    nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> trace) {
+        if (engine_->program.takes_tokens() || x.shape(1) != engine_->program.inputs())
+            throw std::invalid_argument("sequence does not fit the program's input.");
+        run(x.shape(0), out, trace, [&](size_t t) { return std::pair<int64_t, const float*>(0, x.data() + t * x.shape(1)); });
+    }
+
+    void reset() {
+        const Lock lock(stream_);
+        stream_.reset();
+    }
+    void reset_counters() {
+        const Lock lock(stream_);
+        stream_.reset_counters();
+    }
+    uint64_t steps() const { return stream_.steps(); }
+
+    /// Copies one array of one op into `out`; float state or uint64 counters.
+    void read(size_t op, const std::string& name, nb::ndarray<nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+        const Lock lock(stream_);
+        const OpState& s = at(op);
+        const auto copy = [&](const void* from, size_t size, nb::dlpack::dtype dtype) {
+            if (!from || out.dtype() != dtype || out.shape(0) != size) throw std::invalid_argument("cannot read '" + name + "'.");
+            std::memcpy(out.data(), from, out.nbytes());
+        };
+        const auto counters = [&](const std::vector<uint64_t>& c) { copy(c.data(), c.size(), nb::dtype<uint64_t>()); };
+        if (name == "h") return copy(s.cell.h, s.cell.units, nb::dtype<float>());
+        if (name == "y") return copy(s.cell.y, s.cell.units, nb::dtype<float>());
+        if (name == "u") return copy(s.cell.u, s.cell.units, nb::dtype<float>());
+        if (name == "events") return counters(s.events);
+        if (name == "input_reads") return counters(s.input_reads);
+        if (name == "hidden_reads") return counters(s.hidden_reads);
+        throw std::invalid_argument("an op has no '" + name + "'.");
+    }
+    void write(size_t op, const std::string& name, Vector values) {
+        const Lock lock(stream_);
+        OpState& s = at(op);
+        if (values.shape(0) != s.cell.units || s.cell.units == 0) throw std::invalid_argument("cannot write '" + name + "'.");
+        if (name == "h")
+            std::memcpy(s.cell.h, values.data(), values.nbytes());
+        else if (name == "y" && s.cell.y)
+            stream_.set_emitted(op, values.data());
+        else
+            throw std::invalid_argument("an op has no state '" + name + "'.");
+    }
+    size_t trace_width() const { return stream_.trace_width(); }
+
+  private:
+    /// Held while a step runs without the interpreter's lock.
+    struct Lock {
+        explicit Lock(Stream& s) : stream(s) {
+            if (stream.busy.exchange(true, std::memory_order_acquire))
+                throw std::runtime_error("this stream is in use by another thread. Give each thread its own engine.stream().");
+        }
+        ~Lock() { stream.busy.store(false, std::memory_order_release); }
+        Stream& stream;
+    };
+
+    OpState& at(size_t op) {
+        if (op >= engine_->program.ops().size()) throw std::invalid_argument("the program has no op " + std::to_string(op) + ".");
+        return stream_.state(op);
+    }
+    void check_token(int64_t token) const {
+        if (token < 0 || token >= static_cast<int64_t>(engine_->program.inputs()))
+            throw std::invalid_argument("token " + std::to_string(token) + " is outside the vocabulary: this program knows tokens 0 to " +
+                                        std::to_string(engine_->program.inputs() - 1) + ".");
+    }
+    int64_t token(nb::handle x) const {
+        PyObject* index = PyLong_CheckExact(x.ptr()) ? (Py_INCREF(x.ptr()), x.ptr()) : PyNumber_Index(x.ptr());
+        if (!index) {
+            PyErr_Clear();
+            throw std::invalid_argument("this program starts with an embedding, so step() takes one token id, an int; got " +
+                                        nb::cast<std::string>(nb::str(nb::handle(x).type().attr("__name__"))) + ".");
+        }
+        const long long value = PyLong_AsLongLong(index);
+        Py_DECREF(index);
+        if (value == -1 && PyErr_Occurred()) {
+            PyErr_Clear();
+            throw std::invalid_argument("token id does not fit 64 bits.");
+        }
+        check_token(value);
+        return value;
+    }
+    void run_one(int64_t token, const float* x, float* out) {
+        const Lock lock(stream_);
+        nb::gil_scoped_release release;
+        stream_.step(token, x, out);
+    }
+    template <class Source>
+    void run(size_t steps, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out,
+             nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& trace, Source source) {
+        const bool traced = trace.shape(0) != 0;
+        if (out.shape(0) != steps || out.shape(1) != engine_->program.outputs() ||
+            (traced && (trace.shape(0) != steps || trace.shape(1) != stream_.trace_width())))
+            throw std::invalid_argument("output or trace does not fit the sequence.");
+        const Lock lock(stream_);
+        nb::gil_scoped_release release;
+        for (size_t t = 0; t < steps; ++t) {
+            const auto [token, x] = source(t);
+            stream_.step(token, x, out.data() + t * out.shape(1), traced ? trace.data() + t * trace.shape(1) : nullptr);
+        }
+    }
+
+    std::shared_ptr<const Engine> engine_;
+    Stream stream_;
+};
+
+std::vector<std::string> kernel_names() {
+    return {
+#define SPARSEFOLD_MATVEC(format, dtype, Packed) "matvec_" #format "_" #dtype, "matvec_events_" #format "_" #dtype,
+#define SPARSEFOLD_CELL(name, Args) "cell_" #name,
+#include "kernels.def"
+#undef SPARSEFOLD_MATVEC
+#undef SPARSEFOLD_CELL
+    };
+}
+
+void activations(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> sigmoid,
+                 nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> tanh, const std::string& isa) {
+    if (x.shape(0) % kLanes || sigmoid.shape(0) != x.shape(0) || tanh.shape(0) != x.shape(0))
+        throw std::invalid_argument("activations need three arrays of one length, a multiple of 16.");
+    kernels(isa).activations(x.data(), sigmoid.data(), tanh.data(), size32(x.shape(0)));
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.def("available_isas", &available_isas);
+    m.def("kernels", &kernel_names);
+    m.def("activations", &activations, "x"_a, "sigmoid"_a, "tanh"_a, "isa"_a = "");
+
+    nb::class_<PyMatrix>(m, "Matrix")
+        .def_static("dense", &PyMatrix::dense, "values"_a, "gates"_a = 1)
+        .def_static("block", &PyMatrix::block, "rows"_a, "cols"_a, "gates"_a, "values"_a, "block_row"_a, "start"_a);
+
+    nb::class_<PyPacked>(m, "Packed")
+        .def(nb::init<const PyMatrix&, const std::string&>(), "matrix"_a, "isa"_a = "")
+        .def_prop_ro("padded_rows", [](const PyPacked& p) { return p.matrix.padded_rows(); })
+        .def_prop_ro("nbytes", [](const PyPacked& p) { return p.matrix.nbytes(); })
+        .def("matvec", &PyPacked::matvec, "x"_a, "out"_a, "repeat"_a = 1)
+        .def("matvec_events", &PyPacked::matvec_events, "index"_a, "value"_a, "out"_a, "repeat"_a = 1);
+
+    nb::class_<PyEngine>(m, "Engine")
+        .def(nb::init<>())
+        .def("add_embedding", &PyEngine::add_embedding, "weight"_a)
+        .def("add_linear", &PyEngine::add_linear, "weight"_a, "bias"_a)
+        .def("add_gru", &PyEngine::add_gru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reset_after"_a)
+        .def("add_egru", &PyEngine::add_egru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "threshold"_a,
+             "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a)
+        .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a)
+        .def_prop_ro("isa", [](const PyEngine& e) { return e.get().isa; })
+        .def_prop_ro("folded", [](const PyEngine& e) { return e.get().program.ops().front().folded; })
+        .def_prop_ro("nbytes", [](const PyEngine& e) { return e.get().program.nbytes(); });
+
+    nb::class_<PyStream>(m, "Stream")
+        .def(nb::init<const PyEngine&>(), "engine"_a)
+        .def("step", &PyStream::step, "x"_a, "out"_a)
+        .def("run_tokens", &PyStream::run_tokens, "tokens"_a, "out"_a, "trace"_a)
+        .def("run_values", &PyStream::run_values, "x"_a, "out"_a, "trace"_a)
+        .def("reset", &PyStream::reset)
+        .def("reset_counters", &PyStream::reset_counters)
+        .def("read", &PyStream::read, "op"_a, "name"_a, "out"_a)
+        .def("write", &PyStream::write, "op"_a, "name"_a, "values"_a)
+        .def_prop_ro("steps", &PyStream::steps)
+        .def_prop_ro("trace_width", &PyStream::trace_width);
+}
+
+}  // namespace sparsefold

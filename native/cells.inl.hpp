@@ -1,0 +1,73 @@
+// Pointwise gate arithmetic of one step, sixteen units at a time (docs/equations.md; z keeps the old state):
+//   r = sigmoid(gi_r + gh_r)   z = sigmoid(gi_z + gh_z)   n = tanh(gi_n + r * gh_n)   u = (1 - z) n + z h
+#pragma once
+#include "simd.hpp"
+
+namespace sparsefold {
+namespace SPARSEFOLD_ISA {
+
+static void reset_gate(const CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    for (uint32_t j = 0; j < units; j += kLanes) store(a.r + j, sigmoid(add(load(a.gi + j), load(a.gh + j))));
+}
+
+/// The state before any reset; z * (h - n) + n is (1 - z) n + z h with one rounding less.
+SF_INLINE F16 next_state(const CellArgs& a, uint32_t units, uint32_t j) {
+    const float *gi_z = a.gi + units, *gh_z = a.gh + units;
+    const float *gi_n = gi_z + units, *gh_n = gh_z + units;
+    const F16 z = sigmoid(add(load(gi_z + j), load(gh_z + j)));
+    F16 n = add(load(gi_n + j), load(gh_n + j));
+    if (a.reset_after) {
+        const F16 r = sigmoid(add(load(a.gi + j), load(a.gh + j)));
+        n = fma(r, load(gh_n + j), load(gi_n + j));
+    }
+    n = tanh(n);
+    return fma(z, sub(load(a.h + j), n), n);
+}
+
+static void cell_gru(CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    for (uint32_t j = 0; j < units; j += kLanes) store(a.h + j, next_state(a, units, j));
+}
+
+static void cell_egru(CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    const F16 zoneout = set1(a.zoneout);
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < units; j += kLanes) {
+        F16 u = next_state(a, units, j);
+        if (a.reset == Reset::output) u = sub(u, load(a.y + j));
+        u = fma(zoneout, sub(load(a.h + j), u), u);
+        // A NaN counts as an event: it must reach the units that listen, as it does in the reference.
+        uint32_t events = not_le(u, load(a.crossing + j));
+        if (a.units - j < kLanes) events &= (1u << (a.units - j)) - 1;  // the padding never speaks, whatever it holds
+        store(a.u + j, u);
+        store(a.y + j, keep(events, u));
+        store(a.h + j, a.reset == Reset::threshold ? sub(u, keep(events, load(a.threshold + j))) : u);
+        count += compress(events, j, u, a.event_index + count, a.event_value + count);
+    }
+    a.event_count = count;
+}
+
+static void activations(const float* x, float* s, float* t, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += kLanes) {
+        store(s + i, sigmoid(load(x + i)));
+        store(t + i, tanh(load(x + i)));
+    }
+}
+
+#define SPARSEFOLD_TABLE_(isa) kernels_##isa
+#define SPARSEFOLD_TABLE(isa) SPARSEFOLD_TABLE_(isa)
+
+}  // namespace SPARSEFOLD_ISA
+
+const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
+#define SPARSEFOLD_MATVEC(format, dtype, Packed) \
+    SPARSEFOLD_ISA::matvec_##format##_##dtype, SPARSEFOLD_ISA::matvec_events_##format##_##dtype,
+#define SPARSEFOLD_CELL(name, Args) SPARSEFOLD_ISA::cell_##name,
+#include "kernels.def"
+#undef SPARSEFOLD_MATVEC
+#undef SPARSEFOLD_CELL
+    SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
+
+}  // namespace sparsefold

@@ -1,0 +1,202 @@
+#include "engine.hpp"
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace sparsefold {
+
+namespace {
+
+/// Denormal numbers count as zero while this lives: a decaying state must not slow the processor down a hundredfold.
+class FlushDenormals {
+  public:
+#if defined(__x86_64__)
+    FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(saved_); }
+
+  private:
+    unsigned saved_;
+#endif
+};
+
+void count(std::vector<uint64_t>& counters, const Events& events) {
+    for (uint32_t k = 0; k < events.count; ++k) ++counters[events.index[k]];
+}
+
+}  // namespace
+
+Engine::Engine(Program p, const std::string& isa_name, uint64_t fold_limit)
+    : program(std::move(p)), kernels(&sparsefold::kernels(isa_name, &isa)) {
+    const FlushDenormals flush;  // as in `step`, or folding would change bits where weights are denormal
+    program.fold(*kernels, fold_limit);
+}
+
+Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)) {
+    static_assert(sizeof(float) == sizeof(uint32_t), "event indices live in the arena of floats");
+    const std::vector<Op>& ops = engine_->program.ops();
+    states_.resize(ops.size());
+    const auto lay_out = [&](float* base) {  // once to measure, once to assign
+        float* at = base;
+        const auto take = [&](size_t n) {
+            float* p = at;
+            at += pad(static_cast<uint32_t>(n));
+            return p;
+        };
+        for (size_t i = 0; i < ops.size(); ++i) {
+            const Op& op = ops[i];
+            OpState& s = states_[i];
+            if (op.kind == Op::Kind::linear) s.output = take(op.input.padded_rows());
+            if (!op.recurrent()) continue;
+            const uint32_t units = pad(op.outputs);
+            s.cell.gi = take(size_t{3} * units);
+            s.cell.gh = take(size_t{3} * units);
+            s.cell.h = take(units);
+            s.cell.r = take(units);
+            s.scaled = take(units);
+            if (op.kind == Op::Kind::gru) continue;
+            s.cell.u = take(units);
+            s.cell.y = take(units);
+            s.cell.event_index = reinterpret_cast<uint32_t*>(take(units));
+            s.cell.event_value = take(units);
+        }
+        return static_cast<size_t>(at - base);
+    };
+    Buffer<float> unit(1);  // pointer arithmetic needs a real object; nothing is written in the measuring pass
+    arena_ = Buffer<float>(lay_out(unit.data()));
+    lay_out(arena_.data());
+    for (size_t i = 0; i < ops.size(); ++i) {
+        const Op& op = ops[i];
+        OpState& s = states_[i];
+        if (op.reads_events) s.input_reads.assign(op.inputs, 0);
+        if (!op.recurrent()) continue;
+        s.cell.units = op.outputs;
+        s.cell.reset_after = op.reset_after;
+        if (op.kind == Op::Kind::gru) continue;
+        s.cell.reset = op.reset;
+        s.cell.zoneout = op.zoneout;
+        s.cell.threshold = op.threshold.data();
+        s.cell.crossing = op.crossing.data();
+        s.hidden_reads.assign(op.outputs, 0);
+        s.events.assign(op.outputs, 0);
+        trace_width_ += op.outputs;
+    }
+}
+
+void Stream::reset() {
+    std::memset(arena_.data(), 0, arena_.size() * sizeof(float));
+    for (OpState& s : states_) s.cell.event_count = 0;
+}
+
+void Stream::reset_counters() {
+    steps_ = 0;
+    for (OpState& s : states_)
+        for (auto* counters : {&s.events, &s.input_reads, &s.hidden_reads}) counters->assign(counters->size(), 0);
+}
+
+void Stream::set_emitted(size_t op, const float* y) {
+    CellArgs& cell = states_[op].cell;
+    cell.event_count = 0;
+    for (uint32_t j = 0; j < cell.units; ++j) {
+        cell.y[j] = y[j];
+        if (y[j] == 0.0f) continue;
+        cell.event_index[cell.event_count] = j;
+        cell.event_value[cell.event_count++] = y[j];
+    }
+}
+
+Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const Signal& x) {
+    const Kernels& k = *engine_->kernels;
+    CellArgs& cell = s.cell;
+    const uint32_t units = pad(op.outputs);
+    const size_t gates_bytes = size_t{3} * units * sizeof(float);
+    const Events spoken{cell.event_index, cell.event_value, cell.event_count};
+    const bool egru = op.kind == Op::Kind::egru;
+
+    // The folded table holds W_i x + b_i of every token; reading it in place saves the copy.
+    float* const gi = const_cast<float*>(cell.gi);
+    float* const gh = const_cast<float*>(cell.gh);
+    if (op.table.size()) {
+        cell.gi = op.table.data() + static_cast<size_t>(token) * 3 * units;
+    } else {
+        std::memcpy(gi, op.bias_input.data(), gates_bytes);
+        if (op.reads_events) {
+            count(s.input_reads, x.events);
+            op.input.matvec(k, x.events, gi);
+        } else {
+            op.input.matvec(k, x.dense, gi);
+        }
+    }
+
+    std::memcpy(gh, op.bias_hidden.data(), gates_bytes);
+    if (egru) {
+        count(s.hidden_reads, spoken);
+        op.hidden.matvec(k, spoken, gh);
+    } else {
+        op.hidden.matvec(k, cell.h, gh);
+    }
+    if (!op.reset_after) {
+        k.reset_gate(cell);
+        float* const gh_n = gh + size_t{2} * units;
+        if (egru) {
+            for (uint32_t e = 0; e < spoken.count; ++e) s.scaled[e] = cell.r[spoken.index[e]] * spoken.value[e];
+            op.hidden_n.matvec(k, Events{spoken.index, s.scaled, spoken.count}, gh_n);
+        } else {
+            for (uint32_t j = 0; j < units; ++j) s.scaled[j] = cell.r[j] * cell.h[j];
+            op.hidden_n.matvec(k, s.scaled, gh_n);
+        }
+    }
+
+    if (egru)
+        k.cell_egru(cell);
+    else
+        k.cell_gru(cell);
+    cell.gi = gi;
+    Signal out;
+    out.dense = egru ? (op.emits_events ? cell.y : cell.u) : cell.h;
+    if (egru) {
+        out.events = {cell.event_index, cell.event_value, cell.event_count};
+        count(s.events, out.events);
+    }
+    return out;
+}
+
+void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
+    const FlushDenormals flush;
+    const std::vector<Op>& ops = engine_->program.ops();
+    const Kernels& k = *engine_->kernels;
+    Signal signal;
+    signal.dense = x;
+    for (size_t i = 0; i < ops.size(); ++i) {
+        const Op& op = ops[i];
+        OpState& s = states_[i];
+        switch (op.kind) {
+            case Op::Kind::embedding:
+                if (!op.folded) signal.dense = op.table.data() + static_cast<size_t>(token) * pad(op.outputs);
+                break;
+            case Op::Kind::linear:
+                std::memcpy(s.output, op.bias_input.data(), op.bias_input.size() * sizeof(float));
+                if (op.reads_events) {
+                    count(s.input_reads, signal.events);
+                    op.input.matvec(k, signal.events, s.output);
+                } else {
+                    op.input.matvec(k, signal.dense, s.output);
+                }
+                signal.dense = s.output;
+                break;
+            case Op::Kind::gru:
+            case Op::Kind::egru:
+                signal = recurrent(op, s, token, signal);
+                if (trace && op.kind == Op::Kind::egru) {
+                    std::memset(trace, 0, op.outputs);
+                    for (uint32_t e = 0; e < signal.events.count; ++e) trace[signal.events.index[e]] = 1;
+                    trace += op.outputs;
+                }
+                break;
+        }
+    }
+    std::memcpy(out, signal.dense, ops.back().outputs * sizeof(float));
+    ++steps_;
+}
+
+}  // namespace sparsefold

@@ -1,0 +1,227 @@
+#include "program.hpp"
+
+#include <limits>
+#include <stdexcept>
+
+namespace sparsefold {
+
+namespace {
+
+std::string number(uint64_t n) { return std::to_string(n); }
+
+[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
+
+/// (gates * units) floats with every gate padded to whole vectors.
+Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
+    Buffer<float> out(size_t{gates} * pad(units));
+    for (uint32_t g = 0; g < gates; ++g)
+        std::memcpy(out.data() + size_t{g} * pad(units), values + size_t{g} * units, units * sizeof(float));
+    return out;
+}
+
+}  // namespace
+
+Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate) : format_(view.format), cols_(view.cols) {
+    constexpr uint32_t limit = 1u << 28;
+    if (view.gates == 0 || view.rows % view.gates)
+        refuse("a matrix of " + number(view.rows) + " rows cannot have " + number(view.gates) + " gates of equal size.");
+    if (view.rows > limit || view.cols > limit)
+        refuse("a matrix of " + number(view.rows) + " x " + number(view.cols) + " is larger than 2^28 rows or columns.");
+    if (first_gate >= last_gate || last_gate > view.gates) refuse("gate range out of bounds.");
+    if (uint64_t{view.gates} * pad(view.rows / view.gates) > uint64_t{limit} * 3)
+        refuse("a matrix of " + number(view.gates) + " gates is too large once every gate is padded to whole vectors.");
+    gates_ = last_gate - first_gate;
+    rows_ = gates_ * (view.rows / view.gates);
+    if (format_ == MatrixView::Format::dense)
+        pack_dense(view, first_gate);
+    else
+        pack_block(view, first_gate);
+}
+
+void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
+    const uint32_t units = view.rows / view.gates, total = padded_rows();
+    values_ = Buffer<float>(size_t{total} * cols_);
+    for (uint32_t g = 0; g < gates_; ++g)
+        for (uint32_t i = 0; i < units; ++i) {
+            const float* source = view.values + (size_t{first_gate + g} * units + i) * cols_;
+            const uint32_t row = g * pad(units) + i, panel = row / kPanel * kPanel;
+            const uint32_t width = total - panel < kPanel ? total - panel : kPanel;
+            float* target = values_.data() + size_t{panel} * cols_ + (row - panel);
+            for (uint32_t c = 0; c < cols_; ++c) target[size_t{c} * width] = source[c];
+        }
+}
+
+void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
+    const uint32_t br = view.block_rows, bc = view.block_cols, units = view.rows / view.gates;
+    if (br == 0 || bc == 0 || br > 4096 || bc > 4096)
+        refuse("a block of " + number(br) + " x " + number(bc) + " is not between 1 x 1 and 4096 x 4096.");
+    const uint32_t block_columns = ceil_div(cols_, bc), per_gate = ceil_div(units, br);
+    uint64_t previous = 0;
+    for (uint32_t b = 0; b <= block_columns; ++b) {
+        if (view.start[b] < previous || view.start[b] > view.blocks)
+            refuse("start[" + number(b) + "] = " + number(view.start[b]) + " of a block matrix is not between " +
+                   number(previous) + " and the number of blocks, " + number(view.blocks) + ".");
+        previous = view.start[b];
+    }
+    if (view.start[0] != 0 || previous != view.blocks)
+        refuse("the block columns of a block matrix cover blocks " + number(view.start[0]) + " to " + number(previous) +
+               ", but it stores " + number(view.blocks) + ".");
+    for (uint32_t b = 0; b < block_columns; ++b)
+        for (uint64_t k = view.start[b]; k < view.start[b + 1]; ++k) {
+            if (view.block_row[k] >= uint64_t{per_gate} * view.gates)
+                refuse("block row " + number(view.block_row[k]) + " is out of range; the matrix has " +
+                       number(uint64_t{per_gate} * view.gates) + " block rows.");
+            if (k > view.start[b] && view.block_row[k] <= view.block_row[k - 1])
+                refuse("the block rows of block column " + number(b) + " are not ascending.");
+        }
+
+    whole_ = br % kLanes == 0;
+    height_ = whole_ ? kLanes : br;
+    const uint32_t pieces = whole_ ? br / kLanes : 1;
+    const auto segments = [&](auto&& visit) {  // visit(column, block, sub-column, piece, row, length)
+        for (uint32_t c = 0; c < cols_; ++c)
+            for (uint64_t k = view.start[c / bc]; k < view.start[c / bc + 1]; ++k) {
+                const uint32_t gate = view.block_row[k] / per_gate;
+                if (gate < first_gate || gate >= first_gate + gates_) continue;
+                for (uint32_t piece = 0; piece < pieces; ++piece) {
+                    const uint32_t row = view.block_row[k] % per_gate * br + piece * kLanes;
+                    if (row >= units) break;
+                    const uint32_t length = units - row < height_ ? units - row : height_;
+                    visit(c, k, c % bc, piece, (gate - first_gate) * pad(units) + row, length);
+                }
+            }
+    };
+    start_ = Buffer<uint32_t>(size_t{cols_} + 1);
+    uint64_t count = 0;
+    segments([&](uint32_t c, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t) {
+        if (++count > std::numeric_limits<uint32_t>::max()) refuse("a block matrix has more than 2^32 segments.");
+        start_[c + 1] = static_cast<uint32_t>(count);
+    });
+    for (uint32_t c = 0; c < cols_; ++c)
+        if (start_[c + 1] < start_[c]) start_[c + 1] = start_[c];
+    values_ = Buffer<float>(count * height_);
+    row_ = Buffer<uint32_t>(count);
+    length_ = Buffer<uint32_t>(whole_ ? 0 : count);
+    size_t s = 0;
+    segments([&](uint32_t, uint64_t k, uint32_t sub, uint32_t piece, uint32_t row, uint32_t length) {
+        row_[s] = row;
+        if (!whole_) length_[s] = length;
+        const float* source = view.values + (size_t{k} * bc + sub) * br + piece * kLanes;
+        std::memcpy(values_.data() + s * height_, source, length * sizeof(float));
+        ++s;
+    });
+}
+
+void Matrix::matvec(const Kernels& kernels, const float* x, float* y) const {
+    if (format_ == MatrixView::Format::dense)
+        kernels.matvec_dense_f32({values_.data(), padded_rows(), cols_}, x, y);
+    else
+        kernels.matvec_block_f32(
+            {values_.data(), row_.data(), whole_ ? nullptr : length_.data(), start_.data(), height_, cols_}, x, y);
+}
+
+void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const {
+    if (format_ == MatrixView::Format::dense)
+        kernels.matvec_events_dense_f32({values_.data(), padded_rows(), cols_}, x, y);
+    else
+        kernels.matvec_events_block_f32(
+            {values_.data(), row_.data(), whole_ ? nullptr : length_.data(), start_.data(), height_, cols_}, x, y);
+}
+
+size_t Matrix::nbytes() const {
+    return values_.size() * sizeof(float) + (row_.size() + length_.size() + start_.size()) * sizeof(uint32_t);
+}
+
+Op& Program::append(Op::Kind kind, uint32_t inputs, uint32_t outputs) {
+    if (inputs == 0 || outputs == 0) refuse("every op needs at least one input and one output.");
+    if (!ops_.empty()) {
+        if (kind == Op::Kind::embedding) refuse("an embedding can only be the first op.");
+        if (ops_.back().outputs != inputs)
+            refuse("op " + number(ops_.size()) + " reads " + number(inputs) + " values, but the op before it gives " +
+                   number(ops_.back().outputs) + ".");
+    }
+    Op op;
+    op.kind = kind;
+    op.inputs = inputs;
+    op.outputs = outputs;
+    op.reads_events = !ops_.empty() && ops_.back().emits_events;
+    ops_.push_back(std::move(op));
+    return ops_.back();
+}
+
+void Program::add_embedding(const float* weight, uint32_t tokens, uint32_t width) {
+    Op& op = append(Op::Kind::embedding, tokens, width);
+    op.table = Buffer<float>(size_t{tokens} * pad(width));
+    for (uint32_t t = 0; t < tokens; ++t)
+        std::memcpy(op.table.data() + size_t{t} * pad(width), weight + size_t{t} * width, width * sizeof(float));
+}
+
+void Program::add_linear(const MatrixView& weight, const float* bias) {
+    Op& op = append(Op::Kind::linear, weight.cols, weight.rows);
+    if (weight.gates != 1) refuse("a linear op has one gate.");
+    op.input = Matrix(weight);
+    op.bias_input = padded(bias, 1, weight.rows);
+}
+
+Op& Program::append_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                              const float* bias_hh, bool reset_after) {
+    const uint32_t units = weight_hh.cols;
+    if (weight_hh.gates != 3 || weight_ih.gates != 3 || uint64_t{weight_hh.rows} != uint64_t{units} * 3 ||
+        weight_ih.rows != weight_hh.rows)
+        refuse("a GRU of " + number(units) + " units has three gates of as many rows; its matrices have " +
+               number(weight_ih.rows) + " and " + number(weight_hh.rows) + " rows.");
+    Op& op = append(kind, weight_ih.cols, units);
+    op.input = Matrix(weight_ih);
+    op.hidden = reset_after ? Matrix(weight_hh) : Matrix(weight_hh, 0, 2);
+    if (!reset_after) op.hidden_n = Matrix(weight_hh, 2, 3);
+    op.bias_input = padded(bias_ih, 3, units);
+    op.bias_hidden = padded(bias_hh, 3, units);
+    op.reset_after = reset_after;
+    return op;
+}
+
+void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                      bool reset_after) {
+    append_recurrent(Op::Kind::gru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+}
+
+void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                       const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout) {
+    Op& op = append_recurrent(Op::Kind::egru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+    op.reset = reset;
+    op.zoneout = zoneout;
+    op.emits_events = emits_events;
+    op.threshold = padded(threshold, 1, op.outputs);
+    op.crossing = padded(threshold, 1, op.outputs);
+    if (always)
+        for (uint32_t j = 0; j < op.outputs; ++j) op.crossing[j] = -std::numeric_limits<float>::infinity();
+}
+
+void Program::fold(const Kernels& kernels, uint64_t limit) {
+    if (ops_.size() < 2 || !takes_tokens() || !ops_[1].recurrent()) return;
+    Op &embedding = ops_[0], &layer = ops_[1];
+    const size_t stride = size_t{3} * pad(layer.outputs);
+    if (uint64_t{embedding.inputs} * stride * sizeof(float) > limit) return;
+    layer.table = Buffer<float>(embedding.inputs * stride);
+    for (uint32_t t = 0; t < embedding.inputs; ++t) {
+        float* row = layer.table.data() + t * stride;
+        std::memcpy(row, layer.bias_input.data(), stride * sizeof(float));
+        layer.input.matvec(kernels, embedding.table.data() + size_t{t} * pad(embedding.outputs), row);
+    }
+    layer.input = Matrix();
+    embedding.table = Buffer<float>();
+    embedding.folded = true;
+}
+
+size_t Program::nbytes() const {
+    size_t total = 0;
+    for (const Op& op : ops_)
+        total += op.input.nbytes() + op.hidden.nbytes() + op.hidden_n.nbytes() +
+                 (op.table.size() + op.bias_input.size() + op.bias_hidden.size() + op.threshold.size() + op.crossing.size()) *
+                     sizeof(float);
+    return total;
+}
+
+}  // namespace sparsefold

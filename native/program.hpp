@@ -1,0 +1,124 @@
+// A network as the engine plays it: weights packed for the kernels, every index of the unpacked form checked on the way.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels.hpp"
+
+namespace sparsefold {
+
+/// Zeroed memory on a cache-line boundary.
+template <class T>
+class Buffer {
+  public:
+    Buffer() = default;
+    explicit Buffer(size_t size) : size_(size) {
+        const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
+        if (size > SIZE_MAX / sizeof(T) - 64) throw std::bad_alloc();
+        data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+        if (!data_) throw std::bad_alloc();
+        std::memset(static_cast<void*>(data_.get()), 0, bytes);
+    }
+    T* data() { return data_.get(); }
+    const T* data() const { return data_.get(); }
+    size_t size() const { return size_; }
+    T& operator[](size_t i) { return data_.get()[i]; }
+    const T& operator[](size_t i) const { return data_.get()[i]; }
+
+  private:
+    struct Free {
+        void operator()(T* p) const { std::free(p); }
+    };
+    std::unique_ptr<T, Free> data_;
+    size_t size_ = 0;
+};
+
+/// A weight matrix as a file holds it; pointers are borrowed.
+struct MatrixView {
+    enum class Format { dense, block } format = Format::dense;
+    uint32_t rows = 0, cols = 0, gates = 1;
+    const float* values = nullptr;       // dense (rows, cols); block (blocks, block_cols, block_rows)
+    uint32_t block_rows = 1, block_cols = 1;
+    const uint32_t* block_row = nullptr;  // (blocks) counted over gates * ceil(rows / gates / block_rows)
+    const uint32_t* start = nullptr;      // (ceil(cols / block_cols) + 1)
+    uint64_t blocks = 0;
+};
+
+/// A packed matrix: gate g's rows lie at g * pad(rows / gates) of the product.
+class Matrix {
+  public:
+    Matrix() = default;
+    /// Packs gates [first_gate, last_gate) of `view`. Throws std::invalid_argument on any index out of range.
+    Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate);
+    explicit Matrix(const MatrixView& view) : Matrix(view, 0, view.gates) {}
+
+    void matvec(const Kernels& kernels, const float* x, float* y) const;
+    void matvec(const Kernels& kernels, const Events& x, float* y) const;
+    uint32_t rows() const { return rows_; }                                      // without padding
+    uint32_t cols() const { return cols_; }
+    uint32_t gates() const { return gates_; }
+    uint32_t padded_rows() const { return gates_ ? gates_ * pad(rows_ / gates_) : 0; }
+    size_t nbytes() const;
+
+  private:
+    void pack_dense(const MatrixView& view, uint32_t first_gate);
+    void pack_block(const MatrixView& view, uint32_t first_gate);
+    MatrixView::Format format_ = MatrixView::Format::dense;
+    uint32_t rows_ = 0, cols_ = 0, gates_ = 0;
+    Buffer<float> values_;
+    Buffer<uint32_t> row_, length_, start_;
+    uint32_t height_ = kLanes;
+    bool whole_ = true;  // every segment is one whole vector
+};
+
+struct Op {
+    enum class Kind { embedding, linear, gru, egru };
+    Kind kind = Kind::linear;
+    uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
+    bool reads_events = false;         // its input is the event list of the op before
+    Buffer<float> table;               // embedding rows, or the folded input product of every token
+    bool folded = false;               // embedding: skipped, the next op holds the table
+    Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
+    Buffer<float> bias_input, bias_hidden;
+    bool reset_after = true;
+    // EGRU only
+    Reset reset = Reset::threshold;
+    float zoneout = 0;
+    bool emits_events = false;  // hands on y as events; else u, dense
+    Buffer<float> threshold, crossing;
+
+    bool recurrent() const { return kind == Kind::gru || kind == Kind::egru; }
+};
+
+class Program {
+  public:
+    void add_embedding(const float* weight, uint32_t tokens, uint32_t width);
+    void add_linear(const MatrixView& weight, const float* bias);
+    void add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                 bool reset_after);
+    void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                  const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout);
+    /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by the
+    /// same kernel, so that folding changes no bit of any output.
+    void fold(const Kernels& kernels, uint64_t limit);
+
+    const std::vector<Op>& ops() const { return ops_; }
+    uint32_t inputs() const { return ops_.front().inputs; }
+    uint32_t outputs() const { return ops_.back().outputs; }
+    bool takes_tokens() const { return ops_.front().kind == Op::Kind::embedding; }
+    size_t nbytes() const;
+
+  private:
+    Op& append(Op::Kind kind, uint32_t inputs, uint32_t outputs);
+    Op& append_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                         const float* bias_hh, bool reset_after);
+    std::vector<Op> ops_;
+};
+
+}  // namespace sparsefold

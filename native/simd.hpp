@@ -1,0 +1,177 @@
+// The vector vocabulary: sixteen float lanes, about fifteen operations, one section per instruction set. A file that
+// defines SPARSEFOLD_ISA as `generic`, `avx2` or `avx512` gets its own copy in a namespace of that name, so that the
+// linker can never keep one instruction set's copy for another.
+#pragma once
+#ifndef SPARSEFOLD_ISA
+#error "define SPARSEFOLD_ISA before including simd.hpp"
+#endif
+#include "kernels.hpp"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define SF_INLINE inline __attribute__((always_inline))
+
+namespace sparsefold {
+namespace SPARSEFOLD_ISA {
+
+#if defined(__AVX512F__)
+
+constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers
+
+struct F16 {
+    __m512 v;
+};
+SF_INLINE F16 set1(float a) { return {_mm512_set1_ps(a)}; }
+SF_INLINE F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SF_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
+SF_INLINE F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+SF_INLINE F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+SF_INLINE F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+SF_INLINE F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+SF_INLINE F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+SF_INLINE F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }                // NaN in b wins
+SF_INLINE F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }                // NaN in b wins
+SF_INLINE F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+SF_INLINE F16 scale2(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n integral in [-126, 127]
+SF_INLINE uint32_t not_le(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }  // bit i: !(a_i <= b_i)
+SF_INLINE F16 keep(uint32_t bits, F16 a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
+SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* index, float* value) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __mmask16 m = static_cast<__mmask16>(bits);
+    _mm512_mask_compressstoreu_epi32(index, m, _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first))));
+    _mm512_mask_compressstoreu_ps(value, m, a.v);
+    return static_cast<uint32_t>(__builtin_popcount(bits));
+}
+
+#elif defined(__AVX2__)
+
+constexpr uint32_t kAccumulators = 4;
+
+struct F16 {
+    __m256 a, b;
+};
+SF_INLINE F16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+SF_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SF_INLINE void store(float* p, F16 x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+SF_INLINE F16 add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+SF_INLINE F16 sub(F16 x, F16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+SF_INLINE F16 mul(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+SF_INLINE F16 div(F16 x, F16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+SF_INLINE F16 fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+SF_INLINE F16 min(F16 x, F16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+SF_INLINE F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+SF_INLINE F16 round(F16 x) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+}
+SF_INLINE __m256 scale2_half(__m256 a, __m256 n) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(bits));
+}
+SF_INLINE F16 scale2(F16 x, F16 n) { return {scale2_half(x.a, n.a), scale2_half(x.b, n.b)}; }
+SF_INLINE uint32_t not_le(F16 x, F16 y) {
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_NLE_UQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_NLE_UQ));
+    return static_cast<uint32_t>(low | high << 8);
+}
+SF_INLINE __m256 lane_mask(uint32_t bits) {
+    const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lanes), lanes));
+}
+SF_INLINE F16 keep(uint32_t bits, F16 x) {
+    return {_mm256_and_ps(lane_mask(bits), x.a), _mm256_and_ps(lane_mask(bits >> 8), x.b)};
+}
+
+#else
+
+constexpr uint32_t kAccumulators = 2;
+
+struct F16 {
+    float v[kLanes];
+};
+#define SF_LANES(expression)                              \
+    F16 out;                                              \
+    for (uint32_t i = 0; i < kLanes; ++i) out.v[i] = (expression); \
+    return out
+SF_INLINE F16 set1(float a) { SF_LANES(a); }
+SF_INLINE F16 load(const float* p) { SF_LANES(p[i]); }
+SF_INLINE void store(float* p, const F16& a) {
+    for (uint32_t i = 0; i < kLanes; ++i) p[i] = a.v[i];
+}
+SF_INLINE F16 add(const F16& a, const F16& b) { SF_LANES(a.v[i] + b.v[i]); }
+SF_INLINE F16 sub(const F16& a, const F16& b) { SF_LANES(a.v[i] - b.v[i]); }
+SF_INLINE F16 mul(const F16& a, const F16& b) { SF_LANES(a.v[i] * b.v[i]); }
+SF_INLINE F16 div(const F16& a, const F16& b) { SF_LANES(a.v[i] / b.v[i]); }
+SF_INLINE F16 fma(const F16& a, const F16& b, const F16& c) { SF_LANES(a.v[i] * b.v[i] + c.v[i]); }
+SF_INLINE F16 min(const F16& a, const F16& b) { SF_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+SF_INLINE F16 max(const F16& a, const F16& b) { SF_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+// Adding and taking away 1.5 * 2^23 leaves the nearest integer for |a| < 2^22.
+SF_INLINE F16 round(const F16& a) { SF_LANES((a.v[i] + 12582912.0f) - 12582912.0f); }
+SF_INLINE F16 scale2(const F16& a, const F16& n) {
+    F16 out;
+    for (uint32_t i = 0; i < kLanes; ++i) {
+        const float finite = n.v[i] == n.v[i] ? n.v[i] : 0.0f;  // NaN to int is undefined; `a` carries the NaN on
+        const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(finite) + 127) << 23;
+        float factor;
+        __builtin_memcpy(&factor, &bits, sizeof factor);
+        out.v[i] = a.v[i] * factor;
+    }
+    return out;
+}
+SF_INLINE uint32_t not_le(const F16& a, const F16& b) {
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(!(a.v[i] <= b.v[i])) << i;
+    return bits;
+}
+SF_INLINE F16 keep(uint32_t bits, const F16& a) { SF_LANES((bits >> i & 1) ? a.v[i] : 0.0f); }
+#undef SF_LANES
+
+#endif
+
+#if !defined(__AVX512F__)
+SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_t* index, float* value) {
+    float lanes[kLanes];
+    store(lanes, a);
+    uint32_t n = 0;
+    for (; bits; bits &= bits - 1, ++n) {
+        const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(bits));
+        index[n] = first + lane;
+        value[n] = lanes[lane];
+    }
+    return n;
+}
+#endif
+
+/// exp(x) for |x| <= 87, relative error below 2e-7: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, evaluated by
+/// Horner's rule, with ln(2) split in two (Cody and Waite) so that the reduction is exact. NaN passes through.
+SF_INLINE F16 exp(F16 x) {
+    const F16 n = round(mul(x, set1(1.44269504088896341f)));
+    F16 r = fma(n, set1(-0.693359375f), x);
+    r = fma(n, set1(2.12194440e-4f), r);
+    F16 p = set1(1.0f / 720);
+    p = fma(p, r, set1(1.0f / 120));
+    p = fma(p, r, set1(1.0f / 24));
+    p = fma(p, r, set1(1.0f / 6));
+    p = fma(p, r, set1(0.5f));
+    p = fma(p, r, set1(1.0f));
+    p = fma(p, r, set1(1.0f));
+    return scale2(p, n);
+}
+
+/// 1 / (1 + exp(-x)), absolute error at most 1.5e-7 (tests/tolerances.py).
+SF_INLINE F16 sigmoid(F16 x) {
+    const F16 bounded = max(set1(-87.0f), min(set1(87.0f), x));
+    return div(set1(1.0f), add(set1(1.0f), exp(sub(set1(0.0f), bounded))));
+}
+
+/// 2 sigmoid(2x) - 1, absolute error at most 3e-7.
+SF_INLINE F16 tanh(F16 x) { return fma(set1(2.0f), sigmoid(add(x, x)), set1(-1.0f)); }
+
+}  // namespace SPARSEFOLD_ISA
+}  // namespace sparsefold

@@ -1,0 +1,190 @@
+"""Counts x shapes -> cost. The only arithmetic of cost in the package (``docs/cost-model.md``).
+
+Kernels and hooks count integers (events, columns read); this file multiplies. Nothing here is timed: a figure made here is
+called *counted*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsefold.formats import Format
+from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
+
+Integers = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Counts:
+    """What happened in ``steps`` steps, as integers, by the index of the op.
+
+    ``events[i]``: (H,) how often each unit of EGRU ``i`` emitted. ``input_reads[i]``: (I,) how often each input column of
+    op ``i`` was read, where its input is an event list; absent where the input is dense. ``hidden_reads[i]``: (H,) the same
+    for the recurrent matrix of EGRU ``i``.
+    """
+
+    steps: int
+    events: Mapping[int, Integers] = field(default_factory=dict)
+    input_reads: Mapping[int, Integers] = field(default_factory=dict)
+    hidden_reads: Mapping[int, Integers] = field(default_factory=dict)
+
+    @classmethod
+    def from_trace(
+        cls, program: Program, trace: Mapping[int, NDArray[Any]], emitted_before: Mapping[int, NDArray[Any]] | None = None
+    ) -> Counts:
+        """Counts of a recorded run: ``trace[i]`` (T, H) says which units of EGRU ``i`` emitted at each step.
+
+        ``emitted_before[i]`` (H,) says which had emitted at the step before the first; none, when left out.
+        """
+        events, input_reads, hidden_reads = {}, {}, {}
+        steps = len(next(iter(trace.values()))) if trace else 0
+        for i, emitted in trace.items():
+            flags = np.asarray(emitted) != 0
+            events[i] = flags.sum(0)
+            before = np.zeros(flags.shape[1], bool) if emitted_before is None else np.asarray(emitted_before[i]) != 0
+            hidden_reads[i] = flags[:-1].sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
+            op = program.ops[i]
+            if isinstance(op, EGRU) and op.output == "events" and i + 1 < len(program.ops):
+                input_reads[i + 1] = events[i]
+        return cls(steps, events, input_reads, hidden_reads)
+
+    def event_rate(self, op: int | None = None) -> float:
+        """Events per unit and step, of one EGRU or over all of them."""
+        chosen = [np.asarray(e) for i, e in self.events.items() if op in (None, i)]
+        units = sum(e.size for e in chosen)
+        return float(sum(int(e.sum()) for e in chosen) / (units * self.steps)) if units * self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One product of the network, totals over all steps.
+
+    ``role`` is embedding, input, recurrent, linear or decoder (a linear that is the last op). ``macs_dense``: of the unfolded
+    dense network. ``macs_weight``: zero weights skipped (elements in stored blocks). ``macs_effective``: executed, silent units
+    skipped too. ``bytes_*``: read from memory.
+    """
+
+    op: int
+    role: str
+    macs_dense: int
+    macs_weight: int
+    macs_effective: int
+    bytes_weights: int
+    bytes_index: int
+    density: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Exact integer totals of a run. Divide by ``steps`` with :meth:`per_step` for tables.
+
+    ``unit_updates``: pointwise gate updates (three gates and a state each), which no sparsity saves. ``bytes_state``: state
+    and event lists read and written.
+    """
+
+    steps: int
+    parts: tuple[Part, ...]
+    unit_updates: int
+    bytes_state: int
+
+    @property
+    def macs_dense(self) -> int:
+        """Multiply-accumulates of the dense network."""
+        return sum(p.macs_dense for p in self.parts)
+
+    @property
+    def macs_weight(self) -> int:
+        """Multiply-accumulates with zero weights skipped."""
+        return sum(p.macs_weight for p in self.parts)
+
+    @property
+    def macs_effective(self) -> int:
+        """Multiply-accumulates executed."""
+        return sum(p.macs_effective for p in self.parts)
+
+    @property
+    def bytes_weights(self) -> int:
+        """Bytes of weight values read."""
+        return sum(p.bytes_weights for p in self.parts)
+
+    @property
+    def bytes_index(self) -> int:
+        """Bytes of indices read."""
+        return sum(p.bytes_index for p in self.parts)
+
+    def per_step(self, name: str, role: str | None = None) -> float:
+        """A field (``"macs_effective"``, ...) per step, of all parts or of those with ``role``."""
+        if not self.steps:
+            return 0.0
+        if role is None:
+            return float(getattr(self, name)) / self.steps
+        return sum(float(getattr(p, name)) for p in self.parts if p.role == role) / self.steps
+
+    def to_dict(self) -> dict[str, Any]:
+        """Per-step figures for JSON, with every part named."""
+        names = ("macs_dense", "macs_weight", "macs_effective", "bytes_weights", "bytes_index")
+        steps = max(self.steps, 1)
+        return {
+            "steps": self.steps,
+            **{n: self.per_step(n) for n in names},
+            "bytes_state": self.bytes_state / steps,
+            "unit_updates": self.unit_updates / steps,
+            "parts": [
+                {"op": p.op, "role": p.role, "density": p.density, **{n: getattr(p, n) / steps for n in names}}
+                for p in self.parts
+            ],
+        }
+
+
+def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
+    """Cost of the run that ``counts`` describes.
+
+    ``folded``: the engine replaced embedding and first input product by one table (``Engine.folded``); the product then
+    costs no multiplication and 3H values read.
+    """
+    parts: list[Part] = []
+    unit_updates = bytes_state = 0
+    for i, op in enumerate(program.ops):
+        if isinstance(op, Embedding):
+            read = 0 if folded else 4 * op.outputs * counts.steps
+            parts.append(Part(i, "embedding", 0, 0, 0, read, 0, 1.0))
+        elif isinstance(op, Linear):
+            role = "decoder" if i == len(program.ops) - 1 else "linear"
+            parts.append(_product(i, role, op.weight, counts.steps, counts.input_reads.get(i)))
+        else:
+            product = _product(i, "input", op.weight_ih, counts.steps, counts.input_reads.get(i))
+            if folded and i == 1:
+                read = 4 * op.weight_ih.shape[0] * counts.steps
+                product = Part(i, "input", product.macs_dense, product.macs_weight, 0, read, 0, product.density)
+            parts.append(product)
+            parts.append(_product(i, "recurrent", op.weight_hh, counts.steps, counts.hidden_reads.get(i)))
+            unit_updates += op.outputs * counts.steps
+            bytes_state += _state_bytes(i, op, counts)
+    return Cost(counts.steps, tuple(parts), unit_updates, bytes_state)
+
+
+def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | None) -> Part:
+    rows, cols = matrix.shape
+    elements, index = matrix.elements, matrix.column_index_bytes
+    if reads is None:
+        executed, index_bytes = elements * steps, int(index.sum()) * steps
+    else:
+        counted = np.asarray(reads).astype(np.int64)
+        executed, index_bytes = int(counted @ matrix.column_elements), int(counted @ index)
+    density = elements / (rows * cols)
+    return Part(i, role, rows * cols * steps, elements * steps, executed, 4 * executed, index_bytes, density)
+
+
+def _state_bytes(i: int, op: GRU, counts: Counts) -> int:
+    carried = 2 * 4 * op.outputs * counts.steps
+    if not isinstance(op, EGRU):
+        return carried
+    listed = counts.events[i].sum() + counts.hidden_reads[i].sum()
+    if i + 1 in counts.input_reads:
+        listed += counts.input_reads[i + 1].sum()
+    return carried + 8 * int(listed)

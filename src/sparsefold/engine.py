@@ -1,0 +1,321 @@
+"""Playing a program: :class:`Engine` holds packed weights, :class:`Stream` one state; :func:`interpret` is the oracle."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from sparsefold import _native
+from sparsefold.cost import Cost, Counts, cost
+from sparsefold.formats import Block, Dense, Float, Format
+from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
+
+FOLD_LIMIT = 8 * 2**20
+State = dict[str, Float]
+
+
+class Engine:
+    """A program packed for this processor. It holds weights only and is shared by any number of streams and threads.
+
+    Args:
+        program: what to play.
+        fold: ``"auto"`` replaces an embedding and the input product after it by one table in memory where that takes at most
+            8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way.
+        isa: ``"avx512"``, ``"avx2"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else the best of this processor.
+
+    Raises:
+        ValueError: the processor lacks ``isa``.
+    """
+
+    def __init__(self, program: Program, fold: Literal["auto"] | bool = "auto", isa: str | None = None) -> None:
+        if fold not in ("auto", True, False):
+            raise ValueError(f"fold must be 'auto', True or False, got {fold!r}.")
+        self.program = program
+        self._core = _native.Engine()
+        for op in program.ops:
+            if isinstance(op, Embedding):
+                self._core.add_embedding(op.weight)
+            elif isinstance(op, Linear):
+                self._core.add_linear(native_matrix(op.weight), op.bias)
+            elif isinstance(op, EGRU):
+                self._core.add_egru(
+                    native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh, op.threshold,
+                    op.reset_after, op.reset, op.event == "always", op.output == "events", op.zoneout,
+                )  # fmt: skip
+            else:
+                matrices = native_matrix(op.weight_ih), native_matrix(op.weight_hh)
+                self._core.add_gru(*matrices, op.bias_ih, op.bias_hh, op.reset_after)
+        limit = {"auto": FOLD_LIMIT, True: 2**63, False: 0}[fold]
+        self._core.finish(isa or "", limit)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], fold: Literal["auto"] | bool = "auto", isa: str | None = None
+    ) -> Engine:
+        """Read a ``.sfold`` file. Raises :class:`sparsefold.ProgramError` when it is damaged or foreign."""
+        return cls(Program.load(path), fold, isa)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set its kernels use."""
+        return self._core.isa
+
+    @property
+    def folded(self) -> bool:
+        """Whether embedding and first input product were replaced by one table."""
+        return self._core.folded
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weights in bytes."""
+        return self._core.nbytes
+
+    def stream(self) -> Stream:
+        """A new stream: its own state, all zero, and its own counters."""
+        return Stream(self)
+
+
+class Stream:
+    """One sequence being played, step after step. Use it from one thread at a time; make one for each sequence."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._core = _native.Stream(engine._core)
+        self._step = self._core.step
+        self._outputs = engine.program.outputs
+
+    def step(self, x: int | Float, out: Float | None = None) -> Float:
+        """One step.
+
+        Args:
+            x: a token id in front of an embedding, otherwise float32 (I,).
+            out: float32 (O,) to fill and return; a fresh array when left out.
+
+        Raises:
+            ValueError: a token outside the vocabulary, or an array of another shape or type.
+        """
+        if out is None:
+            out = np.empty(self._outputs, np.float32)
+        self._step(x, out)
+        return out
+
+    def run(self, sequence: Any) -> Float:
+        """All steps of ``sequence`` (T,) token ids or (T, I) values, without Python in between; returns (T, O)."""
+        return self._run(sequence, np.empty((0, 0), np.uint8))
+
+    def run_traced(self, sequence: Any) -> tuple[Float, dict[int, NDArray[np.bool_]]]:
+        """Like :meth:`run`; also which units emitted, by op index: {op: (T, H) bool} for every EGRU."""
+        sequence = np.asarray(sequence)
+        steps = len(sequence) if sequence.ndim else 0
+        trace = np.zeros((steps, self._core.trace_width), np.uint8)
+        outputs = self._run(sequence, trace if steps else np.empty((0, 0), np.uint8))
+        emitted, at = {}, 0
+        for i, op in enumerate(self.engine.program.ops):
+            if isinstance(op, EGRU):
+                emitted[i] = trace[:, at : at + op.outputs].astype(bool)
+                at += op.outputs
+        return outputs, emitted
+
+    def _run(self, sequence: Any, trace: NDArray[np.uint8]) -> Float:
+        program = self.engine.program
+        if program.takes_tokens:
+            tokens = np.asarray(sequence)
+            if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+                raise ValueError(
+                    f"this program starts with an embedding, so a sequence is (T,) token ids; got {tokens.dtype} {tokens.shape}."
+                )
+            out = np.empty((len(tokens), program.outputs), np.float32)
+            self._core.run_tokens(np.ascontiguousarray(tokens, np.int64), out, trace)
+            return out
+        values = np.ascontiguousarray(sequence, np.float32)
+        if values.ndim != 2 or values.shape[1] != program.inputs:
+            raise ValueError(f"a sequence for this program has shape (T, {program.inputs}); got {values.shape}.")
+        out = np.empty((len(values), program.outputs), np.float32)
+        self._core.run_values(values, out, trace)
+        return out
+
+    def reset(self) -> None:
+        """State to zero; counters go on."""
+        self._core.reset()
+
+    def reset_counters(self) -> None:
+        """Counters to zero; the state stays."""
+        self._core.reset_counters()
+
+    def save_state(self) -> State:
+        """A copy of the state: ``"{op}.h"`` and, for an EGRU, ``"{op}.y"``, each float32 (H,)."""
+        return {key: self._read(i, name, np.float32, size) for key, i, name, size in _state_keys(self.engine.program)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state that :meth:`save_state` returned. Raises ``ValueError`` when it is not of this program."""
+        keys = _state_keys(self.engine.program)
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        if found != sorted(k for k, *_ in keys):
+            raise ValueError(
+                f"the state holds {found}, this program needs {sorted(k for k, *_ in keys)}. "
+                "Pass what save_state() of the same program returned."
+            )
+        arrays = []
+        for key, i, name, size in keys:
+            array = np.asarray(state[key])
+            if array.shape != (size,) or array.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {size} units there. "
+                    "Pass what save_state() of the same program returned."
+                )
+            arrays.append((i, name, np.ascontiguousarray(array, np.float32)))
+        for i, name, array in arrays:
+            self._core.write(i, name, array)
+
+    def internal(self, op: int) -> Float:
+        """u of the last step, the state before the reset, of EGRU ``op``: float32 (H,)."""
+        found = self.engine.program.ops[op]
+        if not isinstance(found, EGRU):
+            raise ValueError(f"op {op} is a {found.kind}, only an egru has u.")
+        return self._read(op, "u", np.float32, found.outputs)
+
+    def _read(self, op: int, name: str, dtype: DTypeLike, size: int) -> NDArray[Any]:
+        out = np.empty(size, dtype)
+        self._core.read(op, name, out)
+        return out
+
+    @property
+    def counters(self) -> Counts:
+        """Integers counted since the start or :meth:`reset_counters`."""
+        events, input_reads, hidden_reads = {}, {}, {}
+        previous = None
+        for i, op in enumerate(self.engine.program.ops):
+            if isinstance(op, EGRU):
+                events[i] = self._read(i, "events", np.uint64, op.outputs).astype(np.int64)
+                hidden_reads[i] = self._read(i, "hidden_reads", np.uint64, op.outputs).astype(np.int64)
+            if isinstance(previous, EGRU) and previous.output == "events":
+                input_reads[i] = self._read(i, "input_reads", np.uint64, op.inputs).astype(np.int64)
+            previous = op
+        return Counts(self._core.steps, events, input_reads, hidden_reads)
+
+    @property
+    def cost(self) -> Cost:
+        """Cost of everything counted so far."""
+        return cost(self.engine.program, self.counters, self.engine.folded)
+
+    def report(self) -> str:
+        """Density, event rates, MACs and bytes per step of everything played so far, as a short table. All counted."""
+        total, counts = self.cost, self.counters
+        lines = [
+            f"{counts.steps} steps, {self.engine.isa} kernels, counted per step",
+            f"{'part':<18}{'density':>8}{'events':>8}{'MACs dense':>12}{'weight':>10}{'effective':>11}{'bytes':>10}",
+        ]
+        for part in total.parts:
+            rate = f"{counts.event_rate(part.op):.3f}" if part.role == "recurrent" and part.op in counts.events else ""
+            figures = [getattr(part, n) / max(counts.steps, 1) for n in ("macs_dense", "macs_weight", "macs_effective")]
+            read = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
+            lines.append(
+                f"{f'{part.op} {part.role}':<18}{part.density:>8.3f}{rate:>8}"
+                f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{read:>10,.0f}"
+            )
+        all_read = total.per_step("bytes_weights") + total.per_step("bytes_index")
+        lines.append(
+            f"{'all':<18}{'':>8}{'':>8}{total.per_step('macs_dense'):>12,.0f}{total.per_step('macs_weight'):>10,.0f}"
+            f"{total.per_step('macs_effective'):>11,.0f}{all_read:>10,.0f}"
+        )
+        return "\n".join(lines)
+
+
+def native_matrix(matrix: Format) -> _native.Matrix:
+    """The matrix as the extension reads it; the arrays are borrowed, not copied."""
+    if isinstance(matrix, Dense):
+        return _native.Matrix.dense(matrix.values, matrix.gates)
+    return _native.Matrix.block(matrix.rows, matrix.cols, matrix.gates, matrix.values, matrix.block_row, matrix.start)
+
+
+def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
+    """(key, op, name, units) of every state array."""
+    keys = []
+    for i, op in enumerate(program.ops):
+        if isinstance(op, GRU):
+            keys += [(f"{i}.{name}", i, name, op.outputs) for name in (("h", "y") if isinstance(op, EGRU) else ("h",))]
+    return keys
+
+
+@dataclass(frozen=True, eq=False)
+class Interpretation:
+    """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``; last ``state``."""
+
+    outputs: NDArray[Any]
+    events: dict[int, NDArray[np.bool_]]
+    u: dict[int, NDArray[Any]]
+    state: dict[str, NDArray[Any]]
+
+
+def interpret(
+    program: Program, sequence: Any, state: Mapping[str, Any] | None = None, dtype: DTypeLike = np.float64
+) -> Interpretation:
+    """Plays a program with plain numpy, dense, one equation after another: the oracle of :class:`Engine`.
+
+    Args:
+        program: what to play.
+        sequence: (T,) token ids or (T, I) values.
+        state: as from ``Stream.save_state``; zero when left out.
+        dtype: precision of all arithmetic.
+    """
+    keys = _state_keys(program)
+    now = {k: np.array(state[k] if state else np.zeros(size), dtype) for k, _, _, size in keys}
+    outputs, egrus = [], [i for i, op in enumerate(program.ops) if isinstance(op, EGRU)]
+    events: dict[int, list[NDArray[Any]]] = {i: [] for i in egrus}
+    us: dict[int, list[NDArray[Any]]] = {i: [] for i in egrus}
+    for x in sequence:
+        value: Any = x if program.takes_tokens else np.asarray(x, dtype)
+        for i, op in enumerate(program.ops):
+            if isinstance(op, Embedding):
+                value = op.weight[value].astype(dtype)
+            elif isinstance(op, Linear):
+                value = op.weight.matvec(value) + op.bias.astype(dtype)
+            elif isinstance(op, EGRU):
+                u = _gru_state(op, value, now[f"{i}.y"], now[f"{i}.h"], dtype)
+                if op.reset == "output":
+                    u = u - now[f"{i}.y"]
+                u = op.zoneout * now[f"{i}.h"] + (1 - op.zoneout) * u
+                threshold = op.threshold.astype(dtype)
+                o = np.ones(op.outputs, bool) if op.event == "always" else u > threshold
+                now[f"{i}.y"] = o * u
+                now[f"{i}.h"] = u - o * threshold if op.reset == "threshold" else u
+                value = now[f"{i}.y"] if op.output == "events" else u
+                events[i].append(o)
+                us[i].append(u)
+            else:
+                value = now[f"{i}.h"] = _gru_state(op, value, now[f"{i}.h"], now[f"{i}.h"], dtype)
+        outputs.append(value)
+
+    def stacked(rows: list[NDArray[Any]], width: int, of: DTypeLike) -> NDArray[Any]:
+        return np.array(rows, of).reshape(len(rows), width)
+
+    return Interpretation(
+        stacked(outputs, program.outputs, dtype),
+        {i: stacked(events[i], program.ops[i].outputs, np.bool_) for i in egrus},
+        {i: stacked(us[i], program.ops[i].outputs, dtype) for i in egrus},
+        now,
+    )
+
+
+def _gru_state(op: GRU, x: NDArray[Any], seen: NDArray[Any], h: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+    """(1 - z) n + z h, where ``seen`` is what the recurrent products read: h of a GRU, y of an EGRU."""
+    gi_r, gi_z, gi_n = np.split(op.weight_ih.matvec(x) + op.bias_ih.astype(dtype), 3)
+    gh_r, gh_z, gh_n = np.split(op.weight_hh.matvec(seen) + op.bias_hh.astype(dtype), 3)
+    r, z = _sigmoid(gi_r + gh_r), _sigmoid(gi_z + gh_z)
+    if op.reset_after:
+        n = np.tanh(gi_n + r * gh_n)
+    else:
+        n = np.tanh(gi_n + np.split(op.weight_hh.matvec(r * seen) + op.bias_hh.astype(dtype), 3)[2])
+    return (1 - z) * n + z * h
+
+
+def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+__all__ = ["FOLD_LIMIT", "Block", "Engine", "Interpretation", "State", "Stream", "interpret", "native_matrix"]

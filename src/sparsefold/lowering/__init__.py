@@ -1,0 +1,125 @@
+"""From torch to a Program: one small rule per module type. The only bridge over the torch line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsefold.formats import Float, Format
+from sparsefold.lowering.choose import choose
+from sparsefold.nn import EGRU, Stack
+from sparsefold.program import EGRU as EGRUOp
+from sparsefold.program import GRU as GRUOp
+from sparsefold.program import Embedding, Linear, Op, Program
+
+
+def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = None) -> Program:
+    """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
+
+    Args:
+        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, Linear,
+            Dropout and Identity. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
+        metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
+
+    Raises:
+        ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
+    """
+    ops = [op for name, module in _flatten("", model) for op in _rule(name, module)(name, module)]
+    if not ops:
+        raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
+    try:
+        return Program(tuple(ops), dict(metadata or {}))
+    except ValueError as error:
+        raise ValueError(f"the model cannot be compiled: {error}") from error
+
+
+def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    if type(module) in (Stack, torch.nn.Sequential):
+        return [leaf for key, child in module.named_children() for leaf in _flatten(f"{name}.{key}".lstrip("."), child)]
+    return [(name or "the model", module)]
+
+
+def _embedding(name: str, module: Any) -> list[Op]:
+    if module.max_norm is not None:
+        raise ValueError(f"{name}: an Embedding with max_norm changes its rows when read; set max_norm=None.")
+    return [Embedding(_array(module.weight))]
+
+
+def _linear(name: str, module: Any) -> list[Op]:
+    return [Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
+
+
+def _refuse_bidirectional(name: str, module: Any) -> None:
+    if module.bidirectional:
+        raise ValueError(f"{name}: a bidirectional {type(module).__name__} needs the whole sequence and cannot be streamed.")
+
+
+def _gru_arrays(module: Any, suffix: str) -> tuple[Format, Format, Float, Float]:
+    rows = 3 * module.hidden_size
+    biases = (getattr(module, f"bias_{which}{suffix}", None) for which in ("ih", "hh"))
+    bias_ih, bias_hh = (_bias(b if module.bias else None, rows) for b in biases)
+    weights = (_matrix(getattr(module, f"weight_{which}{suffix}"), 3) for which in ("ih", "hh"))
+    weight_ih, weight_hh = weights
+    return weight_ih, weight_hh, bias_ih, bias_hh
+
+
+def _gru(name: str, module: Any) -> list[Op]:
+    _refuse_bidirectional(name, module)
+    return [GRUOp(*_gru_arrays(module, f"_l{k}")) for k in range(module.num_layers)]
+
+
+def _egru(name: str, module: Any) -> list[Op]:
+    _refuse_bidirectional(name, module)
+    return [
+        EGRUOp(
+            *_gru_arrays(module, f"_l{k}"),
+            reset_after=module.reset_after,
+            threshold=np.maximum(_array(getattr(module, f"threshold_l{k}")), 0),
+            reset=module.reset,
+            event=module.event,
+            output=module.output if k == module.num_layers - 1 else "events",
+            zoneout=float(module.zoneout),
+        )
+        for k in range(module.num_layers)
+    ]
+
+
+def _nothing(name: str, module: Any) -> list[Op]:
+    return []
+
+
+_RULES: dict[type[torch.nn.Module], Callable[[str, Any], list[Op]]] = {
+    torch.nn.Embedding: _embedding,
+    torch.nn.Linear: _linear,
+    torch.nn.GRU: _gru,
+    EGRU: _egru,
+    torch.nn.Dropout: _nothing,
+    torch.nn.Identity: _nothing,
+}
+
+
+def _rule(name: str, module: torch.nn.Module) -> Callable[[str, Any], list[Op]]:
+    rule = _RULES.get(type(module))
+    if rule is None:
+        names = ", ".join(t.__name__ for t in (Stack, torch.nn.Sequential, *_RULES))
+        raise ValueError(f"{name} is a {type(module).__name__}, which cannot be compiled. Supported: {names}.")
+    return rule
+
+
+def _array(tensor: Tensor) -> Float:
+    return np.ascontiguousarray(tensor.detach().cpu().float().numpy())
+
+
+def _bias(bias: Tensor | None, size: int) -> Float:
+    return np.zeros(size, np.float32) if bias is None else _array(bias)
+
+
+def _matrix(weight: Tensor, gates: int = 1) -> Format:
+    return choose(_array(weight), gates)
+
+
+__all__ = ["choose", "compile_model"]

@@ -1,0 +1,462 @@
+"""A compiled network: a list of ops, each a dataclass whose docstring is its equation, and the file that holds it.
+
+The file is a valid safetensors file (``docs/file-format.md``). It is untrusted input: whatever is wrong with it ends in a
+:class:`ProgramError` that says what, and at which byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsefold.formats import Block, Dense, Float, Format
+
+FORMAT_VERSION = 1
+MAX_HEADER = 16 * 2**20
+MAX_OPS = 1024
+RESETS = ("threshold", "output", "none")
+
+
+class ProgramError(ValueError):
+    """A file that is not a program this version can play. ``offset`` is the byte at which that was seen."""
+
+    def __init__(self, message: str, offset: int = 0) -> None:
+        super().__init__(f"{message} (at byte {offset})")
+        self.offset = offset
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """``x = weight[token]``."""
+
+    weight: Float  # (tokens, outputs)
+    kind: ClassVar[str] = "embedding"
+
+    @property
+    def inputs(self) -> int:
+        """Number of tokens it knows."""
+        return self.weight.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """Width of a row."""
+        return self.weight.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """``y = W x + b``."""
+
+    weight: Format  # (outputs, inputs)
+    bias: Float  # (outputs,)
+    kind: ClassVar[str] = "linear"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.weight.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class GRU:
+    """One step of ``torch.nn.GRU``; gates stacked r, z, n; z keeps the old state.
+
+    ::
+
+        r = sigmoid(W_ir x + b_ir + W_hr h' + b_hr)        z alike
+        n = tanh(W_in x + b_in + r * (W_hn h' + b_hn))     reset_after; otherwise W_hn (r * h') + b_hn
+        h = (1 - z) * n + z * h'
+    """
+
+    weight_ih: Format  # (3H, I)
+    weight_hh: Format  # (3H, H)
+    bias_ih: Float  # (3H,)
+    bias_hh: Float  # (3H,)
+    reset_after: bool = True
+    kind: ClassVar[str] = "gru"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.weight_ih.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """Units."""
+        return self.weight_hh.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class EGRU(GRU):
+    """One step of the event-based GRU; y' and h' are last step's, y' is what other units see of it.
+
+    ::
+
+        r = sigmoid(W_ir x + b_ir + W_hr y' + b_hr)        z alike
+        n = tanh(W_in x + b_in + r * (W_hn y' + b_hn))     reset_after; otherwise W_hn (r * y') + b_hn
+        u = (1 - z) * n + z * h'                           reset "output": - y'; then zoneout q: u = q h' + (1 - q) u
+        o = u > threshold                                  event "always": o = 1
+        y = o * u
+        h = u - o * threshold                              reset "threshold"; otherwise h = u
+
+    ``output``: "events" hands on y, "state" hands on u.
+    """
+
+    threshold: Float = field(default_factory=lambda: np.zeros(0, np.float32))  # (H,), >= 0
+    reset: Literal["threshold", "output", "none"] = "threshold"
+    event: Literal["threshold", "always"] = "threshold"
+    output: Literal["events", "state"] = "events"
+    zoneout: float = 0.0
+    kind: ClassVar[str] = "egru"
+
+
+Op = Embedding | Linear | GRU | EGRU
+OPS: dict[str, type[Embedding] | type[Linear] | type[GRU]] = {op.kind: op for op in (Embedding, Linear, GRU, EGRU)}
+
+
+def matrices(op: Op) -> dict[str, Format]:
+    """The weight matrices of an op that are stored in a format, by field name."""
+    return {f.name: v for f in fields(op) if isinstance(v := getattr(op, f.name), Dense | Block)}
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """Ops in the order they are played, and free metadata (JSON) about where they come from.
+
+    Raises ``ValueError`` when the ops do not fit one another or a weight is not finite.
+    """
+
+    ops: tuple[Op, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ops", tuple(self.ops))
+        _validate(self.ops)
+
+    @property
+    def takes_tokens(self) -> bool:
+        """True when a step reads one token id, false when it reads ``inputs`` float32 values."""
+        return isinstance(self.ops[0], Embedding)
+
+    @property
+    def inputs(self) -> int:
+        """Tokens known, or values read per step."""
+        return self.ops[0].inputs
+
+    @property
+    def outputs(self) -> int:
+        """Values given per step."""
+        return self.ops[-1].outputs
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size of all arrays in bytes; the file adds a header."""
+        return sum(array.nbytes for array in _tensors(self.ops).values())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to ``path``, all of it or nothing."""
+        write_atomically(path, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file as bytes."""
+        tensors = _tensors(self.ops)
+        data = b"".join(a.tobytes() for a in tensors.values())
+        header: dict[str, Any] = {
+            "__metadata__": {
+                "sparsefold": str(FORMAT_VERSION),
+                "crc32": f"{zlib.crc32(data):08x}",
+                "ops": json.dumps([_describe(op) for op in self.ops]),
+                "metadata": json.dumps(dict(self.metadata)),
+            }
+        }
+        end = 0
+        for name, array in tensors.items():
+            start, end = end, end + array.nbytes
+            header[name] = {
+                "dtype": _DTYPE_NAMES[array.dtype.str],
+                "shape": list(array.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        if len(text) > MAX_HEADER:
+            raise ValueError(f"the header would take {len(text)} bytes, the limit is {MAX_HEADER}. Shorten the metadata.")
+        return struct.pack("<Q", len(text)) + text + data
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Program:
+        """Read and check a file. Raises :class:`ProgramError` for anything that is not a sound program."""
+        return cls.from_bytes(Path(path).read_bytes())
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Program:
+        """Read and check the bytes of a file. Raises :class:`ProgramError`."""
+        tensors, meta, data_start = _read_container(raw)
+        version = meta.get("sparsefold")
+        if version is None:
+            raise ProgramError("this is a safetensors file, but not a sparsefold program: compile the model first", 8)
+        if version != str(FORMAT_VERSION):
+            raise ProgramError(
+                f"the file has format version {version!r}; this sparsefold reads version {FORMAT_VERSION}. "
+                "Update sparsefold, or compile the model again",
+                8,
+            )
+        if meta.get("crc32") != f"{zlib.crc32(memoryview(raw)[data_start:]):08x}":
+            raise ProgramError("the data does not match its checksum: the file is damaged. Copy it again", data_start)
+        described = _json(meta.get("ops", ""), "the op list", 8)
+        metadata = _json(meta.get("metadata", "{}"), "the metadata", 8)
+        if not isinstance(described, list) or not 1 <= len(described) <= MAX_OPS:
+            raise ProgramError(f"the op list must hold 1 to {MAX_OPS} ops", 8)
+        if not isinstance(metadata, dict):
+            raise ProgramError("the metadata must be an object", 8)
+        left = dict(tensors)
+        try:
+            program = cls(tuple(_build(i, d, left) for i, d in enumerate(described)), metadata)
+        except ProgramError:
+            raise
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise ProgramError(str(error).rstrip("."), data_start) from error
+        if left:
+            raise ProgramError(f"tensor {next(iter(left))!r} belongs to no op", 8)
+        return program
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write to a temporary name beside ``path``, then rename: a reader sees the old file or the new one."""
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ValueError(f"cannot write {target}: the folder {target.parent} does not exist. Make it first.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise ValueError(f"cannot write {target}: {error.strerror}. Choose a folder you may write to.") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(temporary).unlink()
+        raise
+
+
+_DTYPES = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
+_DTYPE_NAMES = {dtype.str: name for name, dtype in _DTYPES.items()}
+
+
+def _tensors(ops: Iterable[Op]) -> dict[str, NDArray[Any]]:
+    out: dict[str, NDArray[Any]] = {}
+    for i, op in enumerate(ops):
+        for f in fields(op):
+            value = getattr(op, f.name)
+            if isinstance(value, Dense | Block):
+                out.update({f"{i}.{f.name}.{name}": array for name, array in value.tensors().items()})
+            elif isinstance(value, np.ndarray):
+                out[f"{i}.{f.name}"] = value
+    return out
+
+
+def _describe(op: Op) -> dict[str, Any]:
+    described: dict[str, Any] = {"op": op.kind}
+    for f in fields(op):
+        value = getattr(op, f.name)
+        if isinstance(value, Dense | Block):
+            described[f.name] = value.layout()
+        elif not isinstance(value, np.ndarray):
+            described[f.name] = value
+    return described
+
+
+def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
+    """Makes op ``i`` from its description, taking its arrays out of ``tensors``."""
+    cls = OPS.get(described.get("op")) if isinstance(described, dict) else None
+    if cls is None:
+        raise ProgramError(f"op {i} is not one of {', '.join(OPS)}", 8)
+    known = {f.name: f for f in fields(cls)}
+    values: dict[str, Any] = {k: v for k, v in described.items() if k != "op"}
+    if unknown := set(values) - set(known):
+        raise ProgramError(f"op {i} ({cls.kind}) has an unknown field {sorted(unknown)[0]!r}", 8)
+
+    def take(name: str, dtype: str) -> NDArray[Any]:
+        array = tensors.pop(f"{i}.{name}", None)
+        if array is None or array.dtype != _DTYPES[dtype]:
+            raise ProgramError(f"op {i} ({cls.kind}) needs a {dtype} tensor {i}.{name}", 8)
+        return array
+
+    for name, f in known.items():
+        if f.type == "Format":
+            values[name] = _build_matrix(i, name, values.get(name), take)
+        elif f.type == "Float":
+            values[name] = take(name, "F32")
+        elif f.type == "bool" and not isinstance(values.get(name), bool):
+            raise ProgramError(f"op {i} ({cls.kind}): {name} must be true or false", 8)
+        elif f.type == "float" and type(values.get(name)) not in (int, float):
+            raise ProgramError(f"op {i} ({cls.kind}): {name} must be a number", 8)
+        elif name not in values:
+            raise ProgramError(f"op {i} ({cls.kind}) lacks {name}", 8)
+    return cls(**values)
+
+
+def _build_matrix(i: int, name: str, layout: Any, take: Any) -> Format:
+    where = f"op {i}: matrix {name}"
+    if not isinstance(layout, dict) or layout.get("format") not in ("dense", "block"):
+        raise ProgramError(f"{where} is not stored as one of dense, block", 8)
+    numbers = [layout.get(k) for k in ("rows", "cols", "gates")]
+    if layout["format"] == "block":
+        block = layout.get("block")
+        if not isinstance(block, list) or len(block) != 2:
+            raise ProgramError(f"{where} needs block = [rows, cols]", 8)
+        numbers += block
+    if not all(type(n) is int and 0 < n < 2**28 for n in numbers):
+        raise ProgramError(f"{where} needs whole numbers between 1 and 2^28 for rows, cols, gates and block", 8)
+    if layout["format"] == "dense":
+        dense = Dense(take(f"{name}.values", "F32"), layout["gates"])
+        if dense.shape != (layout["rows"], layout["cols"]):
+            raise ProgramError(f"{where} says {layout['rows']}x{layout['cols']} but stores {dense.shape}", 8)
+        return dense
+    arrays = take(f"{name}.values", "F32"), take(f"{name}.block_row", "U32"), take(f"{name}.start", "U32")
+    if arrays[1].ndim != 1:
+        raise ProgramError(f"{where}: block_row has one axis", 8)
+    return Block(layout["rows"], layout["cols"], layout["gates"], (layout["block"][0], layout["block"][1]), *arrays)
+
+
+def _validate(ops: tuple[Op, ...]) -> None:
+    if not 1 <= len(ops) <= MAX_OPS:
+        raise ValueError(f"a program has 1 to {MAX_OPS} ops; got {len(ops)}.")
+    for i, op in enumerate(ops):
+        where = f"op {i} ({op.kind})"
+        if isinstance(op, Embedding):
+            _check(op.weight.ndim == 2, f"{where}: weight has two axes, (tokens, width); got {op.weight.shape}.")
+            _check(i == 0, f"{where}: an embedding can only be the first op.")
+        elif isinstance(op, Linear):
+            _check(op.weight.gates == 1, f"{where}: a linear op has one gate, got {op.weight.gates}.")
+            _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
+        else:
+            h = op.outputs
+            _check(
+                op.weight_ih.shape[0] == op.weight_hh.shape[0] == 3 * h and op.weight_ih.gates == op.weight_hh.gates == 3,
+                f"{where}: {h} units need matrices of {3 * h} rows in 3 gates; "
+                f"got {op.weight_ih.shape} in {op.weight_ih.gates} and {op.weight_hh.shape} in {op.weight_hh.gates}.",
+            )
+            for name in ("bias_ih", "bias_hh"):
+                shape = getattr(op, name).shape
+                _check(shape == (3 * h,), f"{where}: {name} must be ({3 * h},), got {shape}.")
+            if isinstance(op, EGRU):
+                _check(op.threshold.shape == (h,), f"{where}: threshold must be ({h},), got {op.threshold.shape}.")
+                _check(bool((op.threshold >= 0).all()), f"{where}: every threshold must be a number >= 0.")
+                _check(op.reset in RESETS, f"{where}: reset must be one of {', '.join(RESETS)}, got {op.reset!r}.")
+                _check(op.event in ("threshold", "always"), f"{where}: event must be threshold or always.")
+                _check(op.output in ("events", "state"), f"{where}: output must be events or state.")
+                _check(0 <= op.zoneout < 1, f"{where}: zoneout must be in [0, 1), got {op.zoneout}.")
+        if i:
+            _check(
+                ops[i - 1].outputs == op.inputs,
+                f"{where} reads {op.inputs} values, but op {i - 1} ({ops[i - 1].kind}) gives {ops[i - 1].outputs}.",
+            )
+        _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
+    for name, array in _tensors(ops).items():
+        wanted = _DTYPES["U32" if name.endswith((".block_row", ".start")) else "F32"]
+        _check(array.dtype == wanted, f"tensor {name} must be {wanted.name}, got {array.dtype}. Convert it.")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            where = np.argwhere(~np.isfinite(array))[0].tolist()
+            raise ValueError(
+                f"every weight must be finite, but tensor {name} holds {array[tuple(where)]} at {where}. "
+                "Training probably diverged: lower the learning rate, or load an earlier checkpoint."
+            )
+
+
+def _check(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise ValueError(sentence)
+
+
+def _json(text: str, what: str, offset: int) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({k for k, _ in pairs}) != len(pairs):
+            raise ValueError("a key occurs twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ProgramError(f"{what} is not valid JSON: {error}", offset) from error
+
+
+def _read_container(raw: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str], int]:
+    """The safetensors container: tensors without holes or overlaps, string metadata, and where the data begins."""
+    if len(raw) < 8:
+        raise ProgramError(f"the file has {len(raw)} bytes; a program has at least 8. It is empty or cut off", len(raw))
+    (size,) = struct.unpack_from("<Q", raw)
+    if size > MAX_HEADER or 8 + size > len(raw):
+        raise ProgramError(
+            f"the first 8 bytes announce a header of {size} bytes in a file of {len(raw)}: "
+            "this is not a .sfold file, or it is cut off",
+            0,
+        )
+    data_start = 8 + size
+    try:
+        text = raw[8:data_start].decode()
+    except UnicodeDecodeError as error:
+        raise ProgramError("the header is not UTF-8: this is not a .sfold file", 8 + error.start) from error
+    header = _json(text, "the header", 8)
+    if not isinstance(header, dict):
+        raise ProgramError("the header is not an object", 8)
+    meta = header.pop("__metadata__", {})
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise ProgramError("__metadata__ must map names to strings", 8)
+    tensors: dict[str, NDArray[Any]] = {}
+    end = 0
+    entries = []
+    for name, entry in header.items():
+        if not re.fullmatch(r"[A-Za-z0-9_.]{1,200}", name):
+            raise ProgramError(f"tensor name {name[:40]!r} is not made of letters, digits, '_' and '.'", 8)
+        try:
+            dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            sound = isinstance(dtype, str) and isinstance(shape, list) and len(shape) <= 4
+            sound = sound and all(type(n) is int and 0 <= n < 2**48 for n in [*shape, first, last])
+        except (TypeError, KeyError, ValueError):
+            sound = False
+        if not sound:
+            raise ProgramError(f"tensor {name} needs dtype, shape and data_offsets", 8)
+        if dtype not in _DTYPES:
+            raise ProgramError(f"tensor {name} has dtype {dtype!r}; a program holds {', '.join(_DTYPES)}", 8)
+        entries.append((first, last, name, _DTYPES[dtype], shape))
+    for first, last, name, dtype, shape in sorted(entries, key=lambda e: (e[0], e[1])):
+        count = 1
+        for n in shape:
+            count *= n
+        if first != end or last - first != count * dtype.itemsize:
+            raise ProgramError(f"tensor {name} does not follow the one before it, or its size is wrong", data_start + end)
+        if data_start + last > len(raw):
+            raise ProgramError(f"tensor {name} ends after the end of the file: it is cut off", len(raw))
+        try:
+            array = np.frombuffer(raw, dtype, count, data_start + first).reshape(shape)
+        except ValueError as error:  # no elements, but axes that no array can have
+            raise ProgramError(f"tensor {name} has a shape that is too large", 8) from error
+        tensors[name] = array if array.flags.aligned else array.copy()
+        end = last
+    if data_start + end != len(raw):
+        raise ProgramError("bytes follow the last tensor", data_start + end)
+    return tensors, meta, data_start
