@@ -1,0 +1,309 @@
+"""The command line. Commands that train or compile import torch when they are called, not before."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsefold.bench import Latency, pinned, time_calls
+from sparsefold.engine import Engine, Stream
+from sparsefold.program import Embedding, Program, matrices
+from sparsefold.progress import Progress
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``sparsefold``. Returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except KeyboardInterrupt as stop:
+        print(f"\nsparsefold: {stop or 'interrupted.'}", file=sys.stderr)
+        if resume := getattr(args, "resume", None):
+            print(f"Run the same command again to go on: {resume(args)}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        sys.stdout = None
+        return 0
+    except (ValueError, ImportError, FloatingPointError) as error:
+        print(f"sparsefold: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"sparsefold: {where}{error.strerror or error}.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sparsefold", description="Recurrent networks that are sparse twice.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function: Any, help_: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(command=function)
+        return sub
+
+    demo = add("demo", _demo, "Train, compile, play and measure the demonstration; writes runs/demo.")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
+    demo.add_argument("--fresh", action="store_true", help="throw away what an earlier run left there")
+    demo.add_argument("--steps", type=int, default=None, help="training steps of each network")
+    demo.set_defaults(resume=lambda a: f"sparsefold demo --out {a.out}")
+
+    train = add("train", _train, "Train a recipe, or resume it: sparsefold train text steps=2000 density=0.25")
+    train.add_argument("recipe", help="name of a recipe: text")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings; --list shows all")
+    train.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/RECIPE)")
+    train.add_argument("--list", action="store_true", help="print the recipe's settings and stop")
+    train.set_defaults(resume=lambda a: f"sparsefold train {' '.join([a.recipe, *a.overrides])} --out {_train_folder(a)}")
+
+    compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
+    compile_.add_argument("checkpoint", type=Path)
+    compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+
+    run = add("run", _run, "Generate text with a compiled model, as a stream.")
+    run.add_argument("file", type=Path)
+    run.add_argument("--prompt", default="\n", help="text to start from")
+    run.add_argument("--length", type=int, default=400, help="bytes to generate")
+    run.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest byte")
+    run.add_argument("--seed", type=int, default=0)
+
+    eval_ = add("eval", _eval, "Quality, event rates, cost and time of a compiled model on a text.")
+    eval_.add_argument("file", type=Path)
+    eval_.add_argument("--text", type=Path, default=None, help="text file (default: the test split it was trained beside)")
+    eval_.add_argument("--json", action="store_true", help="print JSON")
+
+    inspect = add("inspect", _inspect, "What a .sfold file holds: ops, formats, sizes, where it comes from.")
+    inspect.add_argument("file", type=Path)
+
+    bench = add("bench", _bench, "Latency of one step of a compiled model: p50 and p99, on every instruction set.")
+    bench.add_argument("file", type=Path)
+    bench.add_argument("--steps", type=int, default=5000)
+    bench.add_argument("--isa", default=None, help="only this instruction set")
+
+    report = add("report", _report, "Print the table of a demo's summary.json, or write its HTML report.")
+    report.add_argument("summary", type=Path)
+    report.add_argument("-o", "--output", type=Path, default=None, metavar="HTML")
+    report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return parser
+
+
+def _need_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError("this command needs torch: pip install 'sparsefold[train]'.") from error
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _need_torch()
+    from sparsefold.recipes.demo import demo
+
+    demo(args.out, fresh=args.fresh, steps=args.steps)
+
+
+def _recipe(name: str) -> Any:
+    _need_torch()
+    from sparsefold.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def _train_folder(args: argparse.Namespace) -> Path:
+    return args.out or Path("runs") / str(args.recipe)
+
+
+def _train(args: argparse.Namespace) -> None:
+    recipe = _recipe(args.recipe)
+    from dataclasses import asdict
+
+    from sparsefold.program import write_atomically
+    from sparsefold.recipes._config import override
+
+    config = override(recipe.Config(), args.overrides)
+    if args.list:
+        for key, value in asdict(config).items():
+            print(f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return
+    folder = _train_folder(args)
+    summary = recipe.run(config, folder, args.recipe)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    print(
+        f"{summary['valid_bits_per_char']:.4f} bits per character on the validation split "
+        f"(step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
+        f"Compile it: sparsefold compile {folder} -o {args.recipe}.sfold"
+    )
+
+
+def _compile(args: argparse.Namespace) -> None:
+    _need_torch()
+    from sparsefold.lowering import compile_model
+    from sparsefold.recipes._loop import read_checkpoint
+
+    best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
+    _, facts = read_checkpoint(best)
+    model, facts = _recipe(facts["about"]["recipe"]).load(best)
+    program = compile_model(model, facts["about"] | {"training": facts["progress"]})
+    program.save(args.output)
+    print(f"{args.output}: {args.output.stat().st_size:,} bytes")
+    print(_ops_table(program))
+
+
+def _vocabulary(program: Program, file: Path) -> list[int]:
+    vocabulary = program.metadata.get("vocabulary")
+    sound = isinstance(vocabulary, list) and all(type(b) is int and 0 <= b < 256 for b in vocabulary)
+    if not sound or not program.takes_tokens or not program.inputs == program.outputs == len(vocabulary) + 1:
+        raise ValueError(f"{file} is not a byte-level text model: its metadata names no vocabulary that fits its sizes.")
+    return list(vocabulary)
+
+
+def sample(logits: NDArray[np.float32], temperature: float, random: np.random.Generator) -> int:
+    """A token drawn from softmax(logits / temperature), never the last one (unknown); the likeliest at temperature 0."""
+    known = logits[:-1].astype(np.float64)
+    if temperature == 0:
+        return int(known.argmax())
+    p = np.exp((known - known.max()) / temperature)
+    return int(random.choice(len(p), p=p / p.sum()))
+
+
+def generate(
+    stream: Stream, prompt: Sequence[int], length: int, temperature: float, random: np.random.Generator
+) -> Any:
+    """Plays ``prompt`` and then yields ``length`` drawn tokens, each fed back: a stream of text as it is made."""
+    logits = stream.run(np.asarray(prompt, np.int64))[-1]
+    for _ in range(length):
+        token = sample(logits, temperature, random)
+        yield token
+        logits = stream.step(token)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from sparsefold.data.text import decode, encode
+
+    if args.length < 0 or not args.temperature >= 0:
+        raise ValueError("--length and --temperature must not be negative.")
+    program = Program.load(args.file)
+    vocabulary = _vocabulary(program, args.file)
+    prompt = encode(args.prompt.encode() or b"\n", vocabulary)
+    stream = Engine(program).stream()
+    print(args.prompt, end="", flush=True)
+    for token in generate(stream, prompt.tolist(), args.length, args.temperature, np.random.default_rng(args.seed)):
+        sys.stdout.buffer.write(decode([token], vocabulary))
+        sys.stdout.flush()
+    print(f"\n\n{stream.report()}", file=sys.stderr)
+
+
+def evaluate(stream: Stream, tokens: NDArray[np.int64], chunk: int = 4096) -> float:
+    """Bits per token of a stream on a text, played once from the stream's state."""
+    bits = 0.0
+    with Progress(len(tokens) - 1, "eval") as progress:
+        for at in range(0, len(tokens) - 1, chunk):
+            x, y = tokens[at : at + chunk], tokens[at + 1 : at + chunk + 1]
+            logits = stream.run(x[: len(y)]).astype(np.float64)
+            logits -= logits.max(1, keepdims=True)
+            bits -= float((logits[np.arange(len(y)), y] - np.log(np.exp(logits).sum(1))).sum()) / np.log(2)
+            progress.update(at + len(y))
+    return bits / (len(tokens) - 1)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from sparsefold.data.text import encode, load_text
+
+    program = Program.load(args.file)
+    vocabulary = _vocabulary(program, args.file)
+    if args.text:
+        tokens, what = encode(args.text.read_bytes(), vocabulary), str(args.text)
+    else:
+        known = program.metadata.get("corpus", {})
+        corpus = load_text(None)
+        if not isinstance(known, dict) or known.get("sha256") != corpus.sha256:
+            raise ValueError("the text this model was trained beside is not at hand. Pass a text with --text.")
+        tokens, what = corpus.test, "test split"
+    if len(tokens) < 2:
+        raise ValueError(f"{what} has {len(tokens)} bytes; at least 2 are needed.")
+    stream = Engine(program).stream()
+    bits = evaluate(stream, tokens)
+    total, rate = stream.cost, stream.counters.event_rate()
+    latency = _latency(Engine(program), tokens[:5000].tolist())
+    if args.json:
+        figures = {"bits_per_char": bits, "bytes": len(tokens), "event_rate": rate, "cost": total.to_dict()}
+        print(json.dumps({**figures, "latency_us": latency.to_dict()}, indent=1))
+        return
+    print(f"{bits:.4f} bits per character on {what}, {len(tokens):,} bytes")
+    print(f"{latency.p50:.2f} us per byte p50, {latency.p99:.2f} p99 (one thread, decoder and Python call included)")
+    print(stream.report())
+
+
+def _latency(engine: Engine, inputs: Sequence[Any]) -> Latency:
+    stream = engine.stream()
+    with pinned():
+        time_calls(stream.step, inputs[:500])
+        return Latency.of(time_calls(stream.step, inputs))
+
+
+def _ops_table(program: Program) -> str:
+    lines = []
+    for i, op in enumerate(program.ops):
+        stored = ", ".join(
+            f"{name} {m.shape[0]}x{m.shape[1]} {m.description} ({m.nbytes:,} bytes)" for name, m in matrices(op).items()
+        )
+        if isinstance(op, Embedding):
+            stored = f"{op.weight.shape[0]}x{op.weight.shape[1]} ({op.weight.nbytes:,} bytes)"
+        lines.append(f"{i} {op.kind:<10}{op.inputs:>6} -> {op.outputs:<6} {stored}")
+    return "\n".join(lines)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    program = Program.load(args.file)
+    engine = Engine(program)
+    print(f"{args.file}: {args.file.stat().st_size:,} bytes, arrays {program.nbytes:,}; in memory {engine.nbytes:,}")
+    print(_ops_table(program))
+    if engine.folded:
+        print("The engine folds the embedding into the first layer's input product: one table of at most 8 MB in memory.")
+    for key, value in program.metadata.items():
+        text = json.dumps(value)
+        print(f"{key}: {text if len(text) <= 400 else text[:400] + ' ...'}")
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from sparsefold import _native
+
+    if args.steps < 1000:
+        raise ValueError("--steps is at least 1000: a p99 of fewer calls says nothing.")
+    program = Program.load(args.file)
+    random = np.random.default_rng(0)
+    inputs: list[Any]
+    if program.takes_tokens:
+        inputs = random.integers(0, program.inputs, args.steps).tolist()
+    else:
+        inputs = list(random.standard_normal((args.steps, program.inputs)).astype(np.float32))
+    print(f"{args.steps} steps of random input, one thread, state moving, Python call included; microseconds")
+    for isa in [args.isa] if args.isa else _native.available_isas():
+        latency = _latency(Engine(program, isa=isa), inputs)
+        print(f"{isa:<10} p50 {latency.p50:8.2f}   p99 {latency.p99:8.2f}   mean {latency.mean:8.2f}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from sparsefold import report
+
+    try:
+        summary = json.loads(args.summary.read_text())
+    except ValueError as error:
+        raise ValueError(f"{args.summary} is not JSON: {error}.") from error
+    if args.output:
+        report.write_report(summary, args.output)
+        print(args.output)
+    else:
+        print(report.markdown(summary) if args.markdown else report.table(summary))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""The demonstration: train, compile, play, measure. ``make demo``; everything it finds goes to ``runs/demo``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparsefold import report
+from sparsefold.bench import pinned, provenance, race
+from sparsefold.cli import evaluate, generate
+from sparsefold.data import ByteCorpus, load_text
+from sparsefold.data.text import decode
+from sparsefold.engine import Engine
+from sparsefold.lowering import compile_model
+from sparsefold.nn import EGRUState, Stack, StackState
+from sparsefold.program import Program, write_atomically
+from sparsefold.recipes import rivals, text
+
+# The longest training first, so that two cores finish together. Learning rates: results/text/lr-search.json.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "egru_blocks": ("event GRU 256, 25 % of blocks", {"cell": "egru", "density": 0.25, "lr": 2e-2}),
+    "egru": ("event GRU 256", {"cell": "egru"}),
+    "gru": ("dense GRU 256", {"cell": "gru"}),
+}
+STEPS = 1200
+PARITY_BYTES = 512
+PARITY_BOUND = 1e-4  # largest difference of a logit; float32 sums over 256 units differ in order, and no event may flip
+TIMED_BYTES = 10_000
+RATE_BLOCK = 256  # bytes per point of the event rate over time
+SAMPLE = 300
+
+
+def demo(folder: Path, fresh: bool = False, steps: int | None = None) -> dict[str, Any]:
+    """Runs all of it, prints one table, writes ``summary.json`` (docs/results.md) and ``report.html``; returns the summary.
+
+    Raises:
+        ValueError: the folder cannot be used.
+        RuntimeError: an engine disagrees with its reference; nothing is timed then.
+    """
+    if fresh and folder.exists():
+        shutil.rmtree(folder)
+    began = time.monotonic()
+    corpus = load_text(None)
+    steps = steps or STEPS
+    print(f"Text: {corpus.source}, {sum(map(len, (corpus.train, corpus.valid, corpus.test))):,} bytes. Training {len(NETWORKS)}")
+    print(f"networks of 256 units for {steps} steps each, two at a time, one core each; about two minutes.", flush=True)
+    _train_all(folder, steps)
+    trained = time.monotonic()
+
+    torch.set_num_threads(1)
+    models: dict[str, Stack] = {}
+    programs: dict[str, Program] = {}
+    networks: dict[str, dict[str, Any]] = {}
+    print("Compiling, and reading the test split with each compiled file ...", flush=True)
+    for key in ("gru", "egru", "egru_blocks"):
+        models[key], facts = text.load(folder / key)
+        compile_model(models[key], facts["about"]).save(folder / f"{key}.sfold")
+        programs[key] = Program.load(folder / f"{key}.sfold")
+        networks[key] = _describe(folder, key, programs[key], corpus)
+    for network in networks.values():
+        network["bits_per_char_vs_dense"] = network["bits_per_char"] / networks["gru"]["bits_per_char"]
+
+    print("Checking every engine against torch, then timing them in turns ...", flush=True)
+    rows = _measure(models, programs, networks, corpus)
+    fastest = min((r for r in rows if r["rival"]), key=lambda r: r["latency_us"]["p50"])
+    for row in rows:
+        row["ratio_to_fastest_rival"] = fastest["latency_us"]["p50"] / row["latency_us"]["p50"]
+    sample = _play(programs["egru_blocks"], corpus)
+
+    summary = {
+        "schema": "sparsefold-demo/1",
+        "provenance": {**provenance("sparsefold demo" + (f" --steps {steps}" if steps != STEPS else "")), **_versions()},
+        "corpus": corpus.to_dict(),
+        "seconds": {
+            "training": round(sum(n["seconds"] for n in networks.values()), 1),
+            "measuring": round(time.monotonic() - trained, 1),
+            "total": round(time.monotonic() - began, 1),
+        },
+        "networks": networks,
+        "rows": rows,
+        "fastest_rival": {
+            "network": fastest["network"],
+            "engine": fastest["engine"],
+            "p50": fastest["latency_us"]["p50"],
+        },
+        "sample": sample,
+    }
+    summary["targets"] = _targets(summary)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    report.write_report(summary, folder / "report.html")
+    print(report.table(summary))
+    print(f"\n{folder / 'summary.json'} and {folder / 'report.html'} hold all of it.")
+    return summary
+
+
+def _train_all(folder: Path, steps: int) -> None:
+    """Trains every network in a process of its own, two at a time, and shows their progress."""
+    waiting = deque(NETWORKS)
+    running: dict[str, subprocess.Popen[str]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < 2:
+                key = waiting.popleft()
+                words = [f"{k}={v}" for k, v in {"steps": steps, **NETWORKS[key][1]}.items()]
+                command = [sys.executable, "-m", "sparsefold.cli", "train", "text", *words, "--out", str(folder / key)]
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                process = subprocess.Popen(
+                    command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+                )
+                assert process.stdout is not None  # it is a pipe
+                threading.Thread(target=_relay, args=(key, process.stdout), daemon=True).start()
+                running[key] = process
+            for key, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[key]
+                    if process.returncode == 130:
+                        raise KeyboardInterrupt("interrupted; what was trained is saved.")
+                    if process.returncode:
+                        raise RuntimeError(f"training {key} failed with status {process.returncode}; see the lines above.")
+            time.sleep(0.1)
+    finally:
+        for process in running.values():  # Ctrl-C reached them too: they are saving
+            process.terminate()
+        for process in running.values():
+            process.wait()
+
+
+def _relay(key: str, lines: IO[str]) -> None:
+    for line in lines:
+        print(f"  {key:<12} {line.rstrip().removeprefix('text ')}", flush=True)
+
+
+def _describe(folder: Path, key: str, program: Program, corpus: ByteCorpus) -> dict[str, Any]:
+    """Quality, rates and counted cost of a network, from one pass of its compiled file over the test split."""
+    stream = Engine(program).stream()
+    bits = evaluate(stream, corpus.test)
+    counters, total = stream.counters, stream.cost
+    summary = json.loads((folder / key / "summary.json").read_text())
+    egru = next(iter(counters.events), None)
+    described: dict[str, Any] = {
+        "label": NETWORKS[key][0],
+        "config": summary["config"],
+        "seconds": summary["seconds"],
+        "bits_per_char": bits,
+        "valid_bits_per_char": summary["valid_bits_per_char"],
+        "train_bits_per_char": summary["train_bits_per_char"],
+        "event_rate": 1.0 if egru is None else counters.event_rate(),
+        "density": next(p.density for p in total.parts if p.role == "recurrent"),
+        "file_bytes": (folder / f"{key}.sfold").stat().st_size,
+        "cost": total.to_dict(),
+        "log": [json.loads(line) for line in (folder / key / "log.jsonl").read_text().splitlines()],
+        "event_rate_per_unit": None,
+        "event_rate_over_time": None,
+        "event_rate_block": RATE_BLOCK,
+        "raster": None,
+    }
+    if egru is not None:
+        emitted = Engine(program).stream().run_traced(corpus.test)[1][egru]
+        blocks = emitted[: len(emitted) // RATE_BLOCK * RATE_BLOCK].reshape(-1, RATE_BLOCK * emitted.shape[1])
+        described["event_rate_per_unit"] = (counters.events[egru] / counters.steps).round(4).tolist()
+        described["event_rate_over_time"] = blocks.mean(1).round(4).tolist()
+        stretch = slice(1000, 1096)
+        described["raster"] = {
+            "text": decode(corpus.test[stretch], corpus.vocabulary).decode("latin-1"),
+            "events": [np.flatnonzero(step).tolist() for step in emitted[stretch]],
+        }
+    return described
+
+
+def _measure(
+    models: dict[str, Stack], programs: dict[str, Program], networks: dict[str, Any], corpus: ByteCorpus
+) -> list[dict[str, Any]]:
+    """Parity first, then one race of all engines over the same bytes, one thread, pinned, state moving."""
+    dense = models["gru"]
+    opponents = [rivals.onnx_runtime(dense), rivals.torch_eager(dense), rivals.torch_int8(dense)]
+    check = corpus.test[:PARITY_BYTES].tolist()
+    expected = _torch_logits(dense, corpus.test[:PARITY_BYTES])
+    rows: list[dict[str, Any]] = []
+    players: dict[str, Any] = {}
+    for key, program in programs.items():
+        engine = Engine(program)
+        worst = _teacher_forced(models[key], engine, check)
+        rows.append(_row(key, "sparsefold", False, worst, networks[key]["bits_per_char"], _settings(engine)))
+        players[f"{key}/sparsefold"] = engine.stream().step
+    for rival in opponents:
+        logits = np.array([rival.call(token).copy() for token in corpus.test[:-1].tolist()])
+        worst = float(np.abs(logits[:PARITY_BYTES] - expected).max())
+        bits = _bits(logits, corpus.test[1:])
+        rows.append(_row("gru", rival.name, True, worst, bits, rival.settings))
+        players[f"gru/{rival.name}"] = rival.call
+    with pinned():
+        latencies = race(players, corpus.test[:TIMED_BYTES].tolist(), rounds=20, warmup=500)
+    for row in rows:
+        row["latency_us"] = latencies[f"{row['network']}/{row['engine']}"].to_dict()
+    return rows
+
+
+def _row(key: str, engine: str, rival: bool, worst: float, bits: float, settings: str) -> dict[str, Any]:
+    bound = None if engine == "torch int8" else PARITY_BOUND
+    if bound is not None and not worst <= bound:
+        raise RuntimeError(
+            f"{engine} on {key} differs from torch by {worst:.2e} in a logit, the bound is {bound:.0e}: nothing is timed."
+        )
+    parity = {"max_abs_error": worst, "bound": bound, "against": "torch, float32", "bytes": PARITY_BYTES}
+    return {
+        "network": key,
+        "engine": engine,
+        "rival": rival,
+        "bits_per_char": bits,
+        "parity": parity,
+        "settings": settings,
+    }
+
+
+def _settings(engine: Engine) -> str:
+    return f"float32, {engine.isa}, 1 thread" + (", embedding folded" if engine.folded else "")
+
+
+@torch.no_grad()
+def _torch_logits(model: Stack, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[:, None])[0][:, 0].numpy()
+    return logits
+
+
+@torch.no_grad()
+def _teacher_forced(model: Stack, engine: Engine, tokens: list[int]) -> float:
+    """Largest difference of a logit, the engine's state set to torch's before every byte."""
+    stream, state, worst = engine.stream(), None, 0.0
+    for token in tokens:
+        if state is not None:
+            stream.load_state(_engine_state(state))
+        logits, state, _ = model(torch.tensor([[token]]), state)
+        worst = max(worst, float(np.abs(logits[0, 0].numpy() - stream.step(token)).max()))
+    return worst
+
+
+def _engine_state(state: StackState) -> dict[str, NDArray[np.float32]]:
+    layer = state[1]
+    if isinstance(layer, EGRUState):
+        return {"1.h": layer.h[0, 0].numpy(), "1.y": layer.y[0, 0].numpy()}
+    return {"1.h": layer[0, 0].numpy()}
+
+
+def _bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))
+    return float(loss) / float(np.log(2))
+
+
+def _play(program: Program, corpus: ByteCorpus) -> dict[str, Any]:
+    """Plays generated text as a stream, byte by byte, on the terminal."""
+    prompt, temperature = corpus.test[:64], 0.6
+    start, out = decode(prompt, corpus.vocabulary), bytearray()
+    print(f"\nGenerated, byte by byte, after {start.decode('latin-1')!r}:\n")
+    for token in generate(Engine(program).stream(), prompt.tolist(), SAMPLE, temperature, np.random.default_rng(0)):
+        out += decode([token], corpus.vocabulary)
+        print(out[-1:].decode("latin-1"), end="", flush=True)
+    print("\n")
+    texts = {"prompt": start.decode("latin-1"), "text": out.decode("latin-1")}
+    return {"network": "egru_blocks", **texts, "temperature": temperature}
+
+
+def _targets(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    networks = summary["networks"]
+    ratio = {r["network"]: r["ratio_to_fastest_rival"] for r in summary["rows"] if r["engine"] == "sparsefold"}
+
+    def at_most(name: str, measured: float, limit: float, unit: str) -> dict[str, Any]:
+        held = measured <= limit
+        return {"name": name, "target": f"at most {unit}", "measured": measured, "limit": limit, "held": held}
+
+    def at_least(name: str, measured: float, limit: float) -> dict[str, Any]:
+        held = measured >= limit
+        return {"name": name, "target": f"at least {limit:g}x", "measured": measured, "limit": limit, "held": held}
+
+    quality = networks["egru"]["bits_per_char_vs_dense"]
+    return [
+        at_most("event GRU: bits per character against the dense GRU", quality, 1.03, "1.03 times"),
+        at_most("event GRU: event rate", networks["egru"]["event_rate"], 0.11, "0.11"),
+        at_least("event GRU: whole byte against the fastest rival", ratio["egru"], 3.5),
+        at_least("event GRU, 25 % of blocks: whole byte against the fastest rival", ratio["egru_blocks"], 5.0),
+        at_most("whole demonstration, seconds", summary["seconds"]["total"], 300.0, "300 s"),
+    ]
+
+
+def _versions() -> dict[str, str]:
+    import onnxruntime
+
+    return {"onnxruntime": onnxruntime.__version__}
+
+
+

@@ -1,0 +1,159 @@
+"""Other engines on the same work: the dense GRU of the recipe ``text``, one byte at a time, one thread, state moving.
+
+Each rival is a callable ``token -> logits`` (float32 numpy, (O,)) that keeps its own state, at the best settings known to us.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sparsefold.nn import Stack
+
+Call = Callable[[int], NDArray[np.float32]]
+
+
+class Rival(NamedTuple):
+    """A name for tables, the call that plays one byte, and the settings it runs with."""
+
+    name: str
+    call: Call
+    settings: str
+
+
+def torch_eager(model: Stack) -> Rival:
+    """The model as torch plays it step by step: a GRUCell (a quarter faster than ``nn.GRU`` here), ``inference_mode``."""
+    return Rival("torch eager", _step_by_step(_cells(model)), "GRUCell, float32, inference_mode, 1 thread")
+
+
+def torch_int8(model: Stack) -> Rival:
+    """``torch.ao.quantization.quantize_dynamic`` on the same cells: int8 weights, activations quantised per call."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that this module will move; it is the rival all the same
+        quantized = torch.ao.quantization.quantize_dynamic(
+            _cells(model), {torch.nn.GRUCell, torch.nn.Linear}, dtype=torch.qint8
+        )
+    settings = f"quantize_dynamic, {torch.backends.quantized.engine}, inference_mode, 1 thread"
+    return Rival("torch int8", _step_by_step(quantized), settings)
+
+
+def _cells(model: Stack) -> torch.nn.ModuleList:
+    """Embedding, GRUCell and Linear with the weights of the recipe's dense one-layer network."""
+    embedding, gru, decoder = model
+    _check_dense(gru)
+    cell = torch.nn.GRUCell(gru.input_size, gru.hidden_size)
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in gru.state_dict().items()})
+    return torch.nn.ModuleList([embedding, cell, decoder]).eval()
+
+
+def _check_dense(gru: torch.nn.Module) -> None:
+    if not isinstance(gru, torch.nn.GRU) or gru.num_layers != 1 or gru.bidirectional:
+        raise ValueError("the rivals play the recipe's dense network: an Embedding, one GRU layer and a Linear.")
+
+
+def _step_by_step(cells: torch.nn.ModuleList) -> Call:
+    embedding, cell, decoder = cells
+    token = torch.zeros(1, dtype=torch.long)
+    h = torch.zeros(1, decoder.in_features)
+
+    @torch.inference_mode()
+    def call(x: int) -> NDArray[np.float32]:
+        nonlocal h
+        token[0] = x
+        h = cell(embedding(token), h)
+        logits: NDArray[np.float32] = decoder(h)[0].numpy()
+        return logits
+
+    return call
+
+
+def onnx_runtime(model: Stack) -> Rival:
+    """ONNX Runtime, float32: one session, one thread, inputs and outputs bound once, two state buffers in turn."""
+    try:
+        import onnxruntime as ort
+    except ModuleNotFoundError as error:
+        raise ImportError("the rivals need ONNX Runtime: pip install 'sparsefold[bench]'.") from error
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    session = ort.InferenceSession(onnx_model(model), options, providers=["CPUExecutionProvider"])
+    hidden, tokens = model[1].hidden_size, model[2].out_features
+    token = np.zeros((1, 1), np.int64)
+    logits = np.zeros((1, tokens), np.float32)
+    states = [np.zeros((1, 1, hidden), np.float32) for _ in range(2)]
+    bindings = []
+    for i in range(2):
+        binding = session.io_binding()
+        binding.bind_input("token", "cpu", 0, np.int64, token.shape, token.ctypes.data)
+        binding.bind_input("h", "cpu", 0, np.float32, states[i].shape, states[i].ctypes.data)
+        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        binding.bind_output("h_next", "cpu", 0, np.float32, states[i].shape, states[1 - i].ctypes.data)
+        bindings.append(binding)
+    turn = 0
+    play = session.run_with_iobinding
+
+    def call(x: int, keep: list[NDArray[np.float32]] = states) -> NDArray[np.float32]:
+        nonlocal turn  # `keep`: the bindings hold bare addresses of the states
+        token[0, 0] = x
+        play(bindings[turn])
+        turn ^= 1
+        return logits[0]
+
+    return Rival("ONNX Runtime", call, f"onnxruntime {ort.__version__}, float32, 1 thread, bound inputs and outputs")
+
+
+def onnx_model(model: Stack) -> bytes:
+    """The recipe's one-layer GRU model as an ONNX graph of one step: (token, h) -> (logits, h_next)."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    embedding, gru, decoder = model
+    _check_dense(gru)
+    hidden = gru.hidden_size
+
+    def zrn(parameter: Tensor) -> NDArray[np.float32]:
+        """ONNX orders the gates z, r, h."""
+        r, z, n = parameter.detach().numpy().reshape(3, hidden, -1)
+        return np.concatenate([z, r, n])
+
+    constants = {
+        "embedding": embedding.weight.detach().numpy(),
+        "W": zrn(gru.weight_ih_l0)[None],
+        "R": zrn(gru.weight_hh_l0)[None],
+        "B": np.concatenate([zrn(gru.bias_ih_l0)[:, 0], zrn(gru.bias_hh_l0)[:, 0]])[None],
+        "decoder": decoder.weight.detach().numpy(),
+        "bias": decoder.bias.detach().numpy(),
+    }
+    nodes = [
+        helper.make_node("Gather", ["embedding", "token"], ["x"]),
+        helper.make_node("GRU", ["x", "W", "R", "B", "", "h"], ["", "h_next"], hidden_size=hidden, linear_before_reset=1),
+        helper.make_node("Squeeze", ["h_next", "axis"], ["state"]),
+        helper.make_node("Gemm", ["state", "decoder", "bias"], ["logits"], transB=1),
+    ]
+    constants["axis"] = np.array([0], np.int64)
+    graph = helper.make_graph(
+        nodes,
+        "gru_step",
+        [
+            helper.make_tensor_value_info("token", TensorProto.INT64, [1, 1]),
+            helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, 1, hidden]),
+        ],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, decoder.out_features]),
+            helper.make_tensor_value_info("h_next", TensorProto.FLOAT, [1, 1, hidden]),
+        ],
+        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in constants.items()],
+    )
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    proto.ir_version = 9
+    onnx.checker.check_model(proto)
+    data: bytes = proto.SerializeToString()
+    return data
