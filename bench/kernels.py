@@ -13,6 +13,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def microseconds(call: Callable[[], Any], repeat: int, rounds: int = 15) -> floa
         call()
         times.append((time.perf_counter_ns() - start) / repeat / 1e3)
     return float(np.median(times))
+
+
+def all_sets(packed: _native.Packed, sets: list[Any], values: Any, out: Any) -> None:
+    """One product for every event set."""
+    for index in sets:
+        packed.matvec_events(index, values, out)
 
 
 def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> list[dict[str, Any]]:
@@ -66,16 +73,18 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
                 if not np.allclose(got, exact @ x, rtol=0, atol=1e-4):
                     raise RuntimeError(f"wrong product at H={units}, density={density}, rate={rate}: nothing is timed.")
             # Every call reads another event set, as a moving state does.
-            us = microseconds(lambda s=sets: [packed.matvec_events(i, values, out) for i in s], len(sets))
+            us = microseconds(partial(all_sets, packed, sets, values, out), len(sets))
             macs = int(matrix.column_elements[np.concatenate(sets)].sum()) / len(sets)
             lines.append({"x": "events", "density": density, "event_rate": rate, "us": us, "macs": macs})
         x32 = random.standard_normal(units).astype(np.float32)
-        us = microseconds(lambda v=x32: packed.matvec(v, out, 16), 16)
+        us = microseconds(partial(packed.matvec, x32, out, 16), 16)
         lines.append({"x": "dense", "density": density, "event_rate": 1.0, "us": us, "macs": matrix.elements})
     us = microseconds(lambda: [weight @ x32 for _ in range(16)], 16)
     lines.append({"x": "numpy dense", "density": 1.0, "event_rate": 1.0, "us": us, "macs": weight.size})
     yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["density"] == 1)
-    return [{"units": units, **e, "macs_per_ns": e["macs"] / e["us"] / 1e3, "speedup": yardstick / e["us"]} for e in lines]
+    return [
+        {"units": units, **e, "macs_per_ns": e["macs"] / e["us"] / 1e3, "speedup": yardstick / e["us"]} for e in lines
+    ]
 
 
 def main() -> None:

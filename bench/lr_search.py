@@ -20,9 +20,9 @@ from sparsefold.bench import provenance
 from sparsefold.program import write_atomically
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "gru": ({"cell": "gru"}, (3e-3, 4e-3, 6e-3, 8e-3)),
-    "egru": ({"cell": "egru"}, (7e-3, 1e-2, 1.4e-2, 2e-2)),
-    "egru-blocks": ({"cell": "egru", "density": 0.25}, (7e-3, 1e-2, 1.4e-2, 2e-2)),
+    "gru": ({"cell": "gru"}, (3.5e-3, 5e-3, 7e-3)),
+    "egru": ({"cell": "egru"}, (1e-2, 1.4e-2, 2e-2)),
+    "egru_blocks": ({"cell": "egru", "density": 0.25}, (1.4e-2, 2e-2, 2.8e-2)),
 }
 
 
@@ -52,7 +52,7 @@ def one(job: tuple[str, float, int, int]) -> dict[str, Any]:
 def main() -> None:
     """Runs the search and writes the file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", default="", help="one network")
@@ -71,7 +71,9 @@ def main() -> None:
         for future in concurrent.futures.as_completed([pool.submit(one, job) for job in jobs]):
             runs.append(future.result())
             r = runs[-1]
-            print(f"{r['network']:<12} lr {r['lr']:<7} seed {r['seed']}  valid {r['valid_bits_per_char']:.4f}", flush=True)
+            print(
+                f"{r['network']:<12} lr {r['lr']:<7} seed {r['seed']}  valid {r['valid_bits_per_char']:.4f}", flush=True
+            )
     runs.sort(key=lambda r: (r["network"], r["lr"], r["seed"]))
     command = f"python bench/lr_search.py --steps {args.steps} --seeds {args.seeds} --out {args.out}"
     text = json.dumps({"provenance": provenance(command), "runs": runs}, indent=1)

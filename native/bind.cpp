@@ -22,7 +22,8 @@ using Vector = Array<float, 1>;
 std::string plural(uint64_t n, const char* noun) { return std::to_string(n) + " " + noun + (n == 1 ? "" : "s"); }
 
 uint32_t size32(size_t n) {
-    if (n > (1u << 28)) throw std::invalid_argument("an axis of " + std::to_string(n) + " elements is longer than 2^28.");
+    if (n > (1u << 28))
+        throw std::invalid_argument("an axis of " + std::to_string(n) + " elements is longer than 2^28.");
     return static_cast<uint32_t>(n);
 }
 
@@ -42,8 +43,8 @@ struct PyMatrix {
         return m;
     }
 
-    static PyMatrix block(uint32_t rows, uint32_t cols, uint32_t gates, Array<float, 3> values, Array<uint32_t, 1> block_row,
-                          Array<uint32_t, 1> start) {
+    static PyMatrix block(uint32_t rows, uint32_t cols, uint32_t gates, Array<float, 3> values,
+                          Array<uint32_t, 1> block_row, Array<uint32_t, 1> start) {
         PyMatrix m;
         m.view.format = MatrixView::Format::block;
         m.view.rows = size32(rows);
@@ -52,12 +53,14 @@ struct PyMatrix {
         m.view.blocks = values.shape(0);
         m.view.block_cols = size32(values.shape(1));
         m.view.block_rows = size32(values.shape(2));
-        if (m.view.block_cols == 0 || m.view.block_rows == 0) throw std::invalid_argument("a block has at least one element.");
+        if (m.view.block_cols == 0 || m.view.block_rows == 0)
+            throw std::invalid_argument("a block has at least one element.");
         const size_t columns = (size_t{cols} + m.view.block_cols - 1) / m.view.block_cols;
         if (block_row.shape(0) != values.shape(0) || start.shape(0) != columns + 1)
             throw std::invalid_argument("a block matrix of " + plural(values.shape(0), "block") + " and " +
-                                        plural(columns, "block column") + " came with " + plural(block_row.shape(0), "block row") +
-                                        " and " + plural(start.shape(0), "start") + ".");
+                                        plural(columns, "block column") + " came with " +
+                                        plural(block_row.shape(0), "block row") + " and " +
+                                        plural(start.shape(0), "start") + ".");
         m.view.values = values.data();
         m.view.block_row = block_row.data();
         m.view.start = start.data();
@@ -78,16 +81,16 @@ struct PyPacked {
     void check(size_t x, size_t limit, size_t out) const {
         if (x != limit || out != matrix.padded_rows())
             throw std::invalid_argument("this product reads " + plural(limit, "value") + " and adds to " +
-                                        plural(matrix.padded_rows(), "padded row") + "; it was given " + std::to_string(x) +
-                                        " and " + std::to_string(out) + ".");
+                                        plural(matrix.padded_rows(), "padded row") + "; it was given " +
+                                        std::to_string(x) + " and " + std::to_string(out) + ".");
     }
     void matvec(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
         check(x.shape(0), matrix.cols(), out.shape(0));
         nb::gil_scoped_release release;
         for (uint32_t i = 0; i < repeat; ++i) matrix.matvec(*kernels, x.data(), out.data());
     }
-    void matvec_events(Array<uint32_t, 1> index, Vector value, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out,
-                       uint32_t repeat) const {
+    void matvec_events(Array<uint32_t, 1> index, Vector value,
+                       nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
         check(value.shape(0), index.shape(0), out.shape(0));
         for (size_t k = 0; k < index.shape(0); ++k)
             if (index(k) >= matrix.cols())
@@ -125,17 +128,18 @@ struct PyEngine {
     }
     void add_gru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool reset_after) {
         open();
-        program.add_gru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"), vector(bias_hh, hh.view.rows, "bias_hh"),
-                        reset_after);
+        program.add_gru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
+                        vector(bias_hh, hh.view.rows, "bias_hh"), reset_after);
     }
-    void add_egru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, Vector threshold, bool reset_after,
-                  const std::string& reset, bool always, bool emits_events, float zoneout) {
+    void add_egru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, Vector threshold,
+                  bool reset_after, const std::string& reset, bool always, bool emits_events, float zoneout) {
         open();
         const Reset kind = reset == "threshold" ? Reset::threshold : reset == "output" ? Reset::output : Reset::none;
         if (kind == Reset::none && reset != "none")
             throw std::invalid_argument("reset '" + reset + "' is not one of threshold, output, none.");
-        program.add_egru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"), vector(bias_hh, hh.view.rows, "bias_hh"),
-                         vector(threshold, hh.view.cols, "threshold"), reset_after, kind, always, emits_events, zoneout);
+        program.add_egru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
+                         vector(bias_hh, hh.view.rows, "bias_hh"), vector(threshold, hh.view.cols, "threshold"),
+                         reset_after, kind, always, emits_events, zoneout);
     }
     void finish(const std::string& isa, uint64_t fold_limit) {
         open();
@@ -171,8 +175,8 @@ class FloatBuffer {
 
   private:
     [[noreturn]] static void fail(const char* what, size_t size, const std::string& got) {
-        throw std::invalid_argument(std::string(what) + " must be float32 of shape (" + std::to_string(size) + ",); got " + got +
-                                    ". Convert it with numpy.ascontiguousarray(x, numpy.float32).");
+        throw std::invalid_argument(std::string(what) + " must be float32 of shape (" + std::to_string(size) +
+                                    ",); got " + got + ". Convert it with numpy.ascontiguousarray(x, numpy.float32).");
     }
     Py_buffer view_{};
 };
@@ -196,13 +200,15 @@ class PyStream {
                     nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> trace) {
         if (!engine_->program.takes_tokens()) throw std::invalid_argument("this program reads values, not tokens.");
         for (size_t t = 0; t < tokens.shape(0); ++t) check_token(tokens(t));
-        run(tokens.shape(0), out, trace, [&](size_t t) { return std::pair<int64_t, const float*>(tokens(t), nullptr); });
+        run(tokens.shape(0), out, trace,
+            [&](size_t t) { return std::pair<int64_t, const float*>(tokens(t), nullptr); });
     }
     void run_values(Array<float, 2> x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
                     nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> trace) {
         if (engine_->program.takes_tokens() || x.shape(1) != engine_->program.inputs())
             throw std::invalid_argument("sequence does not fit the program's input.");
-        run(x.shape(0), out, trace, [&](size_t t) { return std::pair<int64_t, const float*>(0, x.data() + t * x.shape(1)); });
+        run(x.shape(0), out, trace,
+            [&](size_t t) { return std::pair<int64_t, const float*>(0, x.data() + t * x.shape(1)); });
     }
 
     void reset() {
@@ -220,7 +226,8 @@ class PyStream {
         const Lock lock(stream_);
         const OpState& s = at(op);
         const auto copy = [&](const void* from, size_t size, nb::dlpack::dtype dtype) {
-            if (!from || out.dtype() != dtype || out.shape(0) != size) throw std::invalid_argument("cannot read '" + name + "'.");
+            if (!from || out.dtype() != dtype || out.shape(0) != size)
+                throw std::invalid_argument("cannot read '" + name + "'.");
             std::memcpy(out.data(), from, out.nbytes());
         };
         const auto counters = [&](const std::vector<uint64_t>& c) { copy(c.data(), c.size(), nb::dtype<uint64_t>()); };
@@ -235,7 +242,8 @@ class PyStream {
     void write(size_t op, const std::string& name, Vector values) {
         const Lock lock(stream_);
         OpState& s = at(op);
-        if (values.shape(0) != s.cell.units || s.cell.units == 0) throw std::invalid_argument("cannot write '" + name + "'.");
+        if (values.shape(0) != s.cell.units || s.cell.units == 0)
+            throw std::invalid_argument("cannot write '" + name + "'.");
         if (name == "h")
             std::memcpy(s.cell.h, values.data(), values.nbytes());
         else if (name == "y" && s.cell.y)
@@ -250,27 +258,31 @@ class PyStream {
     struct Lock {
         explicit Lock(Stream& s) : stream(s) {
             if (stream.busy.exchange(true, std::memory_order_acquire))
-                throw std::runtime_error("this stream is in use by another thread. Give each thread its own engine.stream().");
+                throw std::runtime_error(
+                    "this stream is in use by another thread. Give each thread its own engine.stream().");
         }
         ~Lock() { stream.busy.store(false, std::memory_order_release); }
         Stream& stream;
     };
 
     OpState& at(size_t op) {
-        if (op >= engine_->program.ops().size()) throw std::invalid_argument("the program has no op " + std::to_string(op) + ".");
+        if (op >= engine_->program.ops().size())
+            throw std::invalid_argument("the program has no op " + std::to_string(op) + ".");
         return stream_.state(op);
     }
     void check_token(int64_t token) const {
         if (token < 0 || token >= static_cast<int64_t>(engine_->program.inputs()))
-            throw std::invalid_argument("token " + std::to_string(token) + " is outside the vocabulary: this program knows tokens 0 to " +
+            throw std::invalid_argument("token " + std::to_string(token) +
+                                        " is outside the vocabulary: this program knows tokens 0 to " +
                                         std::to_string(engine_->program.inputs() - 1) + ".");
     }
     int64_t token(nb::handle x) const {
         PyObject* index = PyLong_CheckExact(x.ptr()) ? (Py_INCREF(x.ptr()), x.ptr()) : PyNumber_Index(x.ptr());
         if (!index) {
             PyErr_Clear();
-            throw std::invalid_argument("this program starts with an embedding, so step() takes one token id, an int; got " +
-                                        nb::cast<std::string>(nb::str(nb::handle(x).type().attr("__name__"))) + ".");
+            throw std::invalid_argument(
+                "this program starts with an embedding, so step() takes one token id, an int; got " +
+                nb::cast<std::string>(nb::str(nb::handle(x).type().attr("__name__"))) + ".");
         }
         const long long value = PyLong_AsLongLong(index);
         Py_DECREF(index);

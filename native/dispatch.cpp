@@ -9,8 +9,8 @@ const std::vector<std::string>& available_isas() {
     static const std::vector<std::string> isas = [] {
         std::vector<std::string> found;
 #ifdef SPARSEFOLD_X86
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-            __builtin_cpu_supports("avx512vl"))
+        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             found.push_back("avx512");
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
 #endif
@@ -37,7 +37,8 @@ const Kernels& kernels(const std::string& isa, std::string* chosen) {
 #endif
         return kernels_generic;
     }
-    throw std::invalid_argument("instruction set '" + name + "' is not available on this processor, which has: " + list +
+    throw std::invalid_argument("instruction set '" + name +
+                                "' is not available on this processor, which has: " + list +
                                 ". Choose one of these (isa=, or SPARSEFOLD_ISA), or leave it out for the first.");
 }
 

@@ -9,8 +9,8 @@ namespace sparsefold {
 /// Instruction sets this processor has, best first. Probed once.
 const std::vector<std::string>& available_isas();
 
-/// The table of `isa`; "" asks for $SPARSEFOLD_ISA if set, else the best. Throws std::invalid_argument when the processor
-/// lacks it or the name is unknown. `chosen`, if given, receives the name.
+/// The table of `isa`; "" asks for $SPARSEFOLD_ISA if set, else the best. Throws std::invalid_argument when the
+/// processor lacks it or the name is unknown. `chosen`, if given, receives the name.
 const Kernels& kernels(const std::string& isa, std::string* chosen = nullptr);
 
 }  // namespace sparsefold

@@ -21,9 +21,9 @@ struct Engine {
 /// State and counters of one op of one stream; pointers into the stream's arena.
 struct OpState {
     CellArgs cell{};
-    float* scaled = nullptr;          // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;          // linear
-    std::vector<uint64_t> events;     // EGRU: per unit, events emitted
+    float* scaled = nullptr;             // r * y or r * h, when the reset gate acts before the product
+    float* output = nullptr;             // linear
+    std::vector<uint64_t> events;        // EGRU: per unit, events emitted
     std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
     std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
 };
@@ -32,11 +32,11 @@ class Stream {
   public:
     explicit Stream(std::shared_ptr<const Engine> engine);
 
-    /// One step. Exactly one of `token` (in front of an embedding) and `x` (program.inputs() floats) is read; `out` receives
-    /// program.outputs() floats. The caller has checked the token. `trace`, if given, receives one byte per unit of every
-    /// EGRU, in order: 1 where it emitted.
+    /// One step. Exactly one of `token` (in front of an embedding) and `x` (program.inputs() floats) is read; `out`
+    /// receives program.outputs() floats. The caller has checked the token. `trace`, if given, receives one byte per
+    /// unit of every EGRU, in order: 1 where it emitted.
     void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr);
-    void reset();                // state to zero; counters stay
+    void reset();  // state to zero; counters stay
     void reset_counters();
     void set_emitted(size_t op, const float* y);  // y of step t-1; what is not zero is an event
 

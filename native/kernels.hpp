@@ -11,15 +11,17 @@ constexpr uint32_t kPanel = 128;  // rows of one panel of a packed dense matrix
 
 constexpr uint32_t pad(uint32_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-/// Packed dense matrix: panels of kPanel rows (the last one narrower), each holding its part of column 0, of column 1, ...
+/// Packed dense matrix: panels of kPanel rows (the last one narrower), each holding its part of column 0, of column 1,
+/// ...
 struct DenseF32 {
     const float* values;
     uint32_t rows;  // padded to kLanes
     uint32_t cols;
 };
 
-/// Packed block matrix, by input column: column c owns segments [start[c], start[c+1]); a segment is `height` consecutive
-/// outputs beginning at row[s]. Blocks of 16·k rows are cut into segments of 16 at load, so that `height` is 16 for them.
+/// Packed block matrix, by input column: column c owns segments [start[c], start[c+1]); a segment is `height`
+/// consecutive outputs beginning at row[s]. Blocks of 16·k rows are cut into segments of 16 at load, so that `height`
+/// is 16 for them.
 struct BlockF32 {
     const float* values;     // (segments, height)
     const uint32_t* row;     // (segments)
@@ -38,14 +40,15 @@ struct Events {
 
 enum class Reset : uint32_t { threshold, output, none };
 
-/// One pointwise step of `units` units; every array is padded to kLanes, gates lie `pad(units)` apart, in order r, z, n.
+/// One pointwise step of `units` units; every array is padded to kLanes, gates lie `pad(units)` apart, in order r, z,
+/// n.
 struct CellArgs {
     uint32_t units;
-    bool reset_after;        // true: n reads r * gh_n; false: `gh_n` was already made from r * y (or r * h)
-    const float* gi;         // (3, padded)  W_i x + b_i
-    const float* gh;         // (3, padded)  W_h y + b_h
-    float* r;                // (padded)     reset gate; written by `reset_gate`, read when !reset_after
-    float* h;                // (padded)     carried state, in and out
+    bool reset_after;  // true: n reads r * gh_n; false: `gh_n` was already made from r * y (or r * h)
+    const float* gi;   // (3, padded)  W_i x + b_i
+    const float* gh;   // (3, padded)  W_h y + b_h
+    float* r;          // (padded)     reset gate; written by `reset_gate`, read when !reset_after
+    float* h;          // (padded)     carried state, in and out
     // EGRU only
     Reset reset;
     float zoneout;
@@ -55,7 +58,7 @@ struct CellArgs {
     float* y;                // (padded) emitted value, in (the step before) and out
     uint32_t* event_index;   // (padded) units that emitted, ascending
     float* event_value;
-    uint32_t event_count;    // out
+    uint32_t event_count;  // out
 };
 
 struct Kernels {
@@ -66,7 +69,7 @@ struct Kernels {
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_CELL
-    void (*reset_gate)(const CellArgs&);                                      // r = sigmoid(gi_r + gh_r)
+    void (*reset_gate)(const CellArgs&);                                           // r = sigmoid(gi_r + gh_r)
     void (*activations)(const float* x, float* sigmoid, float* tanh, uint32_t n);  // n padded; for the accuracy test
 };
 

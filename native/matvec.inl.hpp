@@ -20,8 +20,8 @@ struct EventColumns {
     SF_INLINE float value(uint32_t k) const { return x.value[k]; }
 };
 
-/// `Groups` vectors of rows at `w`, columns `stride` floats apart, the sums in registers over all columns. Narrow strips
-/// keep `Chains` independent sums per vector, so that the latency of the multiply-add is hidden.
+/// `Groups` vectors of rows at `w`, columns `stride` floats apart, the sums in registers over all columns. Narrow
+/// strips keep `Chains` independent sums per vector, so that the latency of the multiply-add is hidden.
 template <uint32_t Groups, uint32_t Chains, class Columns>
 SF_INLINE void strip(const float* w, uint32_t stride, const Columns& x, float* y) {
     F16 sum[Chains][Groups];
@@ -87,10 +87,12 @@ SF_INLINE void matvec(const BlockF32& w, const Columns& x, float* y) {
     }
 }
 
-#define SPARSEFOLD_MATVEC(format, dtype, Packed)                                                                           \
-    static void matvec_##format##_##dtype(const Packed& w, const float* x, float* y) { matvec(w, AllColumns{x, w.cols}, y); } \
-    static void matvec_events_##format##_##dtype(const Packed& w, const Events& x, float* y) {                             \
-        matvec(w, EventColumns{x, x.count}, y);                                                                            \
+#define SPARSEFOLD_MATVEC(format, dtype, Packed)                                               \
+    static void matvec_##format##_##dtype(const Packed& w, const float* x, float* y) {         \
+        matvec(w, AllColumns{x, w.cols}, y);                                                   \
+    }                                                                                          \
+    static void matvec_events_##format##_##dtype(const Packed& w, const Events& x, float* y) { \
+        matvec(w, EventColumns{x, x.count}, y);                                                \
     }
 #define SPARSEFOLD_CELL(name, Args)
 #include "kernels.def"

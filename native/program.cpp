@@ -23,12 +23,15 @@ Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
 
 }  // namespace
 
-Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate) : format_(view.format), cols_(view.cols) {
+Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
+    : format_(view.format), cols_(view.cols) {
     constexpr uint32_t limit = 1u << 28;
     if (view.gates == 0 || view.rows % view.gates)
-        refuse("a matrix of " + number(view.rows) + " rows cannot have " + number(view.gates) + " gates of equal size.");
+        refuse("a matrix of " + number(view.rows) + " rows cannot have " + number(view.gates) +
+               " gates of equal size.");
     if (view.rows > limit || view.cols > limit)
-        refuse("a matrix of " + number(view.rows) + " x " + number(view.cols) + " is larger than 2^28 rows or columns.");
+        refuse("a matrix of " + number(view.rows) + " x " + number(view.cols) +
+               " is larger than 2^28 rows or columns.");
     if (first_gate >= last_gate || last_gate > view.gates) refuse("gate range out of bounds.");
     if (uint64_t{view.gates} * pad(view.rows / view.gates) > uint64_t{limit} * 3)
         refuse("a matrix of " + number(view.gates) + " gates is too large once every gate is padded to whole vectors.");
@@ -134,7 +137,7 @@ size_t Matrix::nbytes() const {
     return values_.size() * sizeof(float) + (row_.size() + length_.size() + start_.size()) * sizeof(uint32_t);
 }
 
-Op& Program::append(Op::Kind kind, uint32_t inputs, uint32_t outputs) {
+Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
     if (inputs == 0 || outputs == 0) refuse("every op needs at least one input and one output.");
     if (!ops_.empty()) {
         if (kind == Op::Kind::embedding) refuse("an embedding can only be the first op.");
@@ -147,32 +150,33 @@ Op& Program::append(Op::Kind kind, uint32_t inputs, uint32_t outputs) {
     op.inputs = inputs;
     op.outputs = outputs;
     op.reads_events = !ops_.empty() && ops_.back().emits_events;
-    ops_.push_back(std::move(op));
-    return ops_.back();
+    return op;
 }
 
 void Program::add_embedding(const float* weight, uint32_t tokens, uint32_t width) {
-    Op& op = append(Op::Kind::embedding, tokens, width);
+    Op op = make(Op::Kind::embedding, tokens, width);
     op.table = Buffer<float>(size_t{tokens} * pad(width));
     for (uint32_t t = 0; t < tokens; ++t)
         std::memcpy(op.table.data() + size_t{t} * pad(width), weight + size_t{t} * width, width * sizeof(float));
+    ops_.push_back(std::move(op));
 }
 
 void Program::add_linear(const MatrixView& weight, const float* bias) {
-    Op& op = append(Op::Kind::linear, weight.cols, weight.rows);
+    Op op = make(Op::Kind::linear, weight.cols, weight.rows);
     if (weight.gates != 1) refuse("a linear op has one gate.");
     op.input = Matrix(weight);
     op.bias_input = padded(bias, 1, weight.rows);
+    ops_.push_back(std::move(op));
 }
 
-Op& Program::append_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                              const float* bias_hh, bool reset_after) {
+Op Program::make_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh,
+                           const float* bias_ih, const float* bias_hh, bool reset_after) const {
     const uint32_t units = weight_hh.cols;
     if (weight_hh.gates != 3 || weight_ih.gates != 3 || uint64_t{weight_hh.rows} != uint64_t{units} * 3 ||
         weight_ih.rows != weight_hh.rows)
         refuse("a GRU of " + number(units) + " units has three gates of as many rows; its matrices have " +
                number(weight_ih.rows) + " and " + number(weight_hh.rows) + " rows.");
-    Op& op = append(kind, weight_ih.cols, units);
+    Op op = make(kind, weight_ih.cols, units);
     op.input = Matrix(weight_ih);
     op.hidden = reset_after ? Matrix(weight_hh) : Matrix(weight_hh, 0, 2);
     if (!reset_after) op.hidden_n = Matrix(weight_hh, 2, 3);
@@ -182,14 +186,15 @@ Op& Program::append_recurrent(Op::Kind kind, const MatrixView& weight_ih, const 
     return op;
 }
 
-void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                      bool reset_after) {
-    append_recurrent(Op::Kind::gru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                      const float* bias_hh, bool reset_after) {
+    ops_.push_back(make_recurrent(Op::Kind::gru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after));
 }
 
-void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                       const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout) {
-    Op& op = append_recurrent(Op::Kind::egru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                       const float* bias_hh, const float* threshold, bool reset_after, Reset reset, bool always,
+                       bool emits_events, float zoneout) {
+    Op op = make_recurrent(Op::Kind::egru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
     op.reset = reset;
     op.zoneout = zoneout;
     op.emits_events = emits_events;
@@ -197,6 +202,7 @@ void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh,
     op.crossing = padded(threshold, 1, op.outputs);
     if (always)
         for (uint32_t j = 0; j < op.outputs; ++j) op.crossing[j] = -std::numeric_limits<float>::infinity();
+    ops_.push_back(std::move(op));
 }
 
 void Program::fold(const Kernels& kernels, uint64_t limit) {
@@ -219,7 +225,8 @@ size_t Program::nbytes() const {
     size_t total = 0;
     for (const Op& op : ops_)
         total += op.input.nbytes() + op.hidden.nbytes() + op.hidden_n.nbytes() +
-                 (op.table.size() + op.bias_input.size() + op.bias_hidden.size() + op.threshold.size() + op.crossing.size()) *
+                 (op.table.size() + op.bias_input.size() + op.bias_hidden.size() + op.threshold.size() +
+                  op.crossing.size()) *
                      sizeof(float);
     return total;
 }

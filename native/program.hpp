@@ -1,4 +1,5 @@
-// A network as the engine plays it: weights packed for the kernels, every index of the unpacked form checked on the way.
+// A network as the engine plays it: weights packed for the kernels, every index of the unpacked form checked on the
+// way.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -43,7 +44,7 @@ class Buffer {
 struct MatrixView {
     enum class Format { dense, block } format = Format::dense;
     uint32_t rows = 0, cols = 0, gates = 1;
-    const float* values = nullptr;       // dense (rows, cols); block (blocks, block_cols, block_rows)
+    const float* values = nullptr;  // dense (rows, cols); block (blocks, block_cols, block_rows)
     uint32_t block_rows = 1, block_cols = 1;
     const uint32_t* block_row = nullptr;  // (blocks) counted over gates * ceil(rows / gates / block_rows)
     const uint32_t* start = nullptr;      // (ceil(cols / block_cols) + 1)
@@ -60,7 +61,7 @@ class Matrix {
 
     void matvec(const Kernels& kernels, const float* x, float* y) const;
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
-    uint32_t rows() const { return rows_; }                                      // without padding
+    uint32_t rows() const { return rows_; }  // without padding
     uint32_t cols() const { return cols_; }
     uint32_t gates() const { return gates_; }
     uint32_t padded_rows() const { return gates_ ? gates_ * pad(rows_ / gates_) : 0; }
@@ -104,8 +105,8 @@ class Program {
                  bool reset_after);
     void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                   const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout);
-    /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by the
-    /// same kernel, so that folding changes no bit of any output.
+    /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by
+    /// the same kernel, so that folding changes no bit of any output.
     void fold(const Kernels& kernels, uint64_t limit);
 
     const std::vector<Op>& ops() const { return ops_; }
@@ -115,10 +116,10 @@ class Program {
     size_t nbytes() const;
 
   private:
-    Op& append(Op::Kind kind, uint32_t inputs, uint32_t outputs);
-    Op& append_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                         const float* bias_hh, bool reset_after);
-    std::vector<Op> ops_;
+    Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const;
+    Op make_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                      const float* bias_hh, bool reset_after) const;
+    std::vector<Op> ops_;  // an op enters when it is complete: a refused one leaves no trace
 };
 
 }  // namespace sparsefold

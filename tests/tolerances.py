@@ -1,5 +1,7 @@
 """Every tolerance of the suite, each with the line of reasoning it comes from."""
 
+import numpy as np
+
 # --- training side: cells, activity, masks ---------------------------------------------------------------------------
 
 EPS64 = 2.0**-52
@@ -20,3 +22,108 @@ MEAN_F64 = 64 * EPS64
 
 # The same mean as the difference of two float32 values, mean = own + (mean - own): two roundings of values below 1.
 DISTRIBUTED_F32 = 4 * 2.0**-23
+
+# --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
+
+EPS32 = 2.0**-24  # relative error of one float32 operation
+TINY32 = 2.0**-126  # below this the engine counts a number as zero
+
+# 1 / (1 + e^-x): the exponential's relative error of 2e-7 weighs at most s·(1-s) <= 1/4, sum and quotient round once each.
+# 5e-8 + 2·6e-8 = 1.7e-7 at worst; the worst of all float32 between 2^-14 and 100, both signs, is 1.0643e-7.
+SIGMOID_F32 = 1.1e-7
+
+# tanh x = 2·sigmoid(2x) - 1 doubles that; the worst of the same numbers is 2.1286e-7.
+TANH_F32 = 2.2e-7
+
+
+def product_f32(terms, magnitude):
+    """Bound of a float32 sum of ``terms`` products, any order, against float64; ``magnitude`` is Σ|w·x|.
+
+    A term passes one product and at most ``terms`` sums, each of relative error EPS32: terms·EPS32·Σ|w·x|. Four of these
+    leave room for the chains' last sums and for second order. A product that underflows is lost whole.
+    """
+    return 4 * terms * EPS32 * magnitude + terms * TINY32
+
+
+def matrix_product(weight, bias, x, x_error):
+    """(W x + b, bound of its float32 error) where ``x`` itself may be wrong by ``x_error``."""
+    w = weight.to_dense().astype(np.float64)
+    size = np.abs(w)
+    bound = product_f32(w.shape[1] + 1, size @ np.abs(x) + np.abs(bias)) + (1 + 4 * w.shape[1] * EPS32) * (
+        size @ x_error
+    )
+    return w @ x + bias, bound
+
+
+def gru_step(op, x, x_error, seen, h):
+    """((1-z)·n + z·h, bound of its float32 error); ``seen`` and ``h`` are exact, for every step is teacher-forced.
+
+    The sigmoid's slope is at most 1/4, that of tanh at most 1, so an error e before them is e/4 and e behind them, and
+    their own error comes on top. A product a·b of values wrong by e and f is wrong by |a|·f + |b|·e + e·f.
+    """
+    gi, gi_error = matrix_product(op.weight_ih, op.bias_ih.astype(np.float64), x, x_error)
+    none = np.zeros(len(seen))
+    gh, gh_error = matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), seen, none)
+    (ir, iz, inn), (hr, hz, hn) = np.split(gi, 3), np.split(gh, 3)
+    (eir, eiz, ein), (ehr, ehz, ehn) = np.split(gi_error, 3), np.split(gh_error, 3)
+    r, z = _sigmoid(ir + hr), _sigmoid(iz + hz)
+    r_error = (eir + ehr + EPS32 * np.abs(ir + hr)) / 4 + SIGMOID_F32
+    z_error = (eiz + ehz + EPS32 * np.abs(iz + hz)) / 4 + SIGMOID_F32
+    if op.reset_after:
+        inner = inn + r * hn
+        inner_error = ein + np.abs(hn) * r_error + r * ehn + r_error * ehn + 2 * EPS32 * (np.abs(inn) + np.abs(r * hn))
+    else:
+        scaled_error = np.abs(seen) * r_error + EPS32 * np.abs(seen)
+        hn, ehn = (
+            np.split(v, 3)[2]
+            for v in matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), r * seen, scaled_error)
+        )
+        inner = inn + hn
+        inner_error = ein + ehn + EPS32 * (np.abs(inn) + np.abs(hn))
+    n, n_error = np.tanh(inner), inner_error + TANH_F32
+    u = (1 - z) * n + z * h
+    error = np.abs(h - n) * z_error + (1 - z) * n_error + z_error * n_error + 4 * EPS32 * (np.abs(h) + np.abs(n))
+    return u, error + 4 * TINY32
+
+
+def egru_step(op, x, x_error, y, h):
+    """(u, bound of its float32 error) of an EGRU: the GRU's step, then reset "output" and zoneout, one rounding each."""
+    u, error = gru_step(op, x, x_error, y, h)
+    if op.reset == "output":
+        u = u - y
+        error = error + EPS32 * (np.abs(u) + np.abs(y))
+    zoned = op.zoneout * h + (1 - op.zoneout) * u
+    return zoned, (1 - op.zoneout) * error + 4 * EPS32 * op.zoneout * (np.abs(h) + np.abs(u)) + EPS32 * np.abs(zoned)
+
+
+def program_step(program, x, state):
+    """One step of a whole program from an exact float32 state: {"i.u" | "i.h" | "out": (float64 value, bound)}.
+
+    What the next op reads is wrong by the bound; a unit whose event may fall either way is wrong by all it could say.
+    """
+    found, value, error = {}, x, None
+    for i, op in enumerate(program.ops):
+        if op.kind == "embedding":
+            value = op.weight[x].astype(np.float64)
+            error = np.zeros(len(value))
+            continue
+        value = np.asarray(value, np.float64)
+        error = np.zeros(len(value)) if error is None else error
+        if op.kind == "linear":
+            value, error = matrix_product(op.weight, op.bias.astype(np.float64), value, error)
+        elif op.kind == "gru":
+            h = state[f"{i}.h"].astype(np.float64)
+            value, error = found[f"{i}.h"] = gru_step(op, value, error, h, h)
+        else:
+            y, h = (state[f"{i}.{n}"].astype(np.float64) for n in "yh")
+            u, error = found[f"{i}.u"] = egru_step(op, value, error, y, h)
+            value = u
+            if op.output == "events" and op.event == "threshold":
+                value = u * (u > op.threshold)
+                error = np.where(np.abs(u - op.threshold) <= error, np.abs(u) + error, error)
+    found["out"] = value, error
+    return found
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * x))

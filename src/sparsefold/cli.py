@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings; --list shows all")
     train.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/RECIPE)")
     train.add_argument("--list", action="store_true", help="print the recipe's settings and stop")
-    train.set_defaults(resume=lambda a: f"sparsefold train {' '.join([a.recipe, *a.overrides])} --out {_train_folder(a)}")
+    train.set_defaults(
+        resume=lambda a: f"sparsefold train {' '.join([a.recipe, *a.overrides])} --out {_train_folder(a)}"
+    )
 
     compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
     compile_.add_argument("checkpoint", type=Path)
@@ -76,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
 
     eval_ = add("eval", _eval, "Quality, event rates, cost and time of a compiled model on a text.")
     eval_.add_argument("file", type=Path)
-    eval_.add_argument("--text", type=Path, default=None, help="text file (default: the test split it was trained beside)")
+    eval_.add_argument(
+        "--text", type=Path, default=None, help="text file (default: the test split it was trained beside)"
+    )
     eval_.add_argument("--json", action="store_true", help="print JSON")
 
     inspect = add("inspect", _inspect, "What a .sfold file holds: ops, formats, sizes, where it comes from.")
@@ -159,9 +163,15 @@ def _compile(args: argparse.Namespace) -> None:
 
 def _vocabulary(program: Program, file: Path) -> list[int]:
     vocabulary = program.metadata.get("vocabulary")
-    sound = isinstance(vocabulary, list) and all(type(b) is int and 0 <= b < 256 for b in vocabulary)
-    if not sound or not program.takes_tokens or not program.inputs == program.outputs == len(vocabulary) + 1:
-        raise ValueError(f"{file} is not a byte-level text model: its metadata names no vocabulary that fits its sizes.")
+    if (
+        not isinstance(vocabulary, list)
+        or not all(type(b) is int and 0 <= b < 256 for b in vocabulary)
+        or not program.takes_tokens
+        or not program.inputs == program.outputs == len(vocabulary) + 1
+    ):
+        raise ValueError(
+            f"{file} is not a byte-level text model: its metadata names no vocabulary that fits its sizes."
+        )
     return list(vocabulary)
 
 
@@ -267,7 +277,9 @@ def _inspect(args: argparse.Namespace) -> None:
     print(f"{args.file}: {args.file.stat().st_size:,} bytes, arrays {program.nbytes:,}; in memory {engine.nbytes:,}")
     print(_ops_table(program))
     if engine.folded:
-        print("The engine folds the embedding into the first layer's input product: one table of at most 8 MB in memory.")
+        print(
+            "The engine folds the embedding into the first layer's input product: one table of at most 8 MB in memory."
+        )
     for key, value in program.metadata.items():
         text = json.dumps(value)
         print(f"{key}: {text if len(text) <= 400 else text[:400] + ' ...'}")

@@ -35,7 +35,10 @@ class Counts:
 
     @classmethod
     def from_trace(
-        cls, program: Program, trace: Mapping[int, NDArray[Any]], emitted_before: Mapping[int, NDArray[Any]] | None = None
+        cls,
+        program: Program,
+        trace: Mapping[int, NDArray[Any]],
+        emitted_before: Mapping[int, NDArray[Any]] | None = None,
     ) -> Counts:
         """Counts of a recorded run: ``trace[i]`` (T, H) says which units of EGRU ``i`` emitted at each step.
 

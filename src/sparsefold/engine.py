@@ -173,7 +173,7 @@ class Stream:
             self._core.write(i, name, array)
 
     def internal(self, op: int) -> Float:
-        """u of the last step, the state before the reset, of EGRU ``op``: float32 (H,)."""
+        """State before the reset, u, of the last step of EGRU ``op``: float32 (H,)."""
         found = self.engine.program.ops[op]
         if not isinstance(found, EGRU):
             raise ValueError(f"op {op} is a {found.kind}, only an egru has u.")
@@ -311,11 +311,13 @@ def _gru_state(op: GRU, x: NDArray[Any], seen: NDArray[Any], h: NDArray[Any], dt
         n = np.tanh(gi_n + r * gh_n)
     else:
         n = np.tanh(gi_n + np.split(op.weight_hh.matvec(r * seen) + op.bias_hh.astype(dtype), 3)[2])
-    return (1 - z) * n + z * h
+    new: NDArray[Any] = (1 - z) * n + z * h
+    return new
 
 
 def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
-    return 0.5 * (1 + np.tanh(0.5 * x))
+    half: NDArray[Any] = np.tanh(0.5 * x)
+    return 0.5 * (1 + half)
 
 
 __all__ = ["FOLD_LIMIT", "Block", "Engine", "Interpretation", "State", "Stream", "interpret", "native_matrix"]

@@ -60,7 +60,8 @@ class Dense:
 
     def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
         """``W x`` in the precision of ``x``: the readable definition of the kernel."""
-        return self.values.astype(x.dtype) @ x
+        product: NDArray[Any] = self.values.astype(x.dtype) @ x
+        return product
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -176,8 +177,13 @@ class Block:
         return padded.reshape(gates * r, br, c, bc).transpose(0, 2, 1, 3)
 
     @cached_property
+    def _blocks_per_column(self) -> NDArray[np.int64]:
+        start = self.start.astype(np.int64)
+        return start[1:] - start[:-1]
+
+    @cached_property
     def _block_column(self) -> NDArray[np.int64]:
-        return np.repeat(np.arange(len(self.start) - 1), np.diff(self.start.astype(np.int64)))
+        return np.repeat(np.arange(len(self.start) - 1), self._blocks_per_column)
 
     def to_dense(self) -> Float:
         """The matrix, (rows, cols)."""
@@ -226,8 +232,7 @@ class Block:
     @cached_property
     def column_index_bytes(self) -> NDArray[np.int64]:
         """(cols,) bytes of index read when one event visits a column: one entry a block, and two of ``start``."""
-        blocks = np.diff(self.start.astype(np.int64))
-        return np.repeat(4 * blocks + 8, self.block[1])[: self.cols]
+        return np.repeat(4 * self._blocks_per_column + 8, self.block[1])[: self.cols]
 
     @property
     def nbytes(self) -> int:

@@ -47,12 +47,12 @@ class Embedding:
     @property
     def inputs(self) -> int:
         """Number of tokens it knows."""
-        return self.weight.shape[0]
+        return int(self.weight.shape[0])
 
     @property
     def outputs(self) -> int:
         """Width of a row."""
-        return self.weight.shape[1]
+        return int(self.weight.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,8 +182,8 @@ class Program:
             "__metadata__": {
                 "sparsefold": str(FORMAT_VERSION),
                 "crc32": f"{zlib.crc32(data):08x}",
-                "ops": json.dumps([_describe(op) for op in self.ops]),
-                "metadata": json.dumps(dict(self.metadata)),
+                "ops": _dump([_describe(op) for op in self.ops], "the ops' options"),
+                "metadata": _dump(dict(self.metadata), "the metadata"),
             }
         }
         end = 0
@@ -197,7 +197,9 @@ class Program:
         text = json.dumps(header).encode()
         text += b" " * (-(8 + len(text)) % 64)
         if len(text) > MAX_HEADER:
-            raise ValueError(f"the header would take {len(text)} bytes, the limit is {MAX_HEADER}. Shorten the metadata.")
+            raise ValueError(
+                f"the header would take {len(text)} bytes, the limit is {MAX_HEADER}. Shorten the metadata."
+            )
         return struct.pack("<Q", len(text)) + text + data
 
     @classmethod
@@ -291,7 +293,7 @@ def _describe(op: Op) -> dict[str, Any]:
 
 def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
     """Makes op ``i`` from its description, taking its arrays out of ``tensors``."""
-    cls = OPS.get(described.get("op")) if isinstance(described, dict) else None
+    cls = OPS.get(str(described.get("op"))) if isinstance(described, dict) else None
     if cls is None:
         raise ProgramError(f"op {i} is not one of {', '.join(OPS)}", 8)
     known = {f.name: f for f in fields(cls)}
@@ -356,7 +358,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
         else:
             h = op.outputs
             _check(
-                op.weight_ih.shape[0] == op.weight_hh.shape[0] == 3 * h and op.weight_ih.gates == op.weight_hh.gates == 3,
+                op.weight_ih.shape[0] == op.weight_hh.shape[0] == 3 * h
+                and op.weight_ih.gates == op.weight_hh.gates == 3,
                 f"{where}: {h} units need matrices of {3 * h} rows in 3 gates; "
                 f"got {op.weight_ih.shape} in {op.weight_ih.gates} and {op.weight_hh.shape} in {op.weight_hh.gates}.",
             )
@@ -390,6 +393,15 @@ def _validate(ops: tuple[Op, ...]) -> None:
 def _check(holds: bool, sentence: str) -> None:
     if not holds:
         raise ValueError(sentence)
+
+
+def _dump(value: Any, what: str) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} must be plain JSON: {error}. Convert it to Python numbers, strings and lists."
+        ) from error
 
 
 def _json(text: str, what: str, offset: int) -> Any:
@@ -448,7 +460,9 @@ def _read_container(raw: bytes) -> tuple[dict[str, NDArray[Any]], dict[str, str]
         for n in shape:
             count *= n
         if first != end or last - first != count * dtype.itemsize:
-            raise ProgramError(f"tensor {name} does not follow the one before it, or its size is wrong", data_start + end)
+            raise ProgramError(
+                f"tensor {name} does not follow the one before it, or its size is wrong", data_start + end
+            )
         if data_start + last > len(raw):
             raise ProgramError(f"tensor {name} ends after the end of the file: it is cut off", len(raw))
         try:

@@ -121,11 +121,8 @@ def test_two_directions_are_two_runs():
     output, last = both(x, state)
     for d, suffix in enumerate(("", "_reverse")):
         one = EGRU(3, 5)
-        one.load_state_dict(
-            {n: p for n, q in both.state_dict().items() for p in [q] if n.endswith("_reverse") == bool(d)}
-            if not d
-            else {n.removesuffix(suffix): p for n, p in both.state_dict().items() if n.endswith(suffix)}
-        )
+        mine = {n: p for n, p in both.state_dict().items() if n.endswith("_reverse") == bool(d)}
+        one.load_state_dict({n.removesuffix(suffix): p for n, p in mine.items()})
         out, end = one(x.flip(0) if d else x, EGRUState(state.y[d : d + 1], state.h[d : d + 1]))
         close(output[..., 5 * d : 5 * d + 5], out.flip(0) if d else out)
         close(last.h[d], end.h[0])
@@ -156,6 +153,14 @@ def test_the_cell_is_one_step_of_the_layer():
     close(torch.stack(steps), output)
     close(state.y, end.y[0])
     close(state.h, end.h[0])
+
+
+@pytest.mark.parametrize("output", ["events", "state"])
+def test_between_layers_it_is_events_whatever_the_reader_gets(output):
+    layer, x, zero = EGRU(3, 5, 2, output=output), torch.randn(6, 2, 3), torch.zeros(2, 5)
+    lower, upper = ([p for n, p in layer.named_parameters() if n.endswith(f"l{k}")] for k in range(2))
+    trace = egru(egru(x, zero, zero, *lower).y, zero, zero, *upper)
+    assert torch.equal(layer(x)[0], trace.y if output == "events" else trace.u)
 
 
 def test_dropout_between_layers_in_training_only():

@@ -131,6 +131,19 @@ def test_loading_masks_zeroes_what_they_drop_and_keeps_no_alias():
     assert pruner.masks["4.weight"].any()
 
 
+def test_a_pruned_weight_never_comes_back():
+    net = nn.Linear(8, 2)
+    pruner = Pruner(net, {"weight": Magnitude(0.25)}, Cubic(begin=0, end=4))
+    pruner.step()
+    first = pruner.masks["weight"]
+    assert not first.all()
+    with torch.no_grad():
+        net.weight[~first] = 99.0  # what a large learning rate might do between two steps
+    pruner.step()
+    assert pruner.masks["weight"].sum() < first.sum()
+    assert not (pruner.masks["weight"] & ~first).any()
+
+
 def test_zeros_are_written_even_over_infinity():
     net = nn.Linear(4, 2)
     pruner = Pruner(net, {"weight": Magnitude(0.5)})

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefold import program as ops
 from sparsefold.formats import Float, Format
 from sparsefold.lowering.choose import choose
 from sparsefold.nn import EGRU, Stack
-from sparsefold.program import EGRU as EGRUOp
-from sparsefold.program import GRU as GRUOp
-from sparsefold.program import Embedding, Linear, Op, Program
+from sparsefold.program import Op, Program
 
 
 def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = None) -> Program:
@@ -28,11 +27,11 @@ def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = N
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
     """
-    ops = [op for name, module in _flatten("", model) for op in _rule(name, module)(name, module)]
-    if not ops:
+    lowered = [op for name, module in _flatten("", model) for op in _rule(name, module)(name, module)]
+    if not lowered:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
-        return Program(tuple(ops), dict(metadata or {}))
+        return Program(tuple(lowered), dict(metadata or {}))
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
 
@@ -46,16 +45,18 @@ def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Mod
 def _embedding(name: str, module: Any) -> list[Op]:
     if module.max_norm is not None:
         raise ValueError(f"{name}: an Embedding with max_norm changes its rows when read; set max_norm=None.")
-    return [Embedding(_array(module.weight))]
+    return [ops.Embedding(_array(module.weight))]
 
 
 def _linear(name: str, module: Any) -> list[Op]:
-    return [Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
+    return [ops.Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
 
 
 def _refuse_bidirectional(name: str, module: Any) -> None:
     if module.bidirectional:
-        raise ValueError(f"{name}: a bidirectional {type(module).__name__} needs the whole sequence and cannot be streamed.")
+        raise ValueError(
+            f"{name}: a bidirectional {type(module).__name__} needs the whole sequence and cannot be streamed."
+        )
 
 
 def _gru_arrays(module: Any, suffix: str) -> tuple[Format, Format, Float, Float]:
@@ -69,13 +70,13 @@ def _gru_arrays(module: Any, suffix: str) -> tuple[Format, Format, Float, Float]
 
 def _gru(name: str, module: Any) -> list[Op]:
     _refuse_bidirectional(name, module)
-    return [GRUOp(*_gru_arrays(module, f"_l{k}")) for k in range(module.num_layers)]
+    return [ops.GRU(*_gru_arrays(module, f"_l{k}")) for k in range(module.num_layers)]
 
 
 def _egru(name: str, module: Any) -> list[Op]:
     _refuse_bidirectional(name, module)
     return [
-        EGRUOp(
+        ops.EGRU(
             *_gru_arrays(module, f"_l{k}"),
             reset_after=module.reset_after,
             threshold=np.maximum(_array(getattr(module, f"threshold_l{k}")), 0),
@@ -105,7 +106,8 @@ _RULES: dict[type[torch.nn.Module], Callable[[str, Any], list[Op]]] = {
 def _rule(name: str, module: torch.nn.Module) -> Callable[[str, Any], list[Op]]:
     rule = _RULES.get(type(module))
     if rule is None:
-        names = ", ".join(t.__name__ for t in (Stack, torch.nn.Sequential, *_RULES))
+        supported: list[type[torch.nn.Module]] = [Stack, torch.nn.Sequential, *_RULES]
+        names = ", ".join(t.__name__ for t in supported)
         raise ValueError(f"{name} is a {type(module).__name__}, which cannot be compiled. Supported: {names}.")
     return rule
 

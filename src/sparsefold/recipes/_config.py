@@ -26,7 +26,9 @@ def override(config: C, words: Iterable[str]) -> C:
             raise ValueError(f"an override is written key=value; got {word!r}.")
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=3, cutoff=0.4)
-            raise ValueError(f"unknown key {key!r}. " + (f"Did you mean {' or '.join(near)}?" if near else _known(hints)))
+            raise ValueError(
+                f"unknown key {key!r}. " + (f"Did you mean {' or '.join(near)}?" if near else _known(hints))
+            )
         if key in changes:
             raise ValueError(f"{key} is given twice.")
         changes[key] = _parse(key, value, hints[key])
@@ -49,7 +51,11 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     try:
         if origin in (typing.Union, types.UnionType):
-            return None if text.lower() in ("none", "") else _parse(key, text, next(a for a in args if a is not type(None)))
+            return (
+                None
+                if text.lower() in ("none", "")
+                else _parse(key, text, next(a for a in args if a is not type(None)))
+            )
         if origin is typing.Literal:
             if text not in args:
                 raise ValueError

@@ -130,7 +130,8 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
                 group["lr"] = trainer.lr(at.step)
             logits, state, activity = model(x, state)
             loss = cross_entropy(logits.flatten(0, 1), y.flatten())
-            (loss + trainer.penalty(activity, at.step)).backward()
+            total: Any = loss + trainer.penalty(activity, at.step)
+            total.backward()
             torch.nn.utils.clip_grad_norm_(parameters, trainer.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -183,7 +184,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
     if meta.get("sparsefold_checkpoint") != str(CHECKPOINT_VERSION):
-        raise ValueError(f"{path} is no checkpoint of this version of sparsefold (it says {meta.get('sparsefold_checkpoint')}).")
+        raise ValueError(
+            f"{path} is no checkpoint of this version of sparsefold (it says {meta.get('sparsefold_checkpoint')})."
+        )
     return tensors, json.loads(meta["facts"])
 
 
@@ -248,7 +251,13 @@ def _resume(trainer: Trainer, path: Path) -> tuple[Progressed, StackState | None
         found = part(f"state.{i}.")
         values = [found[str(k)] for k in range(len(found))]
         is_event = type(module).__name__ == "EGRU"
-        states.append(EGRUState(*values) if is_event and values else tuple(values) if len(values) > 1 else next(iter(values), None))
+        states.append(
+            EGRUState(*values)
+            if is_event and values
+            else tuple(values)
+            if len(values) > 1
+            else next(iter(values), None)
+        )
     carried = StackState(states) if any(s is not None for s in states) else None
     return Progressed(**facts["progress"]), carried
 

@@ -34,7 +34,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "egru": ("event GRU 256", {"cell": "egru"}),
     "gru": ("dense GRU 256", {"cell": "gru"}),
 }
-STEPS = 1200
+STEPS = text.Config().steps
 PARITY_BYTES = 512
 PARITY_BOUND = 1e-4  # largest difference of a logit; float32 sums over 256 units differ in order, and no event may flip
 TIMED_BYTES = 10_000
@@ -54,7 +54,9 @@ def demo(folder: Path, fresh: bool = False, steps: int | None = None) -> dict[st
     began = time.monotonic()
     corpus = load_text(None)
     steps = steps or STEPS
-    print(f"Text: {corpus.source}, {sum(map(len, (corpus.train, corpus.valid, corpus.test))):,} bytes. Training {len(NETWORKS)}")
+    print(
+        f"Text: {corpus.source}, {sum(map(len, (corpus.train, corpus.valid, corpus.test))):,} bytes. Training {len(NETWORKS)}"
+    )
     print(f"networks of 256 units for {steps} steps each, two at a time, one core each; about two minutes.", flush=True)
     _train_all(folder, steps)
     trained = time.monotonic()
@@ -81,7 +83,10 @@ def demo(folder: Path, fresh: bool = False, steps: int | None = None) -> dict[st
 
     summary = {
         "schema": "sparsefold-demo/1",
-        "provenance": {**provenance("sparsefold demo" + (f" --steps {steps}" if steps != STEPS else "")), **_versions()},
+        "provenance": {
+            **provenance("sparsefold demo" + (f" --steps {steps}" if steps != STEPS else "")),
+            **_versions(),
+        },
         "corpus": corpus.to_dict(),
         "seconds": {
             "training": round(sum(n["seconds"] for n in networks.values()), 1),
@@ -128,7 +133,9 @@ def _train_all(folder: Path, steps: int) -> None:
                     if process.returncode == 130:
                         raise KeyboardInterrupt("interrupted; what was trained is saved.")
                     if process.returncode:
-                        raise RuntimeError(f"training {key} failed with status {process.returncode}; see the lines above.")
+                        raise RuntimeError(
+                            f"training {key} failed with status {process.returncode}; see the lines above."
+                        )
             time.sleep(0.1)
     finally:
         for process in running.values():  # Ctrl-C reached them too: they are saving
@@ -276,12 +283,12 @@ def _targets(summary: dict[str, Any]) -> list[dict[str, Any]]:
     ratio = {r["network"]: r["ratio_to_fastest_rival"] for r in summary["rows"] if r["engine"] == "sparsefold"}
 
     def at_most(name: str, measured: float, limit: float, unit: str) -> dict[str, Any]:
-        held = measured <= limit
-        return {"name": name, "target": f"at most {unit}", "measured": measured, "limit": limit, "held": held}
+        held = bool(measured <= limit)
+        return {"name": name, "target": f"at most {unit}", "measured": float(measured), "limit": limit, "held": held}
 
     def at_least(name: str, measured: float, limit: float) -> dict[str, Any]:
-        held = measured >= limit
-        return {"name": name, "target": f"at least {limit:g}x", "measured": measured, "limit": limit, "held": held}
+        held = bool(measured >= limit)
+        return {"name": name, "target": f"at least {limit:g}x", "measured": float(measured), "limit": limit, "held": held}
 
     quality = networks["egru"]["bits_per_char_vs_dense"]
     return [
@@ -297,6 +304,3 @@ def _versions() -> dict[str, str]:
     import onnxruntime
 
     return {"onnxruntime": onnxruntime.__version__}
-
-
-

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ def torch_int8(model: Stack) -> Rival:
     """``torch.ao.quantization.quantize_dynamic`` on the same cells: int8 weights, activations quantised per call."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that this module will move; it is the rival all the same
-        quantized = torch.ao.quantization.quantize_dynamic(
+        quantize: Any = torch.ao.quantization.quantize_dynamic
+        quantized = quantize(
             _cells(model), {torch.nn.GRUCell, torch.nn.Linear}, dtype=torch.qint8
         )
     settings = f"quantize_dynamic, {torch.backends.quantized.engine}, inference_mode, 1 thread"
@@ -45,20 +46,21 @@ def torch_int8(model: Stack) -> Rival:
 
 def _cells(model: Stack) -> torch.nn.ModuleList:
     """Embedding, GRUCell and Linear with the weights of the recipe's dense one-layer network."""
-    embedding, gru, decoder = model
-    _check_dense(gru)
+    embedding, gru, decoder = _members(model)
     cell = torch.nn.GRUCell(gru.input_size, gru.hidden_size)
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in gru.state_dict().items()})
     return torch.nn.ModuleList([embedding, cell, decoder]).eval()
 
 
-def _check_dense(gru: torch.nn.Module) -> None:
+def _members(model: Stack) -> tuple[Any, Any, Any]:
+    embedding, gru, decoder = model
     if not isinstance(gru, torch.nn.GRU) or gru.num_layers != 1 or gru.bidirectional:
         raise ValueError("the rivals play the recipe's dense network: an Embedding, one GRU layer and a Linear.")
+    return embedding, gru, decoder
 
 
 def _step_by_step(cells: torch.nn.ModuleList) -> Call:
-    embedding, cell, decoder = cells
+    embedding, cell, decoder = cast(tuple[Any, Any, Any], tuple(cells))
     token = torch.zeros(1, dtype=torch.long)
     h = torch.zeros(1, decoder.in_features)
 
@@ -85,7 +87,8 @@ def onnx_runtime(model: Stack) -> Rival:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     session = ort.InferenceSession(onnx_model(model), options, providers=["CPUExecutionProvider"])
-    hidden, tokens = model[1].hidden_size, model[2].out_features
+    _, gru, decoder = _members(model)
+    hidden, tokens = gru.hidden_size, decoder.out_features
     token = np.zeros((1, 1), np.int64)
     logits = np.zeros((1, tokens), np.float32)
     states = [np.zeros((1, 1, hidden), np.float32) for _ in range(2)]
@@ -105,7 +108,8 @@ def onnx_runtime(model: Stack) -> Rival:
         token[0, 0] = x
         play(bindings[turn])
         turn ^= 1
-        return logits[0]
+        row: NDArray[np.float32] = logits[0]
+        return row
 
     return Rival("ONNX Runtime", call, f"onnxruntime {ort.__version__}, float32, 1 thread, bound inputs and outputs")
 
@@ -115,8 +119,7 @@ def onnx_model(model: Stack) -> bytes:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    embedding, gru, decoder = model
-    _check_dense(gru)
+    embedding, gru, decoder = _members(model)
     hidden = gru.hidden_size
 
     def zrn(parameter: Tensor) -> NDArray[np.float32]:
@@ -134,7 +137,9 @@ def onnx_model(model: Stack) -> bytes:
     }
     nodes = [
         helper.make_node("Gather", ["embedding", "token"], ["x"]),
-        helper.make_node("GRU", ["x", "W", "R", "B", "", "h"], ["", "h_next"], hidden_size=hidden, linear_before_reset=1),
+        helper.make_node(
+            "GRU", ["x", "W", "R", "B", "", "h"], ["", "h_next"], hidden_size=hidden, linear_before_reset=1
+        ),
         helper.make_node("Squeeze", ["h_next", "axis"], ["state"]),
         helper.make_node("Gemm", ["state", "decoder", "bias"], ["logits"], transB=1),
     ]

@@ -32,7 +32,7 @@ class Config:
     embedding: int = 64
     dropout: float = 0.0  # between layers
     # training
-    steps: int = 1200
+    steps: int = 1800
     batch: int = 32  # parallel streams
     window: int = 32  # steps of truncated back-propagation
     lr: float | None = None  # peak of one cycle; none: the best of the committed search for this cell
@@ -57,12 +57,22 @@ class Config:
     density: float = 1.0  # of the recurrent matrices, and of input matrices above the first layer
     block: tuple[int, int] = (16, 1)  # 1x1: unstructured
     scope: Literal["gate", "matrix"] = "matrix"
-    prune_begin: float = 0.2
-    prune_until: float = 0.7
+    prune_begin: float = 0.1
+    prune_until: float = 0.6
     prune_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "layers", "embedding", "steps", "batch", "window", "threads", "eval_every", "checkpoint_every"):
+        for name in (
+            "hidden",
+            "layers",
+            "embedding",
+            "steps",
+            "batch",
+            "window",
+            "threads",
+            "eval_every",
+            "checkpoint_every",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
         if not 0 <= self.density <= 1:

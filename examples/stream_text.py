@@ -1,0 +1,37 @@
+"""Train a small byte-level model for a moment, compile it, and stream text from the one file. Run: python examples/stream_text.py"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import sparsefold as sf
+from sparsefold.cli import generate
+from sparsefold.data.text import decode, encode
+from sparsefold.recipes import text
+
+
+def main(steps: int = 200) -> str:
+    """Returns the generated text; more steps make better text."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = text.Config(hidden=128, steps=steps, density=0.5, eval_every=steps)
+        text.run(config, Path(folder), "training")
+        model, facts = text.load(Path(folder))
+        file = Path(folder) / "text.sfold"
+        sf.compile_model(model, facts["about"]).save(file)
+
+        engine = sf.Engine.load(file)  # from here on: numpy only
+        vocabulary = engine.program.metadata["vocabulary"]
+        stream = engine.stream()
+        prompt = encode(b"The ", vocabulary).tolist()
+        tokens = list(generate(stream, prompt, 200, 0.7, np.random.default_rng(0)))
+        print("The " + decode(tokens, vocabulary).decode("latin-1"))
+        print(stream.report())
+    return decode(tokens, vocabulary).decode("latin-1")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

@@ -1,0 +1,122 @@
+from typing import Annotated
+
+import numpy
+from numpy.typing import NDArray
+
+def available_isas() -> list[str]: ...
+def kernels() -> list[str]: ...
+def activations(
+    x: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    sigmoid: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+    tanh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+    isa: str = "",
+) -> None: ...
+
+class Matrix:
+    @staticmethod
+    def dense(
+        values: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        gates: int = 1,
+    ) -> Matrix: ...
+    @staticmethod
+    def block(
+        rows: int,
+        cols: int,
+        gates: int,
+        values: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
+        ],
+        block_row: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        start: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> Matrix: ...
+
+class Packed:
+    def __init__(self, matrix: Matrix, isa: str = "") -> None: ...
+    @property
+    def padded_rows(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def matvec(
+        self,
+        x: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+        repeat: int = 1,
+    ) -> None: ...
+    def matvec_events(
+        self,
+        index: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        value: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+        repeat: int = 1,
+    ) -> None: ...
+
+class Engine:
+    def __init__(self) -> None: ...
+    def add_embedding(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+    ) -> None: ...
+    def add_linear(
+        self,
+        weight: Matrix,
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> None: ...
+    def add_gru(
+        self,
+        weight_ih: Matrix,
+        weight_hh: Matrix,
+        bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        reset_after: bool,
+    ) -> None: ...
+    def add_egru(
+        self,
+        weight_ih: Matrix,
+        weight_hh: Matrix,
+        bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        threshold: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        reset_after: bool,
+        reset: str,
+        always: bool,
+        emits_events: bool,
+        zoneout: float,
+    ) -> None: ...
+    def finish(self, isa: str, fold_limit: int) -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def folded(self) -> bool: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class Stream:
+    def __init__(self, engine: Engine) -> None: ...
+    def step(self, x: object, out: object) -> None: ...
+    def run_tokens(
+        self,
+        tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+        trace: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu")],
+    ) -> None: ...
+    def run_values(
+        self,
+        x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+        trace: Annotated[NDArray[numpy.uint8], dict(shape=(None, None), order="C", device="cpu")],
+    ) -> None: ...
+    def reset(self) -> None: ...
+    def reset_counters(self) -> None: ...
+    def read(
+        self, op: int, name: str, out: Annotated[NDArray, dict(shape=(None,), order="C", device="cpu")]
+    ) -> None: ...
+    def write(
+        self,
+        op: int,
+        name: str,
+        values: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> None: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def trace_width(self) -> int: ...

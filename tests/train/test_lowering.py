@@ -1,0 +1,170 @@
+"""compile_model: the compiled program plays what torch plays, formats are chosen by zeros, the rest is refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tolerances import ONE_STEP
+
+import sparsefold as sf
+from sparsefold.formats import Block, Dense
+from sparsefold.lowering import choose
+from sparsefold.nn import EGRU, EGRUState, Stack
+from sparsefold.program import EGRU as EGRUOp
+from sparsefold.sparsify import Block as BlockRule
+from sparsefold.sparsify import Magnitude, Pruner
+
+FORMS = [
+    {"reset": reset, "reset_after": reset_after, "output": output}
+    for reset in ("threshold", "output", "none")
+    for reset_after in (True, False)
+    for output in ("events", "state")
+]
+
+
+def engine_state(model: Stack, state, program: sf.Program) -> dict[str, np.ndarray]:
+    """The state of a torch stack under the names the engine uses."""
+    out, op = {}, 0
+    for module, s in zip(model, state, strict=True):
+        layers = getattr(module, "num_layers", 1) if not isinstance(module, torch.nn.Dropout) else 0
+        for k in range(layers):
+            if isinstance(s, EGRUState):
+                out |= {f"{op + k}.h": s.h[k, 0].numpy(), f"{op + k}.y": s.y[k, 0].numpy()}
+            elif s is not None:
+                out[f"{op + k}.h"] = s[k, 0].numpy()
+        op += layers
+    return out
+
+
+def assert_plays_alike(model: Stack, tokens: list[int]) -> None:
+    """Teacher-forced: the engine starts every step from torch's state, and torch's o must be the engine's away from ties."""
+    program = sf.compile_model(model)
+    stream, state = sf.Engine(program).stream(), None
+    model.eval()
+    with torch.no_grad():
+        for token in tokens:
+            if state is not None:
+                stream.load_state(engine_state(model, state, program))
+            logits, state, _ = model(torch.tensor([[token]]), state)
+            out, emitted = stream.run_traced([token])
+            expected = engine_state(model, state, program)
+            near_tie = False
+            for i, op in enumerate(program.ops):
+                if isinstance(op, EGRUOp):
+                    differs = emitted[i][0] != (expected[f"{i}.y"] != 0)
+                    margin = np.abs(stream.internal(i) - op.threshold)
+                    assert (margin[differs] <= ONE_STEP).all(), f"op {i}: an event differs away from the threshold"
+                    near_tie |= bool(differs.any())
+            if not near_tie:
+                np.testing.assert_allclose(out[0], logits[0, 0].numpy(), rtol=0, atol=ONE_STEP)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
+def test_egru_forms_play_as_in_torch(form) -> None:
+    torch.manual_seed(0)
+    model = Stack(torch.nn.Embedding(11, 7), EGRU(7, 19, 2, zoneout=0.1, threshold=0.1, **form), torch.nn.Linear(19, 11))
+    assert_plays_alike(model, np.random.default_rng(1).integers(0, 11, 40).tolist())
+
+
+def test_gru_dropout_and_always_play_as_in_torch() -> None:
+    torch.manual_seed(0)
+    dense = torch.nn.GRU(9, 21, 2, dropout=0.3, bias=False)
+    always = EGRU(21, 17, event="always", threshold=0.0, reset="none")
+    model = Stack(torch.nn.Embedding(5, 9), dense, torch.nn.Dropout(0.5), always, torch.nn.Linear(17, 5, bias=False))
+    assert_plays_alike(model, np.random.default_rng(2).integers(0, 5, 40).tolist())
+
+
+def test_pruned_model_compiles_to_its_blocks_and_plays_alike() -> None:
+    torch.manual_seed(0)
+    model = Stack(torch.nn.Embedding(13, 8), EGRU(8, 64, threshold=0.05), torch.nn.Linear(64, 13))
+    pruner = Pruner(model, {"1.weight_hh_l0": BlockRule(0.25, (16, 1), scope="matrix"), "2.weight": Magnitude(0.1)})
+    pruner.step()
+    program = sf.compile_model(model)
+    stored = program.ops[1].weight_hh
+    assert isinstance(stored, Block)
+    assert stored.block == (16, 1)
+    assert stored.elements == round(0.25 * 3 * 64 * 64)
+    np.testing.assert_array_equal(stored.to_dense(), model[1].weight_hh_l0.detach().numpy())
+    assert isinstance(program.ops[1].weight_ih, Dense)
+    assert_plays_alike(model, np.random.default_rng(3).integers(0, 13, 60).tolist())
+
+
+def test_choice_follows_the_zeros() -> None:
+    random = np.random.default_rng(0)
+    dense = random.standard_normal((96, 32)).astype(np.float32)
+    assert isinstance(choose(dense, 3), Dense)
+    for block in ((16, 1), (8, 1), (4, 4), (32, 1)):
+        live = random.random((3, -(-32 // block[0]), 32 // block[1])) < 0.1
+        mask = np.repeat(np.repeat(live, block[0], 1), block[1], 2).reshape(96, 32)
+        stored = choose(np.where(mask, dense, 0).astype(np.float32), 3)
+        assert isinstance(stored, Block)
+        assert stored.elements == mask.sum(), "a coarser block than needed stores zeros"
+    assert choose(np.zeros((96, 32), np.float32), 3).elements == 0
+
+
+def test_metadata_reaches_the_file(tmp_path) -> None:
+    program = sf.compile_model(torch.nn.Linear(3, 2), {"vocabulary": [1, 2]})
+    program.save(tmp_path / "m.sfold")
+    assert sf.Program.load(tmp_path / "m.sfold").metadata == {"vocabulary": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (Stack(torch.nn.Embedding(3, 4), torch.nn.LSTM(4, 5)), ["1 is a LSTM", "Supported", "EGRU"]),
+        (torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1))), ["0.0 is a Conv1d"]),
+        (torch.nn.Conv1d(1, 1, 1), ["the model is a Conv1d"]),
+        (Stack(EGRU(3, 4, bidirectional=True)), ["0: a bidirectional EGRU"]),
+        (Stack(torch.nn.GRU(3, 4, bidirectional=True)), ["0: a bidirectional GRU"]),
+        (torch.nn.Sequential(), ["no layer"]),
+        (torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(4, 2)), ["op 1", "gives 3"]),
+        (torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Embedding(4, 2)), ["first op"]),
+        (torch.nn.Embedding(4, 2, max_norm=1.0), ["max_norm"]),
+    ],
+)
+def test_refusals_name_the_module(model, words) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        sf.compile_model(model)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_non_finite_weight_is_refused() -> None:
+    layer = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        layer.weight[1, 2] = float("nan")
+    with pytest.raises(ValueError, match=r"finite.*0\.weight\.values holds nan at \[1, 2\]"):
+        sf.compile_model(layer)
+
+
+def test_compiling_leaves_the_model_alone() -> None:
+    model = Stack(torch.nn.Embedding(3, 4), EGRU(4, 5), torch.nn.Linear(5, 3)).train()
+    before = copy.deepcopy(model.state_dict())
+    sf.compile_model(model)
+    assert model.training
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_third_party_gru_plays_as_in_torch(data_folder) -> None:
+    """NSNet2's trained GRU layers (400 units), from their published ONNX arrays: gates z, r, n there."""
+    folder = data_folder("models/nsnet2")
+
+    def zrn_to_rzn(array: np.ndarray) -> torch.Tensor:
+        z, r, n = np.split(array, 3)
+        return torch.from_numpy(np.concatenate([r, z, n]).copy())
+
+    layer = torch.nn.GRU(400, 400)
+    w, u, b = (np.load(folder / f"onnx__GRU_{i}.npy") for i in (184, 185, 186))
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(zrn_to_rzn(w[0]))
+        layer.weight_hh_l0.copy_(zrn_to_rzn(u[0]))
+        layer.bias_ih_l0.copy_(zrn_to_rzn(b[0, :1200]))
+        layer.bias_hh_l0.copy_(zrn_to_rzn(b[0, 1200:]))
+    x = np.random.default_rng(0).standard_normal((200, 400)).astype(np.float32)
+    with torch.no_grad():
+        expected = layer(torch.from_numpy(x)[:, None])[0][:, 0].numpy()
+    got = sf.Engine(sf.compile_model(layer)).stream().run(x)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
