@@ -13,7 +13,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo test check bench stub clean
+.PHONY: demo test check bench docs stub clean
 
 demo: .venv/.built
 	$(BIN)/sparsefold demo
@@ -30,6 +30,10 @@ check: .venv/.built
 
 bench: .venv/.built
 	$(BIN)/python bench/kernels.py
+
+# The tables in README and docs, from the committed results; a test compares them.
+docs: .venv/.built
+	$(BIN)/python docs/generate.py
 
 # The extension's type stub, after a change of native/bind.cpp; a test compares it with the extension.
 stub: .venv/.built

@@ -1,4 +1,4 @@
-"""Train a small byte-level model for a moment, compile it, and stream text from the one file. Run: python examples/stream_text.py"""
+"""Train a small byte-level model for a moment, compile it, and stream text from one file: python examples/stream_text.py"""
 
 from __future__ import annotations
 

@@ -7,15 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from tolerances import ONE_STEP
 
 import sparsefold as sf
 from sparsefold.formats import Block, Dense
 from sparsefold.lowering import choose
 from sparsefold.nn import EGRU, EGRUState, Stack
-from sparsefold.program import EGRU as EGRUOp
 from sparsefold.sparsify import Block as BlockRule
 from sparsefold.sparsify import Magnitude, Pruner
+from tolerances import FREE_RUNNING_F32, program_step
 
 FORMS = [
     {"reset": reset, "reset_after": reset_after, "output": output}
@@ -40,32 +39,34 @@ def engine_state(model: Stack, state, program: sf.Program) -> dict[str, np.ndarr
 
 
 def assert_plays_alike(model: Stack, tokens: list[int]) -> None:
-    """Teacher-forced: the engine starts every step from torch's state, and torch's o must be the engine's away from ties."""
+    """Teacher-forced: from torch's state, one step of torch and one of the engine both lie within the step's own bound."""
     program = sf.compile_model(model)
     stream, state = sf.Engine(program).stream(), None
+    before = stream.save_state()
     model.eval()
     with torch.no_grad():
         for token in tokens:
-            if state is not None:
-                stream.load_state(engine_state(model, state, program))
+            stream.load_state(before)
             logits, state, _ = model(torch.tensor([[token]]), state)
             out, emitted = stream.run_traced([token])
-            expected = engine_state(model, state, program)
-            near_tie = False
-            for i, op in enumerate(program.ops):
-                if isinstance(op, EGRUOp):
-                    differs = emitted[i][0] != (expected[f"{i}.y"] != 0)
-                    margin = np.abs(stream.internal(i) - op.threshold)
-                    assert (margin[differs] <= ONE_STEP).all(), f"op {i}: an event differs away from the threshold"
-                    near_tie |= bool(differs.any())
-            if not near_tie:
-                np.testing.assert_allclose(out[0], logits[0, 0].numpy(), rtol=0, atol=ONE_STEP)
+            after = engine_state(model, state, program)
+            exact = program_step(program, token, before)
+            value, bound = exact["out"]
+            assert (np.abs(out[0] - value) <= bound).all()
+            assert (np.abs(logits[0, 0].numpy() - value) <= bound).all()
+            for i in emitted:
+                differs = emitted[i][0] != (after[f"{i}.y"] != 0)
+                u, error = exact[f"{i}.u"]
+                assert (np.abs(u - program.ops[i].threshold) <= error)[differs].all()
+            before = after
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
 def test_egru_forms_play_as_in_torch(form) -> None:
     torch.manual_seed(0)
-    model = Stack(torch.nn.Embedding(11, 7), EGRU(7, 19, 2, zoneout=0.1, threshold=0.1, **form), torch.nn.Linear(19, 11))
+    model = Stack(
+        torch.nn.Embedding(11, 7), EGRU(7, 19, 2, zoneout=0.1, threshold=0.1, **form), torch.nn.Linear(19, 11)
+    )
     assert_plays_alike(model, np.random.default_rng(1).integers(0, 11, 40).tolist())
 
 
@@ -96,12 +97,16 @@ def test_choice_follows_the_zeros() -> None:
     random = np.random.default_rng(0)
     dense = random.standard_normal((96, 32)).astype(np.float32)
     assert isinstance(choose(dense, 3), Dense)
-    for block in ((16, 1), (8, 1), (4, 4), (32, 1)):
+    for block in ((8, 1), (16, 1), (16, 16), (32, 1)):
         live = random.random((3, -(-32 // block[0]), 32 // block[1])) < 0.1
         mask = np.repeat(np.repeat(live, block[0], 1), block[1], 2).reshape(96, 32)
         stored = choose(np.where(mask, dense, 0).astype(np.float32), 3)
         assert isinstance(stored, Block)
-        assert stored.elements == mask.sum(), "a coarser block than needed stores zeros"
+        np.testing.assert_array_equal(stored.to_dense() != 0, mask)
+        if block[0] % 16 == 0:
+            assert stored.elements == mask.sum(), "a coarser block than needed stores zeros"
+        else:  # a segment shorter than a vector costs a vector's work, so taller blocks may store some zeros
+            assert stored.block[0] >= block[0]
     assert choose(np.zeros((96, 32), np.float32), 3).elements == 0
 
 
@@ -167,4 +172,4 @@ def test_third_party_gru_plays_as_in_torch(data_folder) -> None:
     with torch.no_grad():
         expected = layer(torch.from_numpy(x)[:, None])[0][:, 0].numpy()
     got = sf.Engine(sf.compile_model(layer)).stream().run(x)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=FREE_RUNNING_F32)

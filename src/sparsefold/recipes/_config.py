@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -41,6 +42,15 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     if unknown := set(values) - set(hints):
         raise ValueError(f"the config holds an unknown key {sorted(unknown)[0]!r}; it was written by another version.")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def check_ranges(config: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises ``ValueError`` for the first number outside its closed range; a range without an end still wants finite ones."""
+    for key, (low, high) in ranges.items():
+        value = getattr(config, key)
+        if value is not None and not (low <= value <= high and math.isfinite(value)):
+            wanted = f"in [{low}, {high}]" if math.isfinite(high) else f"at least {low}"
+            raise ValueError(f"{key} is {wanted}, got {value}.")
 
 
 def _known(hints: Mapping[str, Any]) -> str:

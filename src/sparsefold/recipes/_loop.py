@@ -93,7 +93,7 @@ class Progressed:
     """Where a run is: what a checkpoint keeps beside tensors."""
 
     step: int = 0
-    best: float = math.inf
+    best: float | None = None  # lowest validation so far
     best_step: int = 0
     seconds: float = 0.0
     loss_mean: float = 0.0  # running mean of the loss in bits
@@ -111,7 +111,7 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
         KeyboardInterrupt: after saving, when the user asked to stop; the message says how to resume.
         FloatingPointError: the loss is no longer finite.
     """
-    _make_folder(folder)
+    make_folder(folder)
     last, best, log = folder / "last.safetensors", folder / "best.safetensors", folder / "log.jsonl"
     at, state = Progressed(), None
     if last.exists():
@@ -132,17 +132,15 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
             loss = cross_entropy(logits.flatten(0, 1), y.flatten())
             total: Any = loss + trainer.penalty(activity, at.step)
             total.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, trainer.clip)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, trainer.clip))
+            bits = float(loss.detach()) / math.log(2)
+            if not math.isfinite(bits + norm):  # before the step, so that no checkpoint ever holds what came of it
+                raise _diverged(f"the loss is {bits}, its gradient's norm {norm}", at.step, last)
             optimizer.step()
             optimizer.zero_grad()
             if trainer.pruner:
                 trainer.pruner.step()
             state = state.detach()
-            bits = float(loss.detach()) / math.log(2)
-            if not math.isfinite(bits):
-                raise FloatingPointError(
-                    f"the loss is {bits} at step {at.step}: training diverged. Lower lr; {last} holds the last good state."
-                )
             at.step += 1
             at.loss_mean = bits if at.step == 1 else 0.98 * at.loss_mean + 0.02 * bits
             at.seconds = time.monotonic() - began
@@ -150,7 +148,9 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
             done = at.step == trainer.steps
             if done or at.step % trainer.eval_every == 0:
                 valid = trainer.evaluate()
-                if valid < at.best:
+                if not math.isfinite(valid):
+                    raise _diverged(f"the loss on the validation split is {valid}", at.step, last)
+                if at.best is None or valid < at.best:
                     at.best, at.best_step = valid, at.step
                     _save(best, {f"model.{k}": v for k, v in model.state_dict().items()}, trainer.about, at)
                 elif trainer.patience and at.step - at.best_step >= trainer.patience * trainer.eval_every:
@@ -173,6 +173,13 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
     }
 
 
+def _diverged(what: str, step: int, last: Path) -> FloatingPointError:
+    kept = f"{last} holds the last good state" if last.exists() else "nothing was saved yet"
+    return FloatingPointError(
+        f"{what} at step {step}: training diverged; {kept}. Train with a lower lr, in another folder (--out)."
+    )
+
+
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a checkpoint. Raises ``ValueError`` for anything that is not one of this version."""
     if not path.is_file():
@@ -182,15 +189,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             meta = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
-    if meta.get("sparsefold_checkpoint") != str(CHECKPOINT_VERSION):
         raise ValueError(
-            f"{path} is no checkpoint of this version of sparsefold (it says {meta.get('sparsefold_checkpoint')})."
+            f"{path} is not a readable checkpoint: {error}. It is damaged or foreign; train anew in another folder (--out)."
+        ) from error
+    version = meta.get("sparsefold_checkpoint")
+    if version != str(CHECKPOINT_VERSION) or "facts" not in meta:
+        known = "it is a compiled program" if "sparsefold" in meta else f"it says version {version}"
+        raise ValueError(
+            f"{path} is no checkpoint that this version of sparsefold reads ({known}). "
+            "Pass the folder of a run, or one of its .safetensors files."
         )
     return tensors, json.loads(meta["facts"])
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run. Raises ``ValueError`` where files cannot be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / ".writable", b"")
@@ -279,8 +292,15 @@ def _log(path: Path, trainer: Trainer, at: Progressed, valid: float, rate: float
 def _trim_log(path: Path, step: int) -> None:
     """Drop lines that a killed run wrote after its last checkpoint; the resumed run writes them again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # cut short by a kill
+        return math.inf
 
 
 @contextmanager
@@ -289,7 +309,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     asked: list[int] = []
 
     def handler(number: int, _: Any) -> None:
-        if asked:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt("interrupted twice; the last checkpoint stands.")
         asked.append(number)
 

@@ -288,7 +288,13 @@ def _targets(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
     def at_least(name: str, measured: float, limit: float) -> dict[str, Any]:
         held = bool(measured >= limit)
-        return {"name": name, "target": f"at least {limit:g}x", "measured": float(measured), "limit": limit, "held": held}
+        return {
+            "name": name,
+            "target": f"at least {limit:g}x",
+            "measured": float(measured),
+            "limit": limit,
+            "held": held,
+        }
 
     quality = networks["egru"]["bits_per_char_vs_dense"]
     return [

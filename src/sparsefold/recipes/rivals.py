@@ -37,9 +37,7 @@ def torch_int8(model: Stack) -> Rival:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that this module will move; it is the rival all the same
         quantize: Any = torch.ao.quantization.quantize_dynamic
-        quantized = quantize(
-            _cells(model), {torch.nn.GRUCell, torch.nn.Linear}, dtype=torch.qint8
-        )
+        quantized = quantize(_cells(model), {torch.nn.GRUCell, torch.nn.Linear}, dtype=torch.qint8)
     settings = f"quantize_dynamic, {torch.backends.quantized.engine}, inference_mode, 1 thread"
     return Rival("torch int8", _step_by_step(quantized), settings)
 

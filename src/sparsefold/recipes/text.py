@@ -16,7 +16,7 @@ import torch
 
 from sparsefold.data import ByteCorpus, load_text
 from sparsefold.nn import EGRU, Stack, anneal, param_groups
-from sparsefold.recipes._config import from_dict
+from sparsefold.recipes._config import check_ranges, from_dict
 from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, read_checkpoint, train
 from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner
 
@@ -62,23 +62,16 @@ class Config:
     prune_every: int = 10
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden",
-            "layers",
-            "embedding",
-            "steps",
-            "batch",
-            "window",
-            "threads",
-            "eval_every",
-            "checkpoint_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, got {getattr(self, name)}.")
-        if not 0 <= self.density <= 1:
-            raise ValueError(f"density is in [0, 1], got {self.density}.")
-        if self.lr is not None and not self.lr > 0:
-            raise ValueError(f"lr is positive, got {self.lr}.")
+        ranges = {
+            **dict.fromkeys(("steps", "batch", "window", "eval_every", "checkpoint_every", "prune_every"), (1, math.inf)),
+            **dict.fromkeys(("patience", "weight_decay", "clip", "threshold", "rate_weight"), (0, math.inf)),
+            **dict.fromkeys(("density", "dropout", "warmup", "target_rate", "rate_start", "rate_until"), (0, 1)),
+            **dict.fromkeys(("hidden", "embedding"), (1, 2**14)),
+            **{"layers": (1, 64), "threads": (1, 256), "seed": (0, 2**63 - 1)},
+        }
+        check_ranges(self, ranges)
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lr is positive and finite, got {self.lr}.")
         if not 0 <= self.prune_begin <= self.prune_until <= 1:
             raise ValueError("0 <= prune_begin <= prune_until <= 1 must hold.")
 

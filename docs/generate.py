@@ -1,0 +1,93 @@
+"""Writes the tables of README.md and docs/benchmarks.md from committed results: ``make docs``. Nothing there is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from sparsefold.report import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def newest(folder: str, pattern: str) -> Path:
+    """The committed result that was made last, by the date in its name."""
+    found = sorted((ROOT / folder).glob(pattern))
+    if not found:
+        raise ValueError(f"there is no {pattern} in {folder}; run what makes it first (docs/benchmarks.md).")
+    return found[-1]
+
+
+def demo_table() -> str:
+    """The demonstration's table, its targets and where they come from."""
+    path = newest("results/demo", "*.json")
+    return f"{markdown(json.loads(path.read_text()))}\n\nFrom [{path.name}]({path.relative_to(ROOT)})."
+
+
+def learning_rates() -> str:
+    """Validation bits per character of every rate searched, the chosen one of each network in bold."""
+    path = ROOT / "results/text/lr-search.json"
+    runs = json.loads(path.read_text())["runs"]
+    means: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for run in runs:
+        means.setdefault((run["network"], run["lr"]), []).append(run)
+    average = {key: sum(r["valid_bits_per_char"] for r in group) / len(group) for key, group in means.items()}
+    best = {name: min(v for (n, _), v in average.items() if n == name) for name, _ in average}
+    lines = [
+        "| network | peak learning rate | bits per character, each seed | mean | event rate |",
+        "|---|---|---|---|---|",
+    ]
+    for (name, lr), group in sorted(means.items()):
+        each = ", ".join(f"{r['valid_bits_per_char']:.4f}" for r in sorted(group, key=lambda r: r["seed"]))
+        rate = sum(r["event_rate"] for r in group) / len(group)
+        mark = "**" if average[name, lr] == best[name] else ""
+        events = "" if name == "gru" else f"{rate:.3f}"
+        lines.append(f"| {name} | {lr:g} | {each} | {mark}{average[name, lr]:.4f}{mark} | {events} |")
+    steps = runs[0]["config"]["steps"]
+    return "\n".join(lines) + f"\n\nValidation split, {steps} steps. From [{path.name}](../{path.relative_to(ROOT)})."
+
+
+def kernels() -> str:
+    """Time of the recurrent product at the event rates of interest, by size and density."""
+    path = newest("bench/results", "*/*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    shown = [r for r in rows if r["x"] != "events" or r["event_rate"] == 0.1]
+    lines = ["| H | x | density | event rate | µs | MAC/ns | against our dense |", "|---|---|---|---|---|---|---|"]
+    for r in shown:
+        rate = f"{r['event_rate']:g}" if r["x"] == "events" else ""
+        figures = f"{r['us']:.2f} | {r['macs_per_ns']:.1f} | {r['speedup']:.1f}x"
+        lines.append(f"| {r['units']} | {r['x']} | {r['density']:g} | {rate} | {figures} |")
+    about = rows[0]
+    where = f"{about['processor']}, {about['isa']}, one thread, pinned; the Python call of the kernel is included."
+    return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
+
+
+SECTIONS = {
+    "README.md": {"demo": demo_table},
+    "docs/benchmarks.md": {"learning-rates": learning_rates, "kernels": kernels},
+}
+
+
+def render(text: str, sections: dict[str, Any]) -> str:
+    """``text`` with what stands between the markers of each section replaced."""
+    for name, make in sections.items():
+        pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(<!-- {name}: end -->)", re.S)
+        if not pattern.search(text):
+            raise ValueError(f"no markers for section {name!r}.")
+        made = make()
+        text = pattern.sub(lambda m, made=made: f"{m[1]}{made}\n{m[2]}", text)
+    return text
+
+
+def main() -> None:
+    """Rewrites every page."""
+    for page, sections in SECTIONS.items():
+        path = ROOT / page
+        path.write_text(render(path.read_text(), sections))
+        print(page)
+
+
+if __name__ == "__main__":
+    main()
