@@ -5,7 +5,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(BIN)/python -m pip --quiet
+PINNED := --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BUILD_TOOLS := scikit-build-core nanobind cmake ninja
 CXX_FILES := $(wildcard native/*.cpp native/*.hpp native/*.def)
 
@@ -13,13 +14,17 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo test check bench docs stub clean
+.PHONY: demo test test-runtime check bench docs stub clean
 
 demo: .venv/.built
 	$(BIN)/sparsefold demo
 
 test: .venv/.built
 	$(BIN)/python -m pytest
+
+# The wheel, in an environment with numpy and no torch.
+test-runtime: .venv-runtime/.built
+	.venv-runtime/bin/python -m pytest tests/runtime
 
 check: .venv/.built
 	$(BIN)/ruff check .
@@ -42,13 +47,21 @@ stub: .venv/.built
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) $(BUILD_TOOLS)
-	$(PIP) --no-build-isolation --editable '.[train,bench,report,dev]'
+	$(PIP) install $(PINNED) $(BUILD_TOOLS)
+	$(PIP) install $(PINNED) --no-build-isolation --editable '.[train,bench,report,dev]'
 	touch $@
 
 .venv/.built: .venv/.installed CMakeLists.txt $(wildcard native/*)
-	$(PIP) --no-build-isolation --no-deps --editable .
+	$(PIP) install --no-build-isolation --no-deps --editable .
+	touch $@
+
+.venv-runtime/.built: .venv/.built $(wildcard src/sparsefold/*.py)
+	test -x .venv-runtime/bin/python || $(PYTHON) -m venv .venv-runtime
+	rm -rf .cache/wheel
+	$(PIP) wheel --no-build-isolation --no-deps --wheel-dir .cache/wheel .
+	.venv-runtime/bin/python -m pip install --quiet $(PINNED) numpy pytest hypothesis
+	.venv-runtime/bin/python -m pip install --quiet --no-deps --force-reinstall .cache/wheel/*.whl
 	touch $@
 
 clean:
-	rm -rf .venv build .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-runtime build .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -366,7 +366,7 @@ NB_MODULE(_native, m) {
 
     nb::class_<PyStream>(m, "Stream")
         .def(nb::init<const PyEngine&>(), "engine"_a)
-        .def("step", &PyStream::step, "x"_a, "out"_a)
+        .def("step", &PyStream::step, "x"_a.none(), "out"_a)
         .def("run_tokens", &PyStream::run_tokens, "tokens"_a, "out"_a, "trace"_a)
         .def("run_values", &PyStream::run_values, "x"_a, "out"_a, "trace"_a)
         .def("reset", &PyStream::reset)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,19 +16,25 @@ from numpy.typing import NDArray
 
 from sparsefold.bench import Latency, pinned, time_calls
 from sparsefold.engine import Engine, Stream
-from sparsefold.program import Embedding, Program, matrices
+from sparsefold.program import Embedding, Program, ProgramError, matrices
 from sparsefold.progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``sparsefold``. Returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, words = parser.parse_known_args(argv)
+    if args.command is _train:  # argparse does not look for key=value words behind an option
+        args.overrides += [word for word in words if not word.startswith("-")]
+        words = [word for word in words if word.startswith("-")]
+    if words:
+        parser.error(f"unrecognized arguments: {' '.join(words)}")
     try:
         args.command(args)
     except KeyboardInterrupt as stop:
-        print(f"\nsparsefold: {stop or 'interrupted.'}", file=sys.stderr)
+        print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
         if resume := getattr(args, "resume", None):
-            print(f"Run the same command again to go on: {resume(args)}", file=sys.stderr)
+            print(f"Run the same command again to go on: {shlex.join(resume(args))}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
@@ -35,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsefold: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"sparsefold: {where}{error.strerror or error}.", file=sys.stderr)
+        name = error.filename2 or error.filename  # of a renaming, what the user asked for
+        print(f"sparsefold: {f'{name}: ' if name else ''}{error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
 
@@ -54,16 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
     demo.add_argument("--fresh", action="store_true", help="throw away what an earlier run left there")
     demo.add_argument("--steps", type=int, default=None, help="training steps of each network")
-    demo.set_defaults(resume=lambda a: f"sparsefold demo --out {a.out}")
+    demo.set_defaults(
+        resume=lambda a: [
+            "sparsefold", "demo", "--out", str(a.out), *(["--steps", str(a.steps)] if a.steps is not None else [])
+        ]
+    )  # fmt: skip
 
     train = add("train", _train, "Train a recipe, or resume it: sparsefold train text steps=2000 density=0.25")
-    train.add_argument("recipe", help="name of a recipe: text")
+    train.add_argument("recipe", nargs="?", default="", help="name of a recipe: text")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings; --list shows all")
     train.add_argument("--out", type=Path, default=None, help="folder of the run (default: runs/RECIPE)")
-    train.add_argument("--list", action="store_true", help="print the recipe's settings and stop")
-    train.set_defaults(
-        resume=lambda a: f"sparsefold train {' '.join([a.recipe, *a.overrides])} --out {_train_folder(a)}"
+    train.add_argument(
+        "--list", action="store_true", help="print the recipe's settings (without one: the recipes) and stop"
     )
+    train.set_defaults(resume=lambda a: ["sparsefold", "train", a.recipe, *a.overrides, "--out", str(_train_folder(a))])
 
     compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
     compile_.add_argument("checkpoint", type=Path)
@@ -107,9 +119,12 @@ def _need_torch() -> None:
 
 def _demo(args: argparse.Namespace) -> None:
     _need_torch()
-    from sparsefold.recipes.demo import demo
+    from sparsefold.recipes.demo import DemoError, demo
 
-    demo(args.out, fresh=args.fresh, steps=args.steps)
+    try:
+        demo(args.out, fresh=args.fresh, steps=args.steps)
+    except DemoError as error:
+        raise SystemExit(f"sparsefold: {error}") from error
 
 
 def _recipe(name: str) -> Any:
@@ -117,7 +132,8 @@ def _recipe(name: str) -> Any:
     from sparsefold.recipes import RECIPES
 
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.")
+        what = f"there is no recipe {name!r}" if name else "name the recipe to train"
+        raise ValueError(f"{what}. Recipes: {', '.join(RECIPES)}.")
     return RECIPES[name]
 
 
@@ -126,6 +142,13 @@ def _train_folder(args: argparse.Namespace) -> Path:
 
 
 def _train(args: argparse.Namespace) -> None:
+    if args.list and not args.recipe:
+        _need_torch()
+        from sparsefold.recipes import RECIPES
+
+        for name, module in RECIPES.items():
+            print(f"{name:<10} {(module.__doc__ or '').partition(chr(10))[0]}")
+        return
     recipe = _recipe(args.recipe)
     from dataclasses import asdict
 
@@ -161,6 +184,13 @@ def _compile(args: argparse.Namespace) -> None:
     print(_ops_table(program))
 
 
+def _load(file: Path) -> Program:
+    try:
+        return Program.load(file)
+    except ProgramError as error:
+        raise ValueError(f"{file}: {error}.") from error
+
+
 def _vocabulary(program: Program, file: Path) -> list[int]:
     vocabulary = program.metadata.get("vocabulary")
     if (
@@ -180,7 +210,8 @@ def sample(logits: NDArray[np.float32], temperature: float, random: np.random.Ge
     known = logits[:-1].astype(np.float64)
     if temperature == 0:
         return int(known.argmax())
-    p = np.exp((known - known.max()) / temperature)
+    with np.errstate(over="ignore"):  # a very low temperature: exp(-inf) is the 0 that is meant
+        p = np.exp((known - known.max()) / temperature)
     return int(random.choice(len(p), p=p / p.sum()))
 
 
@@ -198,14 +229,16 @@ def generate(
 def _run(args: argparse.Namespace) -> None:
     from sparsefold.data.text import decode, encode
 
-    if args.length < 0 or not args.temperature >= 0:
-        raise ValueError("--length and --temperature must not be negative.")
-    program = Program.load(args.file)
+    if args.length < 0 or not args.temperature >= 0 or args.seed < 0:
+        raise ValueError("--length, --temperature and --seed must not be negative.")
+    program = _load(args.file)
     vocabulary = _vocabulary(program, args.file)
-    prompt = encode(args.prompt.encode() or b"\n", vocabulary)
+    prompt = os.fsencode(args.prompt) or b"\n"  # bytes, whatever the terminal's encoding
     stream = Engine(program).stream()
-    print(args.prompt, end="", flush=True)
-    for token in generate(stream, prompt.tolist(), args.length, args.temperature, np.random.default_rng(args.seed)):
+    sys.stdout.buffer.write(prompt)
+    sys.stdout.flush()
+    random = np.random.default_rng(args.seed)
+    for token in generate(stream, encode(prompt, vocabulary).tolist(), args.length, args.temperature, random):
         sys.stdout.buffer.write(decode([token], vocabulary))
         sys.stdout.flush()
     print(f"\n\n{stream.report()}", file=sys.stderr)
@@ -227,7 +260,7 @@ def evaluate(stream: Stream, tokens: NDArray[np.int64], chunk: int = 4096) -> fl
 def _eval(args: argparse.Namespace) -> None:
     from sparsefold.data.text import encode, load_text
 
-    program = Program.load(args.file)
+    program = _load(args.file)
     vocabulary = _vocabulary(program, args.file)
     if args.text:
         tokens, what = encode(args.text.read_bytes(), vocabulary), str(args.text)
@@ -272,7 +305,7 @@ def _ops_table(program: Program) -> str:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    program = Program.load(args.file)
+    program = _load(args.file)
     engine = Engine(program)
     print(f"{args.file}: {args.file.stat().st_size:,} bytes, arrays {program.nbytes:,}; in memory {engine.nbytes:,}")
     print(_ops_table(program))
@@ -290,17 +323,18 @@ def _bench(args: argparse.Namespace) -> None:
 
     if args.steps < 1000:
         raise ValueError("--steps is at least 1000: a p99 of fewer calls says nothing.")
-    program = Program.load(args.file)
+    program = _load(args.file)
     random = np.random.default_rng(0)
     inputs: list[Any]
     if program.takes_tokens:
         inputs = random.integers(0, program.inputs, args.steps).tolist()
     else:
         inputs = list(random.standard_normal((args.steps, program.inputs)).astype(np.float32))
+    engines = [Engine(program, isa=isa) for isa in ([args.isa] if args.isa else _native.available_isas())]
     print(f"{args.steps} steps of random input, one thread, state moving, Python call included; microseconds")
-    for isa in [args.isa] if args.isa else _native.available_isas():
-        latency = _latency(Engine(program, isa=isa), inputs)
-        print(f"{isa:<10} p50 {latency.p50:8.2f}   p99 {latency.p99:8.2f}   mean {latency.mean:8.2f}")
+    for engine in engines:
+        latency = _latency(engine, inputs)
+        print(f"{engine.isa:<10} p50 {latency.p50:8.2f}   p99 {latency.p99:8.2f}   mean {latency.mean:8.2f}")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -310,11 +344,15 @@ def _report(args: argparse.Namespace) -> None:
         summary = json.loads(args.summary.read_text())
     except ValueError as error:
         raise ValueError(f"{args.summary} is not JSON: {error}.") from error
-    if args.output:
-        report.write_report(summary, args.output)
-        print(args.output)
-    else:
-        print(report.markdown(summary) if args.markdown else report.table(summary))
+    try:
+        if args.output:
+            report.write_report(summary, args.output)
+            print(args.output)
+        else:
+            print(report.markdown(summary) if args.markdown else report.table(summary))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # a field that docs/results.md promises
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{args.summary} is not a summary as the demo writes it ({what}).") from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 // The native core without Python, for sanitizers: odd sizes, all formats and forms, hostile indices, streams in two threads.
-// Built and run by tests/runtime/test_sanitizers.py.
+// Built and run by tests/native/test_sanitizers.py.
 #include <cmath>
 #include <cstdio>
 #include <random>

@@ -38,8 +38,13 @@ def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = N
 
 def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     if type(module) in (Stack, torch.nn.Sequential):
-        children = dict(module._modules).items()  # named_children() leaves out a module's second place
-        return [leaf for key, child in children if child for leaf in _flatten(f"{name}.{key}".lstrip("."), child)]
+        children = module._modules.items()  # named_children() leaves out a module's second place
+        return [
+            leaf
+            for key, child in children
+            if child is not None
+            for leaf in _flatten(f"{name}.{key}".lstrip("."), child)
+        ]
     return [(name or "the model", module)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from sparsefold.lowering import compile_model
 from sparsefold.nn import EGRUState, Stack, StackState
 from sparsefold.program import Program, write_atomically
 from sparsefold.recipes import rivals, text
+from sparsefold.recipes._loop import make_folder
 
 # The longest training first, so that two cores finish together. Learning rates: results/text/lr-search.json.
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,6 +36,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "egru": ("event GRU 256", {"cell": "egru"}),
     "gru": ("dense GRU 256", {"cell": "gru"}),
 }
+OWN_FILES = ("summary.json", "report.html", *(f"{key}.sfold" for key in NETWORKS))  # and a folder for each network
 STEPS = text.Config().steps
 PARITY_BYTES = 512
 PARITY_BOUND = 1e-4  # largest difference of a logit; float32 sums over 256 units differ in order, and no event may flip
@@ -42,15 +45,24 @@ RATE_BLOCK = 256  # bytes per point of the event rate over time
 SAMPLE = 300
 
 
+class DemoError(RuntimeError):
+    """A training that failed, or an engine that disagrees with its reference."""
+
+
 def demo(folder: Path, fresh: bool = False, steps: int | None = None) -> dict[str, Any]:
     """Runs all of it, prints one table, writes ``summary.json`` (docs/results.md) and ``report.html``; returns the summary.
 
     Raises:
         ValueError: the folder cannot be used.
-        RuntimeError: an engine disagrees with its reference; nothing is timed then.
+        ImportError: a rival or the plots cannot be made; said before any training.
+        DemoError: a training failed, or an engine disagrees with its reference; nothing is timed then.
     """
-    if fresh and folder.exists():
-        shutil.rmtree(folder)
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is at least 1, got {steps}.")
+    _need_extras()
+    make_folder(folder)
+    if fresh:
+        _clear(folder)
     began = time.monotonic()
     corpus = load_text(None)
     steps = steps or STEPS
@@ -110,10 +122,26 @@ def demo(folder: Path, fresh: bool = False, steps: int | None = None) -> dict[st
     return summary
 
 
+def _need_extras() -> None:
+    missing = [name for name in ("onnx", "onnxruntime", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the demo needs {' and '.join(missing)}: pip install 'sparsefold[train,bench,report]'.")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier demo left, and nothing else that may lie there."""
+    for name in OWN_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for key in NETWORKS:
+        if (folder / key / "log.jsonl").exists() or (folder / key / "last.safetensors").exists():
+            shutil.rmtree(folder / key)
+
+
 def _train_all(folder: Path, steps: int) -> None:
     """Trains every network in a process of its own, two at a time, and shows their progress."""
     waiting = deque(NETWORKS)
     running: dict[str, subprocess.Popen[str]] = {}
+    relays: dict[str, threading.Thread] = {}
     try:
         while waiting or running:
             while waiting and len(running) < 2:
@@ -125,20 +153,20 @@ def _train_all(folder: Path, steps: int) -> None:
                     command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
                 )
                 assert process.stdout is not None  # it is a pipe
-                threading.Thread(target=_relay, args=(key, process.stdout), daemon=True).start()
+                relays[key] = threading.Thread(target=_relay, args=(key, process.stdout), daemon=True)
+                relays[key].start()
                 running[key] = process
             for key, process in list(running.items()):
                 if process.poll() is not None:
                     del running[key]
+                    relays[key].join()  # its last lines come before what is said about it
                     if process.returncode == 130:
                         raise KeyboardInterrupt("interrupted; what was trained is saved.")
                     if process.returncode:
-                        raise RuntimeError(
-                            f"training {key} failed with status {process.returncode}; see the lines above."
-                        )
+                        raise DemoError(f"training {key} failed with status {process.returncode}; see the lines above.")
             time.sleep(0.1)
     finally:
-        for process in running.values():  # Ctrl-C reached them too: they are saving
+        for process in running.values():  # where Ctrl-C reached them too, they are saving already and go on with it
             process.terminate()
         for process in running.values():
             process.wait()
@@ -217,7 +245,7 @@ def _measure(
 def _row(key: str, engine: str, rival: bool, worst: float, bits: float, settings: str) -> dict[str, Any]:
     bound = None if engine == "torch int8" else PARITY_BOUND
     if bound is not None and not worst <= bound:
-        raise RuntimeError(
+        raise DemoError(
             f"{engine} on {key} differs from torch by {worst:.2e} in a logit, the bound is {bound:.0e}: nothing is timed."
         )
     parity = {"max_abs_error": worst, "bound": bound, "against": "torch, float32", "bytes": PARITY_BYTES}

@@ -1,0 +1,330 @@
+"""Makes the broken files of this folder: ``python tests/attacks/make.py``. Each breaks one thing of one sound program.
+
+``ATTACKS`` maps a file's name to (bytes, words that the refusal must hold). The writer here is its own, so that it can write
+what ``Program.to_bytes`` never would.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+
+
+class File:
+    """A program taken apart: tensors as (name, dtype, shape, data), ops and metadata as JSON values."""
+
+    def __init__(self) -> None:
+        f32 = lambda *v: struct.pack(f"<{len(v)}f", *v)  # noqa: E731
+        u32 = lambda *v: struct.pack(f"<{len(v)}I", *v)  # noqa: E731
+        ramp = lambda n: f32(*(((7 * i) % 11 - 5) / 8 for i in range(n)))  # noqa: E731
+        self.tensors = {
+            "0.weight": ["F32", [3, 2], ramp(6)],
+            "1.weight_ih.values": ["F32", [6, 2], ramp(12)],
+            "1.weight_hh.values": ["F32", [3, 1, 2], ramp(6)],
+            "1.weight_hh.block_row": ["U32", [3], u32(0, 2, 1)],
+            "1.weight_hh.start": ["U32", [3], u32(0, 2, 3)],
+            "1.bias_ih": ["F32", [6], ramp(6)],
+            "1.bias_hh": ["F32", [6], ramp(6)],
+            "1.threshold": ["F32", [2], f32(0.1, 0.0)],
+            "2.weight.values": ["F32", [3, 2], ramp(6)],
+            "2.bias": ["F32", [3], ramp(3)],
+        }
+        self.ops: Any = [
+            {"op": "embedding"},
+            {
+                "op": "egru",
+                "weight_ih": {"format": "dense", "rows": 6, "cols": 2, "gates": 3},
+                "weight_hh": {"format": "block", "rows": 6, "cols": 2, "gates": 3, "block": [2, 1]},
+                "reset_after": True, "reset": "threshold", "event": "threshold", "output": "events", "zoneout": 0.0,
+            },
+            {"op": "linear", "weight": {"format": "dense", "rows": 3, "cols": 2, "gates": 1}},
+        ]  # fmt: skip
+        self.meta: dict[str, Any] = {"sparsefold": "1", "metadata": "{}"}
+        self.trailing = b""
+
+    def header(self) -> dict[str, Any]:
+        """What stands in front of the data, checksum included."""
+        header: dict[str, Any] = {"__metadata__": {"crc32": f"{zlib.crc32(self.data()):08x}", **self.meta}}
+        header["__metadata__"].setdefault("ops", json.dumps(self.ops))
+        end = 0
+        for name, (dtype, shape, data) in self.tensors.items():
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + len(data)]}
+            end += len(data)
+        return header
+
+    def data(self) -> bytes:
+        """Everything behind the header."""
+        return b"".join(t[2] for t in self.tensors.values()) + self.trailing
+
+    def bytes(self, header: Any = None) -> bytes:
+        """The file; ``header`` instead of its own where given (text is taken as it is)."""
+        header = self.header() if header is None else header
+        text = header if isinstance(header, bytes) else json.dumps(header).encode()
+        return struct.pack("<Q", len(text)) + text + self.data()
+
+
+SOUND = File().bytes()
+
+
+def _file(change: Any) -> bytes:
+    """The sound file with ``change(file)`` applied."""
+    file = File()
+    change(file)
+    return file.bytes()
+
+
+def _header(change: Any) -> bytes:
+    """The sound file whose header was changed after its offsets were made."""
+    file = File()
+    header = deepcopy(file.header())
+    change(header)
+    return file.bytes(header)
+
+
+def _text(change: Any) -> bytes:
+    """The sound file with the header's JSON text changed."""
+    file = File()
+    return file.bytes(change(json.dumps(file.header()).encode()))
+
+
+def _set(*path: Any) -> Any:
+    """A change that sets ops[path[0]][...][path[-2]] = path[-1]."""
+
+    def change(file: File) -> None:
+        target = file.ops
+        for key in path[:-2]:
+            target = target[key]
+        target[path[-2]] = path[-1]
+
+    return change
+
+
+def _tensor(name: str, dtype: str | None = None, shape: list[int] | None = None, data: bytes | None = None) -> Any:
+    """A change of one tensor, checksum and offsets adjusted."""
+
+    def change(file: File) -> None:
+        old = file.tensors.get(name, ["F32", [0], b""])
+        new = [dtype, shape, data]
+        file.tensors[name] = [o if n is None else n for o, n in zip(old, new, strict=True)]
+
+    return change
+
+
+def _entry(name: str, **changed: Any) -> Any:
+    return lambda header: header[name].update(changed)
+
+
+def _u32(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}I", *values)
+
+
+def _weight(at: int, value: float) -> Any:
+    def change(file: File) -> None:
+        data = bytearray(file.tensors["1.weight_ih.values"][2])
+        struct.pack_into("<f", data, 4 * at, value)
+        file.tensors["1.weight_ih.values"][2] = bytes(data)
+
+    return change
+
+
+def _foreign() -> bytes:
+    """What another program would write: safetensors, no word of ours."""
+    text = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    return struct.pack("<Q", len(text)) + text + struct.pack("<f", 1.0)
+
+
+def _empty_tensor(header: dict[str, Any], shape: Any) -> None:
+    end = max(e["data_offsets"][1] for name, e in header.items() if name != "__metadata__")
+    header["3.more"] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end]}
+
+
+def _swap(header: dict[str, Any]) -> None:
+    """Two tensors of one size read the same bytes, and nobody reads the other's."""
+    header["1.bias_hh"]["data_offsets"] = header["1.bias_ih"]["data_offsets"]
+
+
+def _outside(header: dict[str, Any]) -> None:
+    """The last tensor announces four terabytes."""
+    first = header["2.bias"]["data_offsets"][0]
+    header["2.bias"].update(shape=[2**40], data_offsets=[first, first + 2**42])
+
+
+def _huge_block(file: File) -> None:
+    """2^26 units announced by three small tensors."""
+    n = 2**26
+    file.ops[1]["weight_hh"].update(rows=3 * n, cols=n, block=[4096, 4096])
+    file.ops[1]["weight_ih"].update(rows=3 * n)
+
+
+def _wide_block(file: File) -> None:
+    """A linear of 2^28 - 1 inputs with no block at all."""
+    file.ops = [
+        {"op": "linear", "weight": {"format": "block", "rows": 3, "cols": 2**28 - 1, "gates": 1, "block": [4096, 4096]}}
+    ]
+    file.tensors = {
+        "0.weight.values": ["F32", [0, 4096, 4096], b""], "0.weight.block_row": ["U32", [0], b""],
+        "0.weight.start": ["U32", [3], _u32(0, 0, 0)], "0.bias": ["F32", [3], b"\0" * 12],
+    }  # fmt: skip
+
+
+HH = "1.weight_hh"
+ATTACKS: dict[str, tuple[bytes, str]] = {
+    # the container
+    "empty": (b"", "0 bytes; a program has at least 8"),
+    "seven_bytes": (SOUND[:7], "7 bytes"),
+    "only_a_length": (SOUND[:8], "announce a header"),
+    "length_zero": (struct.pack("<Q", 0) + SOUND[8:], "not valid JSON"),
+    "length_huge": (struct.pack("<Q", 2**62) + SOUND[8:], "announce a header of 4611686018427387904 bytes"),
+    "length_like_minus_one": (b"\xff" * 8 + SOUND[8:], "announce a header of 18446744073709551615 bytes"),
+    "length_one_more_than_the_file": (struct.pack("<Q", len(SOUND) - 7) + SOUND[8:], "announce a header"),
+    "length_one_less": (struct.pack("<Q", struct.unpack_from("<Q", SOUND)[0] - 1) + SOUND[8:], "not valid JSON"),
+    "length_one_more": (struct.pack("<Q", struct.unpack_from("<Q", SOUND)[0] + 1) + SOUND[8:], "not valid JSON"),
+    "cut_in_the_header": (SOUND[:200], "cut off"),
+    "cut_in_the_data": (SOUND[:-5], "cut off"),
+    "header_not_utf8": (_text(lambda t: t.replace(b"embedding", b"\xff\xfe\xfdedding")), "not UTF-8"),
+    "header_not_json": (_text(lambda t: b"<?xml" + t), "not valid JSON"),
+    "header_utf16": (_text(lambda t: t.decode().encode("utf-16")[:1500]), "not"),
+    "header_a_list": (_text(lambda t: b"[" + t + b"]"), "header is not an object"),
+    "header_a_number": (_text(lambda t: b"17"), "header is not an object"),
+    "header_key_twice": (_text(lambda t: t[:-1] + b', "2.bias": {}}'), "a key occurs twice"),
+    "header_metadata_twice": (_text(lambda t: t[:-1] + b', "__metadata__": {}}'), "a key occurs twice"),
+    "header_nested": (_text(lambda t: b'{"a":' * 700), "not valid JSON"),
+    "header_lists_nested": (_text(lambda t: b"[" * 3000), "not valid JSON"),
+    "header_long_number": (_text(lambda t: t.replace(b"[3, 2]", b"[" + b"9" * 1200 + b", 2]", 1)), "needs dtype"),
+    # the metadata
+    "no_metadata": (_header(lambda h: h.pop("__metadata__")), "not a sparsefold program"),
+    "foreign_safetensors": (_foreign(), "not a sparsefold program: compile the model first"),
+    "metadata_a_list": (_header(lambda h: h.update(__metadata__=[])), "map names to strings"),
+    "metadata_a_number": (_header(lambda h: h["__metadata__"].update(sparsefold=1)), "map names to strings"),
+    "version_2": (_file(lambda f: f.meta.update(sparsefold="2")), "format version '2'"),
+    "crc_wrong": (_file(lambda f: f.meta.update(crc32="00000000")), "does not match its checksum"),
+    "crc_missing": (_header(lambda h: h["__metadata__"].pop("crc32")), "does not match its checksum"),
+    "data_flipped": (SOUND[:-1] + bytes([SOUND[-1] ^ 1]), "does not match its checksum"),
+    "ops_missing": (_header(lambda h: h["__metadata__"].pop("ops")), "the op list is not valid JSON"),
+    "ops_not_json": (_file(lambda f: f.meta.update(ops="[{")), "the op list is not valid JSON"),
+    "ops_an_object": (_file(lambda f: f.meta.update(ops='{"op": "linear"}')), "must hold 1 to 1024 ops"),
+    "ops_empty": (_file(lambda f: f.meta.update(ops="[]")), "must hold 1 to 1024 ops"),
+    "ops_nested": (_file(lambda f: f.meta.update(ops="[" * 2000)), "the op list is not valid JSON"),
+    "ops_too_many": (_file(lambda f: f.meta.update(ops="[" + "1," * 1024 + "1]")), "must hold 1 to 1024 ops"),
+    "free_metadata_a_list": (_file(lambda f: f.meta.update(metadata="[]")), "metadata must be an object"),
+    "free_metadata_not_json": (_file(lambda f: f.meta.update(metadata="{")), "the metadata is not valid JSON"),
+    # the tensors
+    "tensors_overlap": (_header(_swap), "does not follow the one before it"),
+    "tensors_overlap_partly": (_header(_entry("2.bias", data_offsets=[0, 12])), "does not follow"),
+    "hole": (_header(lambda h: h.pop("1.bias_ih")), "does not follow the one before it"),
+    "tensor_backwards": (_header(_entry("2.bias", data_offsets=[240, 228])), "does not follow"),
+    "trailing_bytes": (_file(lambda f: setattr(f, "trailing", b"more")), "bytes follow the last tensor"),
+    "tensor_outside_the_file": (_header(_outside), "cut off"),
+    "offset_negative": (_header(_entry("0.weight", data_offsets=[-24, 0])), "needs dtype, shape and data_offsets"),
+    "offset_a_float": (_header(_entry("0.weight", data_offsets=[0.0, 24.0])), "needs dtype"),
+    "offset_true": (_header(_entry("0.weight", data_offsets=[False, 24])), "needs dtype"),
+    "offsets_three": (_header(_entry("0.weight", data_offsets=[0, 24, 24])), "needs dtype"),
+    "offsets_missing": (_header(lambda h: h["0.weight"].pop("data_offsets")), "needs dtype"),
+    "entry_a_string": (_header(lambda h: h.update({"0.weight": "F32"})), "needs dtype"),
+    "entry_null": (_header(lambda h: h.update({"0.weight": None})), "needs dtype"),
+    "dtype_f64": (_header(_entry("0.weight", dtype="F64", shape=[3, 1])), "has dtype 'F64'; a program holds F32, U32"),
+    "dtype_a_list": (_header(_entry("0.weight", dtype=["F32"])), "needs dtype"),
+    "dtype_u32_for_weights": (_file(_tensor("2.bias", "U32")), "needs a F32 tensor 2.bias"),
+    "dtype_f32_for_indices": (_file(_tensor(HH + ".start", "F32")), "needs a U32 tensor 1.weight_hh.start"),
+    "shape_too_large_for_its_bytes": (_header(_entry("0.weight", shape=[3, 3])), "its size is wrong"),
+    "shape_negative": (_header(_entry("0.weight", shape=[-3, -2])), "needs dtype"),
+    "shape_product_overflows": (_header(_entry("0.weight", shape=[2**33, 2**31, 6])), "size is wrong"),
+    "shape_number_too_large": (_header(_entry("0.weight", shape=[2**64, 1])), "needs dtype"),
+    "shape_five_axes": (_header(_entry("0.weight", shape=[3, 2, 1, 1, 1])), "needs dtype"),
+    "shape_an_object": (_header(lambda h: _empty_tensor(h, {})), "needs dtype"),
+    "shape_a_string": (_header(_entry("0.weight", shape="")), "needs dtype"),
+    "shape_empty_but_enormous": (_header(lambda h: _empty_tensor(h, [2**47, 2**47, 0])), "too large"),
+    "name_of_a_path": (_file(_tensor("../../etc/passwd")), "not made of letters"),
+    "name_empty": (_file(_tensor("")), "not made of letters"),
+    "name_with_zero": (_file(_tensor("0.weight\0")), "not made of letters"),
+    "name_with_newline": (_file(_tensor("0.weight\n")), "not made of letters"),
+    "name_surrogate": (_file(_tensor("\ud800")), "not made of letters"),
+    "name_long": (_file(_tensor("a" * 201)), "not made of letters"),
+    "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
+    "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
+    # the ops
+    "op_unknown": (_file(_set(2, "op", "lstm")), "op 2 is not one of embedding, linear, gru, egru"),
+    "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
+    "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
+    "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
+    "field_unknown": (_file(_set(1, "bias", True)), "op 1 (egru) has an unknown field 'bias'"),
+    "field_missing": (_file(lambda f: f.ops[1].pop("reset")), "op 1 (egru) lacks reset"),
+    "field_twice": (_file(lambda f: f.meta.update(ops='[{"op": "linear", "op": "gru"}]')), "a key occurs twice"),
+    "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
+    "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
+    "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),
+    "zoneout_infinite": (_file(_set(1, "zoneout", float("inf"))), "zoneout must be in [0, 1)"),
+    "zoneout_long": (_file(_set(1, "zoneout", 10**300)), "zoneout must be in [0, 1)"),
+    "zoneout_true": (_file(_set(1, "zoneout", False)), "zoneout must be a number"),
+    "zoneout_a_string": (_file(_set(1, "zoneout", "0")), "zoneout must be a number"),
+    "zoneout_null": (_file(_set(1, "zoneout", None)), "zoneout must be a number"),
+    "reset_a_list": (_file(_set(1, "reset", ["threshold"])), "reset must be one of"),
+    "reset_unknown": (_file(_set(1, "reset", "soft")), "reset must be one of threshold, output, none, got 'soft'"),
+    "event_a_number": (_file(_set(1, "event", 1)), "event must be threshold or always"),
+    "output_an_object": (_file(_set(1, "output", {})), "output must be events or state"),
+    "chain_does_not_fit": (_file(lambda f: f.ops.pop(1)), "belongs to no op|needs a F32|reads"),
+    "embedding_twice": (_file(lambda f: f.ops.__setitem__(2, {"op": "embedding"})), "tensor 2.weight"),
+    # the weights
+    "weight_nan": (_file(_weight(5, float("nan"))), "holds nan at [2, 1]"),
+    "weight_infinite": (_file(_weight(0, float("inf"))), "holds inf at [0, 0]"),
+    "threshold_negative": (_file(_tensor("1.threshold", data=struct.pack("<2f", 0.1, -0.1))), "threshold must be a number >= 0"),
+    "threshold_nan": (_file(_tensor("1.threshold", data=struct.pack("<2f", 0.1, float("nan")))), "must be a number >= 0"),
+    "bias_short": (_file(_tensor("2.bias", shape=[2], data=b"\0" * 8)), "bias must be (3,), got (2,)"),
+    "bias_a_matrix": (_file(_tensor("2.bias", shape=[3, 1])), "bias must be (3,)"),
+    "embedding_a_vector": (_file(_tensor("0.weight", shape=[6])), "weight has two axes"),
+    "embedding_of_nothing": (_file(_tensor("0.weight", shape=[0, 2], data=b"")), "at least one input"),
+    # the formats
+    "format_unknown": (_file(_set(1, "weight_hh", "format", "csr")), "not stored as one of dense, block"),
+    "format_a_list": (_file(_set(1, "weight_hh", "format", ["dense"])), "not stored as one of"),
+    "layout_a_string": (_file(_set(1, "weight_hh", "dense")), "not stored as one of"),
+    "layout_missing": (_file(lambda f: f.ops[1].pop("weight_hh")), "not stored as one of"),
+    "dense_other_shape": (_file(_set(1, "weight_ih", "cols", 3)), "says 6x3 but stores (6, 2)"),
+    "rows_zero": (_file(_set(1, "weight_hh", "rows", 0)), "whole numbers between 1 and 2^28"),
+    "rows_negative": (_file(_set(1, "weight_hh", "rows", -6)), "whole numbers between"),
+    "rows_a_float": (_file(_set(1, "weight_hh", "rows", 6.0)), "whole numbers between"),
+    "rows_true": (_file(_set(1, "weight_hh", "cols", True)), "whole numbers between"),
+    "rows_huge": (_file(_set(1, "weight_hh", "rows", 2**28)), "whole numbers between"),
+    "gates_do_not_divide": (_file(_set(1, "weight_hh", "gates", 4)), "cannot hold 4 gates"),
+    "gates_two": (_file(_set(1, "weight_ih", "gates", 2)), "matrices of 6 rows in 3 gates"),
+    "gates_of_a_linear": (_file(_set(2, "weight", "gates", 3)), "a linear op has one gate"),
+    "block_zero": (_file(_set(1, "weight_hh", "block", [0, 1])), "whole numbers between"),
+    "block_too_tall": (_file(_set(1, "weight_hh", "block", [4097, 1])), "must lie between (1, 1) and (4096, 4096)"),
+    "block_one_number": (_file(_set(1, "weight_hh", "block", [2])), "needs block = [rows, cols]"),
+    "block_an_object": (_file(_set(1, "weight_hh", "block", {"rows": 2, "cols": 1})), "needs block"),
+    "block_other_size": (_file(_set(1, "weight_hh", "block", [1, 2])), "stores values"),
+    "block_row_out_of_range": (_file(_tensor(HH + ".block_row", data=_u32(0, 3, 1))), "block row 3 is out of range"),
+    "block_row_like_minus_one": (_file(_tensor(HH + ".block_row", data=_u32(0, 2**32 - 1, 1))), "is out of range"),
+    "block_row_falls": (_file(_tensor(HH + ".block_row", data=_u32(2, 0, 1))), "must ascend"),
+    "block_row_twice": (_file(_tensor(HH + ".block_row", data=_u32(2, 2, 1))), "must ascend"),
+    "block_row_a_matrix": (_file(_tensor(HH + ".block_row", shape=[3, 1])), "block_row has one axis"),
+    "block_row_a_number": (_file(_tensor(HH + ".block_row", shape=[], data=_u32(0))), "block_row has one axis"),
+    "block_row_short": (_file(_tensor(HH + ".block_row", shape=[2], data=_u32(0, 2))), "stores values"),
+    "start_falls": (_file(_tensor(HH + ".start", data=_u32(0, 4, 3))), "start must rise"),
+    "start_not_from_zero": (_file(_tensor(HH + ".start", data=_u32(1, 2, 3))), "start must rise"),
+    "start_too_far": (_file(_tensor(HH + ".start", data=_u32(0, 2, 2**31))), "start must rise"),
+    "start_not_to_the_end": (_file(_tensor(HH + ".start", data=_u32(0, 1, 2))), "start must rise"),
+    "start_long": (_file(_tensor(HH + ".start", shape=[4], data=_u32(0, 2, 3, 3))), "stores values"),
+    "start_a_matrix": (_file(_tensor(HH + ".start", shape=[3, 1])), "stores values"),
+    "start_empty": (_file(_tensor(HH + ".start", shape=[0], data=b"")), "stores values"),
+    "huge_units_in_small_tensors": (_file(_huge_block), "6442450944|but stores|whole numbers|stores values"),
+    "huge_inputs_in_small_tensors": (_file(_wide_block), "stores values"),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Write every file, and take away what no attack makes."""
+    for name, (raw, _) in ATTACKS.items():
+        (FOLDER / f"{name}.sfold").write_bytes(raw)
+    for path in FOLDER.glob("*.sfold"):
+        if path.stem not in ATTACKS:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Every shape, density, rate and seed of the suite, and the small networks that are made of them. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+
+import sparsefold as sf
+from sparsefold.program import EGRU, GRU, Embedding, Linear
+
+SEED = 20_250_101
+
+# Below, at and above one vector (16 lanes) and one panel of a packed dense matrix (128 rows).
+SIZES = (1, 3, 15, 16, 17, 31, 100, 127, 128, 129, 257)
+SMALL_SIZES = (1, 15, 16, 17, 33)
+GATES = (1, 3)
+# Blocks (outputs, inputs): columns, whole vectors, multiples of vectors, squares, and shapes that divide nothing.
+BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (32, 1), (8, 4), (4, 4), (5, 3), (16, 16), (32, 32), (20, 2))
+DENSITIES = (0.0, 0.1, 0.5, 1.0)
+EVENT_RATES = (0.0, 0.1, 1.0)
+
+Block = tuple[int, int] | None  # None: stored dense
+
+
+@dataclass(frozen=True)
+class MatrixCase:
+    """A matrix of ``gates`` gates of ``units`` rows."""
+
+    units: int
+    cols: int
+    gates: int
+    block: Block
+    density: float
+
+    def make(self) -> sf.Dense | sf.Block:
+        """The same matrix every time."""
+        return matrix(
+            rng(self.units, self.cols, self.gates), self.units, self.cols, self.gates, self.block, self.density
+        )
+
+
+def rng(*salt: int) -> np.random.Generator:
+    """A generator of its own for every place that asks."""
+    return np.random.default_rng([SEED, *salt])
+
+
+def matrix_cases(block: Block) -> list[MatrixCase]:
+    """Every row size against three column sizes, in one gate and in three; the densities take turns."""
+    cases = []
+    for i, units in enumerate(SIZES):
+        for turn, gates in product((0, 4, 7), GATES):
+            density = 1.0 if block is None else DENSITIES[(i + turn + gates) % len(DENSITIES)]
+            cases.append(MatrixCase(units, SIZES[(i + turn) % len(SIZES)], gates, block, density))
+    return cases
+
+
+def matrix(
+    r: np.random.Generator, units: int, cols: int, gates: int = 1, block: Block = None, density: float = 1.0
+) -> sf.Dense | sf.Block:
+    """Normal weights, in random blocks where ``block`` is given."""
+    weight = r.standard_normal((gates, units, cols)) / np.sqrt(max(cols * density, 1))
+    if block is None:
+        return sf.Dense.from_dense(weight.reshape(gates * units, cols), gates)
+    rows, columns = -(-units // block[0]), -(-cols // block[1])
+    kept = r.random((gates, rows, columns)) < density
+    weight *= np.repeat(np.repeat(kept, block[0], 1), block[1], 2)[:, :units, :cols]
+    return sf.Block.from_dense(weight.reshape(gates * units, cols), block, gates)
+
+
+def vector(r: np.random.Generator, size: int, scale: float = 1.0) -> np.ndarray:
+    """Float32 values."""
+    return (scale * r.standard_normal(size)).astype(np.float32)
+
+
+def embedding(r: np.random.Generator, tokens: int, width: int) -> Embedding:
+    """A table of normal rows."""
+    return Embedding(r.standard_normal((tokens, width)).astype(np.float32))
+
+
+def linear(r: np.random.Generator, inputs: int, outputs: int, block: Block = None, density: float = 1.0) -> Linear:
+    """A layer with a bias."""
+    return Linear(matrix(r, outputs, inputs, 1, block, density), vector(r, outputs))
+
+
+def gru(
+    r: np.random.Generator, inputs: int, units: int, block: Block = None, density: float = 1.0, reset_after: bool = True
+) -> GRU:
+    """A layer whose gates move over their whole range."""
+    return GRU(
+        matrix(r, units, inputs, 3, block, density), matrix(r, units, units, 3, block, density),
+        vector(r, 3 * units), vector(r, 3 * units), reset_after,
+    )  # fmt: skip
+
+
+def egru(
+    r: np.random.Generator, inputs: int, units: int, block: Block = None, density: float = 1.0, **options: Any
+) -> EGRU:
+    """A layer in which about a third of the units speak."""
+    return EGRU(
+        matrix(r, units, inputs, 3, block, density), matrix(r, units, units, 3, block, density),
+        vector(r, 3 * units), vector(r, 3 * units), options.pop("reset_after", True),
+        threshold=np.abs(vector(r, units, 0.3)), **options,
+    )  # fmt: skip
+
+
+EGRU_OPTIONS = [
+    {"reset": reset, "reset_after": after, "output": output, "event": event, "zoneout": zoneout}
+    for reset, after, output, event, zoneout in product(
+        ("threshold", "output", "none"), (True, False), ("events", "state"), ("threshold", "always"), (0.0, 0.3)
+    )
+]
+
+
+def network(name: str) -> sf.Program:
+    """One of :data:`NETWORKS`, the same every time."""
+    r = rng(*name.encode())
+    return sf.Program(tuple(NETWORKS[name](r)), {"name": name})
+
+
+# One to three layers, with and without an embedding, every kind of last op, dense and block, sizes around a vector.
+NETWORKS = {
+    "linear": lambda r: [linear(r, 17, 33)],
+    "embedding": lambda r: [embedding(r, 5, 17)],
+    "embedding-linear": lambda r: [embedding(r, 5, 17), linear(r, 17, 3)],
+    "gru": lambda r: [gru(r, 3, 31)],
+    "gru-before": lambda r: [gru(r, 16, 16, reset_after=False)],
+    "gru-block-2": lambda r: [gru(r, 20, 33, (16, 1), 0.5), gru(r, 33, 17, (4, 4), 0.5), linear(r, 17, 2)],
+    "egru-one-unit": lambda r: [egru(r, 1, 1)],
+    "egru-events": lambda r: [egru(r, 15, 31)],
+    "egru-state-linear": lambda r: [egru(r, 16, 100, output="state"), linear(r, 100, 17)],
+    "egru-block": lambda r: [egru(r, 40, 129, (16, 1), 0.25), linear(r, 129, 9, (8, 1), 0.5)],
+    "tokens": lambda r: [embedding(r, 7, 17), egru(r, 17, 33), linear(r, 33, 7)],
+    "tokens-block": lambda r: [embedding(r, 7, 16), egru(r, 16, 48, (16, 1), 0.5), linear(r, 48, 7, (4, 4), 0.5)],
+    "tokens-gru": lambda r: [embedding(r, 7, 8), gru(r, 8, 20, reset_after=False), linear(r, 20, 7)],
+    "tokens-2": lambda r: [
+        embedding(r, 7, 12), egru(r, 12, 40, (8, 1), 0.5, reset_after=False), egru(r, 40, 24, output="state"), linear(r, 24, 7)
+    ],
+    "linear-first": lambda r: [linear(r, 9, 20), egru(r, 20, 17, reset="output"), linear(r, 17, 4), linear(r, 4, 3)],
+    "mixed-3": lambda r: [
+        egru(r, 10, 33, (5, 3), 0.5, reset="none"), gru(r, 33, 20), egru(r, 20, 18, (20, 2), 0.5, zoneout=0.2)
+    ],
+    "three": lambda r: [
+        embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
+        linear(r, 17, 11),
+    ],
+}  # fmt: skip
+
+
+def sequence(program: sf.Program, steps: int, *salt: int) -> np.ndarray:
+    """Inputs that the program takes: token ids, or float32 values of which some are exactly zero."""
+    r = rng(*salt, steps)
+    if program.takes_tokens:
+        return r.integers(0, program.inputs, steps)
+    return (r.standard_normal((steps, program.inputs)) * (r.random((steps, program.inputs)) < 0.8)).astype(np.float32)
+
+
+def state(program: sf.Program, *salt: int) -> dict[str, np.ndarray]:
+    """A state in the middle of a run: about a third of the units have spoken."""
+    r, out = rng(*salt), {}
+    for i, op in enumerate(program.ops):
+        if isinstance(op, GRU):
+            out[f"{i}.h"] = vector(r, op.outputs, 0.5)
+        if isinstance(op, EGRU):
+            out[f"{i}.y"] = (vector(r, op.outputs) * (r.random(op.outputs) < 0.3)).astype(np.float32)
+    return out

@@ -1,0 +1,271 @@
+"""Every kernel of kernels.def, on every instruction set, against float64."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cases
+import sparsefold as sf
+import tolerances
+from sparsefold import _native
+from sparsefold.engine import native_matrix
+
+ISAS = _native.available_isas()
+FORMATS = {"dense": [None], "block": list(cases.BLOCKS)}
+
+
+@cache
+def made(case):
+    matrix = case.make()
+    return matrix, np.abs(matrix.to_dense().astype(np.float64)), native_matrix(matrix)
+
+
+def padded(matrix, values, fill):
+    """Values of (rows,) with every gate padded to whole vectors of sixteen, and which of them are real rows."""
+    units = matrix.shape[0] // matrix.gates
+    out = np.full((matrix.gates, -(-units // 16) * 16), fill, np.float32)
+    real = np.zeros(out.shape, bool)
+    out[:, :units], real[:, :units] = values.reshape(matrix.gates, units), True
+    return out.reshape(-1), real.reshape(-1)
+
+
+def play(packed, out, x, events):
+    """``out += W x``, with ``x`` dense or as the list of its events."""
+    if events is None:
+        packed.matvec(x, out)
+    else:
+        packed.matvec_events(events.astype(np.uint32), x[events], out)
+
+
+def check_matvec(isa, format, by_events):
+    for block in FORMATS[format]:
+        for case in cases.matrix_cases(block):
+            matrix, size, borrowed = made(case)
+            packed = _native.Packed(borrowed, isa)
+            for rate in cases.EVENT_RATES if by_events else (1.0,):
+                r = cases.rng(case.units, case.cols, int(10 * rate))
+                x = cases.vector(r, case.cols) * (r.random(case.cols) < 0.9)  # a unit may speak a zero
+                events = np.flatnonzero(r.random(case.cols) < rate) if by_events else None
+                before = cases.vector(r, matrix.shape[0])
+                out, real = padded(matrix, before, 7.5)
+                play(packed, out, x, events)
+                if by_events:
+                    silent = np.ones(case.cols, bool)
+                    silent[events] = False
+                    x = np.where(silent, np.float32(0), x)
+                expected = before + matrix.matvec(x.astype(np.float64))
+                magnitude = np.abs(before) + size @ np.abs(x.astype(np.float64))
+                error = np.abs(out[real] - expected)
+                assert (error <= tolerances.product_f32(case.cols + 1, magnitude)).all(), (case, rate, error.max())
+                assert (out[~real] == 7.5).all(), (case, rate, "padding was written")
+
+
+def check_cell(isa, kind):
+    """One layer on its own, at sizes around the vector; test_engine.py goes through the options."""
+    for units in (*cases.SMALL_SIZES, 100):
+        for after in (True, False):
+            r = cases.rng(units)
+            program = sf.Program((getattr(cases, kind)(r, 5, units, reset_after=after),))
+            stream = sf.Engine(program, isa=isa).stream()
+            state, x = cases.state(program, units), cases.sequence(program, 1, units)
+            stream.load_state(state)
+            out = stream.step(x[0])
+            value, bound = tolerances.program_step(program, x[0], state)["out"]
+            theta = getattr(program.ops[0], "threshold", None)
+            assert out.shape == (units,)
+            assert (np.abs(out - value) <= bound).all()
+            if theta is not None:
+                assert ((out != 0) == (value > theta))[np.abs(value - theta) > bound].all()
+
+
+CHECKS = {
+    "matvec_dense_f32": lambda isa: check_matvec(isa, "dense", False),
+    "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
+    "matvec_block_f32": lambda isa: check_matvec(isa, "block", False),
+    "matvec_events_block_f32": lambda isa: check_matvec(isa, "block", True),
+    "cell_gru": lambda isa: check_cell(isa, "gru"),
+    "cell_egru": lambda isa: check_cell(isa, "egru"),
+}
+
+
+@pytest.mark.parametrize("kernel", _native.kernels())
+def test_kernel_against_float64(kernel, isa):
+    assert kernel in CHECKS, f"{kernel} is in kernels.def and has no test: add it to CHECKS"
+    CHECKS[kernel](isa)
+
+
+def test_every_check_is_of_a_kernel():
+    assert set(CHECKS) == set(_native.kernels())
+
+
+@pytest.mark.parametrize("by_events", [False, True])
+@pytest.mark.parametrize("block", [None, (16, 1), (8, 4)])
+def test_the_bound_notices_one_wrong_weight(block, by_events, isa):
+    case = cases.MatrixCase(100, 31, 3, block, 1.0)
+    matrix, size, _ = made(case)
+    wrong = matrix.to_dense().copy()
+    row, column = 117, 4
+    wrong[row, column] *= 1.001
+    x = np.ones(31, np.float32)
+    other = sf.Dense(wrong, 3) if block is None else sf.Block.from_dense(wrong, block, 3)
+    out, real = padded(matrix, np.zeros(300, np.float32), 0)
+    play(_native.Packed(native_matrix(other), isa), out, x, np.arange(31) if by_events else None)
+    error = np.abs(out[real] - matrix.matvec(x.astype(np.float64)))
+    assert np.flatnonzero(error > tolerances.product_f32(32, size @ x)).tolist() == [row]
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("by_events", [False, True])
+@pytest.mark.parametrize("units", [16, 31, 37])
+@pytest.mark.parametrize("block", [None, *cases.BLOCKS])
+def test_what_is_not_finite_reaches_the_rows_that_listen_and_no_others(block, units, by_events, bad, isa):
+    cols, spoken, row = (
+        21,
+        6,
+        units - 1,
+    )  # the last row of the middle gate: its block may be short, and stop before the next gate
+    weight, listen = np.ones((3, units, cols), np.float32), np.ones((3, units), bool)
+    matrix = sf.Dense(weight.reshape(-1, cols), 3)
+    if block is not None:
+        first, top = spoken // block[1] * block[1], row // block[0] * block[0]
+        weight[:, :, first : first + block[1]] = 0
+        weight[1, row, spoken] = 1
+        matrix = sf.Block.from_dense(weight.reshape(-1, cols), block, 3)
+        listen[:] = False
+        listen[1, top : top + block[0]] = True
+    x = np.zeros(cols, np.float32)
+    x[spoken] = bad
+    out, real = padded(matrix, np.full(3 * units, 2.0, np.float32), 0)
+    play(_native.Packed(native_matrix(matrix), isa), out, x, np.array([2, spoken]) if by_events else None)
+    np.testing.assert_array_equal(~np.isfinite(out[real]), listen.reshape(-1))
+    assert (out[real][~listen.reshape(-1)] == 2.0).all()
+
+
+@pytest.mark.parametrize("block", [None, *cases.BLOCKS])
+def test_a_kernel_writes_nothing_behind_its_rows(block, isa):
+    for units in cases.SMALL_SIZES:
+        matrix = cases.matrix(cases.rng(units), units, 9, 3, block)
+        packed = _native.Packed(native_matrix(matrix), isa)
+        room = np.full(packed.padded_rows + 128, 3.25, np.float32)
+        for events in (None, np.arange(9)):
+            play(packed, room[64:-64], np.full(9, np.nan, np.float32), events)
+        assert (room[:64] == 3.25).all() and (room[-64:] == 3.25).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
+def test_empty_products(shape, isa):
+    for matrix in (sf.Dense(np.zeros(shape)), sf.Block.from_dense(np.zeros(shape), (4, 1))):
+        packed = _native.Packed(native_matrix(matrix), isa)
+        out = np.ones(packed.padded_rows, np.float32)
+        packed.matvec(np.ones(shape[1], np.float32), out)
+        packed.matvec_events(np.zeros(0, np.uint32), np.zeros(0, np.float32), out)
+        assert (out == 1).all() and packed.padded_rows == (16 if shape[0] else 0)
+
+
+def test_a_packed_matrix_owns_its_weights(isa):
+    weight = np.arange(12, dtype=np.float64).reshape(3, 4)  # converted on the way: nobody else holds the copy
+    borrowed = _native.Matrix.dense(weight)
+    del weight
+    np.full(200, np.nan)
+    packed = _native.Packed(borrowed, isa)
+    del borrowed
+    out = np.zeros(16, np.float32)
+    packed.matvec(np.ones(4, np.float32), out)
+    assert out[:3].tolist() == [6, 22, 38]
+
+
+def test_packed_refuses_what_does_not_fit():
+    packed = _native.Packed(_native.Matrix.dense(np.ones((3, 4), np.float32)))
+    x, out = np.ones(4, np.float32), np.zeros(16, np.float32)
+    with pytest.raises(ValueError, match="reads 4 values and adds to 16 padded rows"):
+        packed.matvec(x[:3].copy(), out)
+    with pytest.raises(ValueError, match="it was given 4 and 3"):
+        packed.matvec(x, np.zeros(3, np.float32))
+    with pytest.raises(ValueError, match="event of input 4 in a matrix of 4 columns"):
+        packed.matvec_events(np.array([4], np.uint32), np.ones(1, np.float32), out)
+    with pytest.raises(ValueError):
+        packed.matvec_events(np.array([1, 2], np.uint32), np.ones(1, np.float32), out)
+    with pytest.raises(ValueError, match="instruction set 'sse9' is not available"):
+        _native.Packed(_native.Matrix.dense(np.ones((3, 4), np.float32)), "sse9")
+    assert not out.any()
+
+
+def activations(x, isa):
+    x = np.ascontiguousarray(np.pad(x, (0, -len(x) % 16)), np.float32)
+    sigmoid, tanh = np.empty_like(x), np.empty_like(x)
+    _native.activations(x, sigmoid, tanh, isa)
+    return x.astype(np.float64), sigmoid, tanh
+
+
+def test_activations_are_as_exact_as_stated(isa):
+    steps = np.arange(0, 0x42C80000, 4099, dtype=np.uint32).view(np.float32)  # every 4099th float32 up to 100
+    for grid in (np.linspace(-100, 100, 2**19), np.linspace(-9, 9, 2**19), steps, -steps):
+        x, sigmoid, tanh = activations(grid, isa)
+        assert np.abs(sigmoid - (0.5 + 0.5 * np.tanh(x / 2))).max() <= tolerances.SIGMOID_F32
+        assert np.abs(tanh - np.tanh(x)).max() <= tolerances.TANH_F32
+        assert sigmoid.min() >= 0 and sigmoid.max() <= 1
+        assert tanh.min() >= -1 and tanh.max() <= 1
+
+
+def test_the_statement_in_the_source_is_the_tested_one():
+    source = Path(__file__).parents[2] / "native" / "simd.hpp"
+    stated = re.findall(r"absolute error at most ([0-9.e-]+\d)", source.read_text())
+    assert [float(s) for s in stated] == [tolerances.SIGMOID_F32, tolerances.TANH_F32]
+
+
+def test_activations_at_the_edges(isa):
+    edges = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e38, -1e38, 1e-40, 87.5, -87.5]
+    _, sigmoid, tanh = activations(np.array(edges, np.float32), isa)
+    np.testing.assert_allclose(sigmoid[:10], [0.5, 0.5, 1, 0, np.nan, 1, 0, 0.5, 1, 0], atol=2e-38, rtol=0)
+    np.testing.assert_array_equal(tanh[:10], [0, 0, 1, -1, np.nan, 1, -1, 0, 1, -1])
+
+
+def test_activations_want_whole_vectors():
+    x = np.zeros(17, np.float32)
+    with pytest.raises(ValueError, match="a multiple of 16"):
+        _native.activations(x, x.copy(), x.copy())
+
+
+# --- what the compiler made of it -------------------------------------------------------------------------------------
+
+
+def objects(isa=None):
+    """Object files of the kernels of ``isa``, or of everything that must run on any processor."""
+    built = sorted((Path(__file__).parents[2] / "build").glob("*/CMakeFiles/*/native/*.cpp.o"))
+    special = {f"isa_{name}.cpp.o" for name in ("avx2", "avx512")}
+    chosen = [o for o in built if (o.name == f"isa_{isa}.cpp.o" if isa else o.name not in special)]
+    if not chosen:
+        pytest.skip("the object files of the extension are not here: it was installed from a wheel.")
+    return chosen
+
+
+def tool(name, *words):
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed, so the machine code cannot be read.")
+    return subprocess.run([name, *words], capture_output=True, text=True, check=True).stdout
+
+
+def test_what_every_processor_runs_holds_no_wide_registers():
+    chosen = objects()
+    assert "isa_generic.cpp.o" in {o.name for o in chosen}
+    for file in chosen:
+        wide = re.findall(r"%[yz]mm\d+|\bvfn?m(?:add|sub)\w*", tool("objdump", "-d", "--no-show-raw-insn", str(file)))
+        assert not wide, (file.name, wide[:3])
+
+
+@pytest.mark.parametrize("name", ["avx2", "avx512"])
+def test_wide_objects_hold_wide_registers_and_offer_the_linker_nothing_but_their_table(name):
+    for file in objects(name):
+        wide = {"avx2": "%ymm", "avx512": "%zmm"}[name]
+        assert wide in tool("objdump", "-d", "--no-show-raw-insn", str(file))
+        offered = [line.split()[1:] for line in tool("nm", "-C", "--defined-only", str(file)).splitlines()]
+        assert [" ".join(rest) for kind, *rest in offered if kind in "TWVDuB"] == [f"sparsefold::kernels_{name}"]
+
+
+def test_the_library_is_small():
+    assert Path(_native.__file__).stat().st_size <= 3 * 2**20

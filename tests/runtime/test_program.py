@@ -1,0 +1,301 @@
+"""The file: what is written comes back, what is unsound is refused by a sentence, nothing is half-written."""
+
+import json
+import os
+import stat
+import struct
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cases
+import sparsefold as sf
+from sparsefold import program as program_module
+from sparsefold.program import EGRU, GRU, OPS, Embedding, Linear, Program, ProgramError, matrices
+
+Z = np.zeros
+
+
+def same(a, b):
+    """Two ops hold the same, in every field."""
+    assert type(a) is type(b)
+    for f in fields(a):
+        left, right = getattr(a, f.name), getattr(b, f.name)
+        if isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+        elif isinstance(left, sf.Dense | sf.Block):
+            assert left.layout() == right.layout()
+            assert left.tensors().keys() == right.tensors().keys()
+            for name, array in left.tensors().items():
+                np.testing.assert_array_equal(array, right.tensors()[name])
+        else:
+            assert left == right and type(left) is type(right)
+
+
+def every_program():
+    """Every network of the suite, and an EGRU with each combination of options."""
+    yield from ((name, lambda name=name: cases.network(name)) for name in cases.NETWORKS)
+    for options in cases.EGRU_OPTIONS:
+        name = "-".join(map(str, options.values()))
+        yield name, lambda options=options: Program((cases.egru(cases.rng(1), 3, 5, (2, 2), 0.5, **options),))
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in every_program()])
+def test_a_program_comes_back_from_its_file_and_is_written_the_same_again(make, tmp_path):
+    program, path = make(), tmp_path / "a.sfold"
+    program.save(path)
+    back = Program.load(path)
+    assert len(back.ops) == len(program.ops) and back.metadata == program.metadata
+    for a, b in zip(program.ops, back.ops, strict=True):
+        same(a, b)
+    assert back.to_bytes() == path.read_bytes() == program.to_bytes()
+    assert back.nbytes == program.nbytes < path.stat().st_size
+    assert (back.takes_tokens, back.inputs, back.outputs) == (program.takes_tokens, program.inputs, program.outputs)
+
+
+def test_the_networks_hold_every_op_in_every_format():
+    seen = {
+        (type(op), name, type(m))
+        for n in cases.NETWORKS
+        for op in cases.network(n).ops
+        for name, m in matrices(op).items()
+    }
+    assert {op for op, *_ in seen} | {Embedding} == set(OPS.values())
+    assert seen == {
+        (op, name, form)
+        for op, names in ((Linear, ["weight"]), (GRU, ["weight_ih", "weight_hh"]), (EGRU, ["weight_ih", "weight_hh"]))
+        for name in names
+        for form in (sf.Dense, sf.Block)
+    }
+
+
+def test_metadata_is_kept():
+    metadata = {"recipe": "text", "größe": [1, 2.5, None, True, {"a": "b"}], "": "\u2028\ud800"}
+    program = replace(cases.network("linear"), metadata=metadata)
+    assert Program.from_bytes(program.to_bytes()).metadata == metadata
+
+
+@pytest.mark.parametrize("value", [np.float32(1), {1, 2}, b"x"])
+def test_metadata_that_is_no_json_is_refused(value):
+    with pytest.raises(ValueError, match="the metadata must be plain JSON"):
+        replace(cases.network("linear"), metadata={"a": value}).to_bytes()
+
+
+def test_a_header_longer_than_its_limit_is_refused(monkeypatch):
+    monkeypatch.setattr(program_module, "MAX_HEADER", 2000)
+    with pytest.raises(ValueError, match=r"the limit is 2000\. Shorten the metadata"):
+        replace(cases.network("linear"), metadata={"a": "x" * 2000}).to_bytes()
+
+
+@pytest.mark.parametrize("name", ["three", "mixed-3", "tokens-block", "gru-block-2"])
+def test_the_safetensors_library_opens_the_file(name, tmp_path):
+    safetensors = pytest.importorskip("safetensors", reason="the library safetensors is not installed to compare with.")
+    from safetensors.numpy import load_file
+
+    program, path = cases.network(name), tmp_path / "a.sfold"
+    program.save(path)
+    tensors = load_file(path)
+    ours = program_module._tensors(program.ops)
+    assert tensors.keys() == ours.keys()
+    for key, array in ours.items():
+        assert tensors[key].dtype == array.dtype
+        np.testing.assert_array_equal(tensors[key], array)
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    assert metadata["sparsefold"] == "1" and json.loads(metadata["metadata"]) == program.metadata
+    assert [op["op"] for op in json.loads(metadata["ops"])] == [op.kind for op in program.ops]
+
+
+def test_the_data_begins_at_a_multiple_of_64():
+    for name in cases.NETWORKS:
+        raw = cases.network(name).to_bytes()
+        assert (8 + struct.unpack_from("<Q", raw)[0]) % 64 == 0
+
+
+def test_an_unaligned_file_of_another_writer_is_read():
+    raw = cases.network("tokens-block").to_bytes()
+    (size,) = struct.unpack_from("<Q", raw)
+    text = raw[8 : 8 + size].rstrip()
+    text += b" " * (3 - len(text) % 4)
+    shifted = struct.pack("<Q", len(text)) + text + raw[8 + size :]
+    assert (8 + len(text)) % 4 == 3
+    program = Program.from_bytes(shifted)
+    assert program.to_bytes() == raw
+    np.testing.assert_array_equal(
+        sf.Engine(program).stream().run([1, 2]), sf.Engine(Program.from_bytes(raw)).stream().run([1, 2])
+    )
+
+
+@pytest.mark.parametrize("version", ["0", "2", "1.0", "", "one"])
+def test_another_version_is_refused(version):
+    raw = cases.network("linear").to_bytes()
+    before, after = b'"sparsefold": "1"', f'"sparsefold": "{version}"'.encode()
+    with pytest.raises(ProgramError, match=r"reads version 1\. Update sparsefold"):
+        Program.from_bytes(edited(raw, before, after))
+
+
+def edited(raw, before, after):
+    """The file with one piece of its header changed."""
+    (size,) = struct.unpack_from("<Q", raw)
+    text = raw[8 : 8 + size]
+    assert text.count(before) == 1
+    text = text.replace(before, after)
+    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
+
+
+def test_an_error_says_at_which_byte():
+    raw = cases.network("linear").to_bytes()
+    with pytest.raises(ProgramError, match=rf"\(at byte {len(raw) - 4}\)") as error:
+        Program.from_bytes(raw[:-4])
+    assert error.value.offset == len(raw) - 4
+    assert isinstance(error.value, ValueError)
+
+
+# --- what does not make a program -------------------------------------------------------------------------------------
+
+D = sf.Dense
+LINEAR = Linear(D(np.ones((2, 3))), Z(2, np.float32))
+GRU_1 = GRU(D(np.ones((3, 2)), 3), D(np.ones((3, 1)), 3), Z(3, np.float32), Z(3, np.float32))
+EGRU_1 = EGRU(
+    D(np.ones((3, 2)), 3), D(np.ones((3, 1)), 3), Z(3, np.float32), Z(3, np.float32), threshold=Z(1, np.float32)
+)
+TABLE = Embedding(np.ones((4, 3), np.float32))
+
+
+def holding(value):
+    array = np.ones((2, 3), np.float32)
+    array[1, 2] = value
+    return array
+
+
+@pytest.mark.parametrize(
+    ("ops", "sentence"),
+    [
+        ((), "1 to 1024 ops; got 0"),
+        ((Linear(D(np.ones((1, 1))), Z(1, np.float32)),) * 1025, "1 to 1024 ops; got 1025"),
+        ((LINEAR, LINEAR), r"op 1 \(linear\) reads 3 values, but op 0 \(linear\) gives 2"),
+        ((TABLE, GRU_1), r"op 1 \(gru\) reads 2 values, but op 0 \(embedding\) gives 3"),
+        ((TABLE, LINEAR, TABLE), "can only be the first op"),
+        ((Embedding(np.ones(3, np.float32)),), r"weight has two axes, \(tokens, width\); got \(3,\)"),
+        ((Embedding(np.ones((0, 3), np.float32)),), "at least one input and one output"),
+        ((Linear(D(np.ones((0, 3))), Z(0, np.float32)),), "at least one input and one output"),
+        ((replace(LINEAR, bias=Z(3, np.float32)),), r"bias must be \(2,\), got \(3,\)"),
+        ((replace(LINEAR, bias=Z(2)),), "tensor 0.bias must be float32, got float64"),
+        ((replace(LINEAR, bias=np.zeros(2, np.uint32)),), "tensor 0.bias must be float32, got uint32"),
+        ((Linear(D(np.ones((3, 3)), 3), Z(3, np.float32)),), "a linear op has one gate, got 3"),
+        ((replace(LINEAR, weight=D(holding(np.nan))),), r"0.weight.values holds nan at \[1, 2\]. Training probably diverged"),
+        ((replace(LINEAR, weight=D(holding(np.inf))),), "holds inf"),
+        ((replace(LINEAR, weight=sf.Block.from_dense(holding(-np.inf), (2, 1))),), "holds -inf"),
+        ((Embedding(holding(np.nan)),), "every weight must be finite, but tensor 0.weight"),
+        ((replace(LINEAR, bias=np.array([1, np.nan], np.float32)),), "tensor 0.bias holds nan at"),
+        ((replace(GRU_1, weight_ih=D(np.ones((3, 2)))),), "1 units need matrices of 3 rows in 3 gates"),
+        ((replace(GRU_1, weight_hh=D(np.ones((6, 1)), 3)),), "1 units need matrices of 3 rows in 3 gates"),
+        ((replace(GRU_1, weight_ih=D(np.ones((6, 2)), 3)),), "1 units need matrices"),
+        ((replace(GRU_1, bias_ih=Z(2, np.float32)),), r"bias_ih must be \(3,\), got \(2,\)"),
+        ((replace(GRU_1, bias_hh=Z((3, 1), np.float32)),), r"bias_hh must be \(3,\), got \(3, 1\)"),
+        ((replace(EGRU_1, threshold=Z(2, np.float32)),), r"threshold must be \(1,\), got \(2,\)"),
+        ((replace(EGRU_1, threshold=np.array([-0.1], np.float32)),), "every threshold must be a number >= 0"),
+        ((replace(EGRU_1, threshold=np.array([np.nan], np.float32)),), "every threshold must be a number >= 0"),
+        ((replace(EGRU_1, threshold=np.array([np.inf], np.float32)),), "tensor 0.threshold holds inf"),
+        ((replace(EGRU_1, reset="soft"),), "reset must be one of threshold, output, none, got 'soft'"),
+        ((replace(EGRU_1, event="never"),), "event must be threshold or always"),
+        ((replace(EGRU_1, output="y"),), "output must be events or state"),
+        ((replace(EGRU_1, zoneout=1.0),), r"zoneout must be in \[0, 1\), got 1.0"),
+        ((replace(EGRU_1, zoneout=-0.1),), r"zoneout must be in \[0, 1\)"),
+        ((replace(EGRU_1, zoneout=float("nan")),), r"zoneout must be in \[0, 1\)"),
+    ],
+)  # fmt: skip
+def test_ops_that_do_not_fit_are_refused(ops, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Program(ops)
+
+
+def test_block_arrays_of_another_type_are_refused():
+    block = sf.Block.from_dense(np.ones((2, 3)), (2, 1))
+    for name in ("block_row", "start"):
+        wide = replace(block, **{name: getattr(block, name).astype(np.int64)})
+        with pytest.raises(ValueError, match=f"tensor 0.weight.{name} must be uint32, got int64"):
+            Program((replace(LINEAR, weight=wide),))
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "a.sfold"
+    cases.network("linear").save(path)
+    old = path.read_bytes()
+    for place, error in (("fsync", OSError("disk full")), ("fsync", KeyboardInterrupt()), ("fdopen", MemoryError())):
+        with monkeypatch.context() as patch:
+
+            def fail(*_, error=error, **__):
+                raise error
+
+            patch.setattr(os, place, fail)
+            with pytest.raises(type(error)):
+                cases.network("gru").save(path)
+        assert path.read_bytes() == old
+        assert [p.name for p in tmp_path.iterdir()] == ["a.sfold"]
+    cases.network("gru").save(path)
+    assert path.read_bytes() == cases.network("gru").to_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.sfold"]
+
+
+def test_a_program_that_cannot_be_written_down_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.sfold"
+    cases.network("linear").save(path)
+    old = path.read_bytes()
+    with pytest.raises(ValueError):
+        replace(cases.network("linear"), metadata={"a": object()}).save(path)
+    assert path.read_bytes() == old and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_is_missing_or_no_folder_is_named(tmp_path):
+    program = cases.network("linear")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "missing", tmp_path / "file"):
+        with pytest.raises(ValueError, match=r"does not exist\. Make it first") as error:
+            program.save(folder / "a.sfold")
+        assert str(folder) in str(error.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(program_module.tempfile, "mkstemp", refuse)
+    with pytest.raises(ValueError, match=r"Permission denied\. Choose a folder you may write to"):
+        cases.network("linear").save(tmp_path / "a.sfold")
+
+
+def test_a_folder_in_the_place_of_the_file_is_left_alone(tmp_path):
+    (tmp_path / "a.sfold").mkdir()
+    with pytest.raises((ValueError, OSError)):
+        cases.network("linear").save(tmp_path / "a.sfold")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.sfold"]
+
+
+def test_the_file_gets_the_usual_rights(tmp_path):
+    before = os.umask(0o027)
+    try:
+        cases.network("linear").save(tmp_path / "a.sfold")
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.sfold").stat().st_mode) == 0o640
+
+
+def test_a_path_may_be_a_string_and_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cases.network("linear").save("a.sfold")
+    assert sf.Engine.load("a.sfold").program.metadata == {"name": "linear"}
+    assert Path("a.sfold").is_file()
+
+
+def test_a_missing_file_is_the_usual_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Program.load(tmp_path / "none.sfold")
