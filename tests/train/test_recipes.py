@@ -636,8 +636,8 @@ def documented_fields(section: str) -> set[str]:
     return {name.strip(" `") for _, names, kind, *_ in rows if "optional" not in kind for name in names.split(",")}
 
 
-def test_the_demo_writes_the_summary_that_is_documented(small_demo, capsys):
-    module, folder, summary = small_demo
+def test_the_demo_writes_the_summary_that_is_documented(small_demo):
+    _, folder, summary = small_demo
     written = json.loads(
         (folder / "summary.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
     )
@@ -689,25 +689,35 @@ def test_the_demos_figures_agree_with_each_other(small_demo):
     assert "http://" not in page.replace("http://www.w3.org/", "") and "src=" not in page, "self-contained"
 
 
-def test_a_rerun_trains_nothing_anew_and_times_nothing_that_disagrees(small_demo, monkeypatch, capsys):
+def stand_in(folder: Path, body: str, monkeypatch, module) -> None:
+    """The demo's processes run a shell script and train nothing; `$2` is a network's folder, `$2/words` keeps what was said."""
+    script = folder / "python"
+    first = 'words=$(printf "%s\\n" "$@"); while [ "$1" != --out ]; do shift; done'
+    script.write_text(f'#!/bin/sh\n{first}\nmkdir -p "$2"\necho "$words" > "$2/words"\n{body}\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(script))
+
+
+def test_a_rerun_trains_nothing_anew_and_times_nothing_that_disagrees(small_demo, monkeypatch, tmp_path):
+    from sparsefold.cli import main
+
     module, folder, _ = small_demo
     content = {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".safetensors", ".jsonl", ".html", ".json")}
     assert len(content) == 3 * 4 + 2
+    stand_in(tmp_path, "exit 0", monkeypatch, module)
     monkeypatch.setattr(module, "PARITY_BOUND", 0.0)
     monkeypatch.setattr(module, "race", lambda *_, **__: pytest.fail("timed in spite of a wrong result"))
     with pytest.raises(
         module.DemoError, match=r"differs from torch by \S+ in a logit, the bound is 0e\+00: nothing is timed"
     ):
         module.demo(folder, steps=20)
+    monkeypatch.setattr(Stack, "forward", lambda *_: pytest.fail("trained anew"))
+    for key in module.NETWORKS:
+        said = (folder / key / "words").read_text().splitlines()
+        assert said[:3] == ["-m", "sparsefold.cli", "train"]
+        assert main(said[2:]) == 0
+        (folder / key / "words").unlink()
     assert {p: p.read_bytes() for p in content} == content
-
-
-def stand_in(folder: Path, body: str, monkeypatch, module) -> None:
-    """Instead of training, the demo's processes run a shell script; `$1` is the folder of the network."""
-    script = folder / "python"
-    script.write_text(f'#!/bin/sh\nwhile [ "$1" != --out ]; do shift; done\nmkdir -p "$2"\n{body}\n')
-    script.chmod(0o755)
-    monkeypatch.setattr(module.sys, "executable", str(script))
 
 
 def test_a_training_that_fails_is_told_after_its_own_words(small_demo, monkeypatch, tmp_path, capfd):

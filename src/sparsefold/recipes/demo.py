@@ -170,11 +170,14 @@ def _train_all(folder: Path, steps: int) -> None:
             process.terminate()
         for process in running.values():
             process.wait()
+        for relay in relays.values():
+            relay.join()
 
 
 def _relay(key: str, lines: IO[str]) -> None:
-    for line in lines:
-        print(f"  {key:<12} {line.rstrip().removeprefix('text ')}", flush=True)
+    with lines:
+        for line in lines:
+            print(f"  {key:<12} {line.rstrip().removeprefix('text ')}", flush=True)
 
 
 def _describe(folder: Path, key: str, program: Program, corpus: ByteCorpus) -> dict[str, Any]:
