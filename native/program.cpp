@@ -58,8 +58,8 @@ void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
 
 void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
     const uint32_t br = view.block_rows, bc = view.block_cols, units = view.rows / view.gates;
-    if (br == 0 || bc == 0 || br > 4096 || bc > 4096)
-        refuse("a block of " + number(br) + " x " + number(bc) + " is not between 1 x 1 and 4096 x 4096.");
+    if (br == 0 || bc == 0 || br > 64 || bc > 64)
+        refuse("a block of " + number(br) + " x " + number(bc) + " is not between 1 x 1 and 64 x 64.");
     const uint32_t block_columns = ceil_div(cols_, bc), per_gate = ceil_div(units, br);
     uint64_t previous = 0;
     for (uint32_t b = 0; b <= block_columns; ++b) {

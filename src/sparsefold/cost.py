@@ -39,13 +39,15 @@ class Counts:
         program: Program,
         trace: Mapping[int, NDArray[Any]],
         emitted_before: Mapping[int, NDArray[Any]] | None = None,
+        steps: int = 0,
     ) -> Counts:
         """Counts of a recorded run: ``trace[i]`` (T, H) says which units of EGRU ``i`` emitted at each step.
 
         ``emitted_before[i]`` (H,) says which had emitted at the step before the first; none, when left out.
+        ``steps`` is read only where the program has no EGRU, so that no trace tells the number.
         """
         events, input_reads, hidden_reads = {}, {}, {}
-        steps = len(next(iter(trace.values()))) if trace else 0
+        steps = len(next(iter(trace.values()))) if trace else steps
         for i, emitted in trace.items():
             flags = np.asarray(emitted) != 0
             events[i] = flags.sum(0)

@@ -130,7 +130,8 @@ class Stream:
                     f"this program starts with an embedding, so a sequence is (T,) token ids; got {tokens.dtype} {tokens.shape}."
                 )
             out = np.empty((len(tokens), program.outputs), np.float32)
-            self._core.run_tokens(np.ascontiguousarray(tokens, np.int64), out, trace)
+            # A copy: tokens are checked first and played without the interpreter's lock, when another thread may write.
+            self._core.run_tokens(np.array(tokens, np.int64), out, trace)
             return out
         values = np.ascontiguousarray(sequence, np.float32)
         if values.ndim != 2 or values.shape[1] != program.inputs:

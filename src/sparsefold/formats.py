@@ -16,6 +16,10 @@ from numpy.typing import NDArray
 Float = NDArray[np.float32]
 Index = NDArray[np.uint32]
 
+# Rows and columns of a block. It also bounds what the engine's index of every column can take beside the file's index of
+# every block column.
+MAX_BLOCK = 64
+
 
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
@@ -129,8 +133,8 @@ class Block:
 
     def __post_init__(self) -> None:
         br, bc = self.block
-        if br < 1 or bc < 1 or br > 4096 or bc > 4096:
-            raise ValueError(f"block=({br}, {bc}) must lie between (1, 1) and (4096, 4096).")
+        if br < 1 or bc < 1 or br > MAX_BLOCK or bc > MAX_BLOCK:
+            raise ValueError(f"block=({br}, {bc}) must lie between (1, 1) and ({MAX_BLOCK}, {MAX_BLOCK}).")
         if self.gates < 1 or self.rows % self.gates:
             raise ValueError(f"a matrix of {self.rows} rows cannot hold {self.gates} gates of equal height.")
         columns, block_rows = _ceil_div(self.cols, bc), self.gates * self.blocks_per_gate

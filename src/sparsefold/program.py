@@ -243,6 +243,8 @@ class Program:
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Write to a temporary name beside ``path``, then rename: a reader sees the old file or the new one."""
     target = Path(path)
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a folder. Name a file.")
     if not target.parent.is_dir():
         raise ValueError(f"cannot write {target}: the folder {target.parent} does not exist. Make it first.")
     try:

@@ -29,7 +29,8 @@ class Progress:
         """``done`` steps of ``total`` are finished; ``note`` is shown behind them."""
         now = time.monotonic()
         terminal = self.stream.isatty()
-        if now - self._began < SILENT_FOR or now - self._shown < (0.2 if terminal else PLAIN_EVERY):
+        last = done >= self.total and self._length > 0  # a line that was shown must not stop short of its end
+        if now - self._began < SILENT_FOR or (not last and now - self._shown < (0.2 if terminal else PLAIN_EVERY)):
             return
         self._shown = now
         spent, fresh = now - self._began, done - self.start

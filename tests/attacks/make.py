@@ -158,17 +158,17 @@ def _outside(header: dict[str, Any]) -> None:
 def _huge_block(file: File) -> None:
     """2^26 units announced by three small tensors."""
     n = 2**26
-    file.ops[1]["weight_hh"].update(rows=3 * n, cols=n, block=[4096, 4096])
+    file.ops[1]["weight_hh"].update(rows=3 * n, cols=n, block=[64, 64])
     file.ops[1]["weight_ih"].update(rows=3 * n)
 
 
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
-        {"op": "linear", "weight": {"format": "block", "rows": 3, "cols": 2**28 - 1, "gates": 1, "block": [4096, 4096]}}
+        {"op": "linear", "weight": {"format": "block", "rows": 3, "cols": 2**28 - 1, "gates": 1, "block": [64, 64]}}
     ]
     file.tensors = {
-        "0.weight.values": ["F32", [0, 4096, 4096], b""], "0.weight.block_row": ["U32", [0], b""],
+        "0.weight.values": ["F32", [0, 64, 64], b""], "0.weight.block_row": ["U32", [0], b""],
         "0.weight.start": ["U32", [3], _u32(0, 0, 0)], "0.bias": ["F32", [3], b"\0" * 12],
     }  # fmt: skip
 
@@ -294,7 +294,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "gates_two": (_file(_set(1, "weight_ih", "gates", 2)), "matrices of 6 rows in 3 gates"),
     "gates_of_a_linear": (_file(_set(2, "weight", "gates", 3)), "a linear op has one gate"),
     "block_zero": (_file(_set(1, "weight_hh", "block", [0, 1])), "whole numbers between"),
-    "block_too_tall": (_file(_set(1, "weight_hh", "block", [4097, 1])), "must lie between (1, 1) and (4096, 4096)"),
+    "block_too_tall": (_file(_set(1, "weight_hh", "block", [65, 1])), "must lie between (1, 1) and (64, 64)"),
     "block_one_number": (_file(_set(1, "weight_hh", "block", [2])), "needs block = [rows, cols]"),
     "block_an_object": (_file(_set(1, "weight_hh", "block", {"rows": 2, "cols": 1})), "needs block"),
     "block_other_size": (_file(_set(1, "weight_hh", "block", [1, 2])), "stores values"),

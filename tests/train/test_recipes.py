@@ -355,6 +355,22 @@ def test_a_run_stopped_by_ctrl_c_resumes_with_the_same_bits(
     assert_same_run(tmp_path, folder)
 
 
+def test_state_is_carried_within_a_pass_and_zero_where_the_next_begins(config, tmp_path, monkeypatch):
+    given = []
+    forward = Stack.forward
+
+    def watched(self: Stack, x: torch.Tensor, state: object = None) -> object:
+        if self.training:
+            given.append(state)
+        return forward(self, x, state)
+
+    monkeypatch.setattr(Stack, "forward", watched)
+    text.run(config(), tmp_path)
+    per_pass = Windows(load_text(config().file).train, BASE["batch"], BASE["window"]).per_pass
+    assert [i for i, state in enumerate(given) if state is None] == [0, per_pass]
+    assert not any(s.y.requires_grad for state in given if state for s in state if s is not None), "cut from the past"
+
+
 def test_ctrl_c_during_an_evaluation_is_saved_after_it(config, uninterrupted, tmp_path, monkeypatch):
     calls = []
 
@@ -504,7 +520,8 @@ def test_early_stop_keeps_the_best_and_is_remembered(config, tmp_path, monkeypat
     summary = text.run(settings, tmp_path)
     assert summary["stopped_early"] is True
     assert (summary["steps"], summary["best_step"], summary["valid_bits_per_char"]) == (28, 14, 4.0)
-    assert read_checkpoint(tmp_path / "best.safetensors")[1]["progress"]["step"] == 14
+    assert text.load(tmp_path)[1]["progress"]["step"] == 14, "a folder means its best model"
+    assert text.load(tmp_path / "last.safetensors")[1]["progress"]["step"] == 28
     assert text.run(settings, tmp_path) == summary
     assert next(valid) == 3.0, "the stop was forgotten"
     assert len(log(tmp_path)) == 4
