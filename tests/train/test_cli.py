@@ -173,7 +173,7 @@ def test_compile_takes_a_folder_or_a_file_and_makes_the_same(call, made, tmp_pat
         (["compile", "{foreign}", "-o", "{out}"], r"no checkpoint that this version of sparsefold reads"),
         (["compile", "{file}", "-o", "{out}"], r"one\.txt is not a readable checkpoint"),
         (["compile", "{run}", "-o", "{folder}/nowhere/a.sfold"], r"the folder .*nowhere does not exist"),
-        (["compile", "{run}", "-o", "{folder}"], r"folder: Is a directory"),
+        (["compile", "{run}", "-o", "{folder}"], r"folder: it is a folder"),
         (["demo", "--steps", "0"], r"steps is at least 1, got 0"),
         (["demo", "--out", "{file}"], r"cannot write to the run folder .*one\.txt"),
         *(
