@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from sparsefold import _native
 from sparsefold.bench import pinned, provenance
@@ -96,7 +97,8 @@ def main() -> None:
     random = np.random.default_rng(0)
     about = provenance("python bench/kernels.py")
     lines: list[dict[str, Any]] = []
-    with pinned(), Progress(len(shapes["units"]), "kernels") as progress:
+    # Pinning moves this thread only: a BLAS with threads of its own would use the other processors.
+    with pinned(), threadpool_limits(1), Progress(len(shapes["units"]), "kernels") as progress:
         for i, units in enumerate(shapes["units"]):
             lines += cases(units, shapes, random)
             progress.update(i + 1, f"H = {units}")

@@ -159,7 +159,6 @@ def _train_all(folder: Path, steps: int) -> None:
             for key, process in list(running.items()):
                 if process.poll() is not None:
                     del running[key]
-                    relays[key].join()  # its last lines come before what is said about it
                     if process.returncode == 130:
                         raise KeyboardInterrupt("interrupted; what was trained is saved.")
                     if process.returncode:
@@ -170,7 +169,7 @@ def _train_all(folder: Path, steps: int) -> None:
             process.terminate()
         for process in running.values():
             process.wait()
-        for relay in relays.values():
+        for relay in relays.values():  # their last lines come before what is said about them
             relay.join()
 
 
