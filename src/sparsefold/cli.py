@@ -120,10 +120,11 @@ def _need_torch() -> None:
 def _demo(args: argparse.Namespace) -> None:
     _need_torch()
     from sparsefold.recipes.demo import DemoError, demo
+    from sparsefold.recipes.rivals import ParityError
 
     try:
         demo(args.out, fresh=args.fresh, steps=args.steps)
-    except DemoError as error:
+    except (DemoError, ParityError) as error:
         raise SystemExit(f"sparsefold: {error}") from error
 
 

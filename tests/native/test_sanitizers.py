@@ -21,10 +21,20 @@ def test_core_runs_clean(sanitizer: str, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if not compiler:
         pytest.skip("g++ is not installed: the sanitizers need it.")
-    common = [compiler, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DSPARSEFOLD_X86=1"]
+    common = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-g",
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=all",
+        "-DSPARSEFOLD_X86=1",
+    ]
     probe = tmp_path / "probe.cpp"
     probe.write_text("#if !defined(__x86_64__)\n#error\n#endif\nint main() {}\n")
-    if subprocess.run([*common, str(probe), "-o", str(tmp_path / "probe")], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        [*common, str(probe), "-o", str(tmp_path / "probe")], capture_output=True, check=False
+    ).returncode:
         pytest.skip(f"this machine's g++ cannot link -fsanitize={sanitizer} for x86-64.")
     sources = {ROOT / "native" / f"{name}.cpp": [] for name in ("dispatch", "program", "engine")}
     sources |= {ROOT / "native" / f"isa_{isa}.cpp": flags for isa, flags in FLAGS.items()}

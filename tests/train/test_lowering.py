@@ -138,7 +138,7 @@ def test_refusals_name_the_module(model, words) -> None:
 
 
 def test_a_module_in_its_second_place_is_compiled_again() -> None:
-    """torch's own listing of children leaves it out, and the program would be another network."""
+    """The listing of children that torch gives leaves it out, and the program would be another network."""
     shared = torch.nn.Linear(3, 3)
     assert_plays_alike(Stack(torch.nn.Embedding(4, 3), shared, EGRU(3, 3), shared), [0, 1, 2, 3])
 

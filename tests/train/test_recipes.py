@@ -636,8 +636,8 @@ def small_demo(tmp_path_factory):
         networks = {key: (label, {**settings, **small}) for key, (label, settings) in module.NETWORKS.items()}
         patch.setattr(module, "NETWORKS", networks)
         patch.setattr(module, "load_text", lambda _: load_text(small["file"]))
-        patch.setattr(module, "PARITY_BYTES", 64)
-        patch.setattr(module, "TIMED_BYTES", 1000)
+        patch.setattr(module.rivals, "PARITY_BYTES", 64)
+        patch.setattr(module.rivals, "TIMED_BYTES", 1000)
         patch.setattr(module, "SAMPLE", 40)
         (folder / "run").mkdir()
         (folder / "run" / "mine.txt").write_text("not the demo's")
@@ -722,10 +722,10 @@ def test_a_rerun_trains_nothing_anew_and_times_nothing_that_disagrees(small_demo
     content = {p: p.read_bytes() for p in folder.rglob("*") if p.suffix in (".safetensors", ".jsonl", ".html", ".json")}
     assert len(content) == 3 * 4 + 2
     stand_in(tmp_path, "exit 0", monkeypatch, module)
-    monkeypatch.setattr(module, "PARITY_BOUND", 0.0)
-    monkeypatch.setattr(module, "race", lambda *_, **__: pytest.fail("timed in spite of a wrong result"))
+    monkeypatch.setattr(module.rivals, "PARITY_BOUND", 0.0)
+    monkeypatch.setattr(module.rivals, "race", lambda *_, **__: pytest.fail("timed in spite of a wrong result"))
     with pytest.raises(
-        module.DemoError, match=r"differs from torch by \S+ in a logit, the bound is 0e\+00: nothing is timed"
+        module.rivals.ParityError, match=r"differs from torch by \S+ in a logit, the bound is 0e\+00: nothing is timed"
     ):
         module.demo(folder, steps=20)
     monkeypatch.setattr(Stack, "forward", lambda *_: pytest.fail("trained anew"))
@@ -741,7 +741,7 @@ def test_a_training_that_fails_is_told_after_its_own_words(small_demo, monkeypat
     from sparsefold.cli import main
 
     module, _, _ = small_demo
-    stand_in(tmp_path, 'echo "out of luck" >&2; exit 3', monkeypatch, module)
+    stand_in(tmp_path, '(sleep 0.3; echo "out of luck") & exit 3', monkeypatch, module)  # words that arrive late
     with pytest.raises(SystemExit) as leave:
         main(["demo", "--out", str(tmp_path / "run"), "--steps", "20"])
     assert re.fullmatch(

@@ -6,7 +6,7 @@ Each rival is a callable ``token -> logits`` (float32 numpy, (O,)) that keeps it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,9 +14,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sparsefold.nn import Stack
+from sparsefold.bench import pinned, race
+from sparsefold.engine import Engine
+from sparsefold.nn import EGRUState, Stack, StackState
+from sparsefold.program import Program
 
 Call = Callable[[int], NDArray[np.float32]]
+
+
+PARITY_BYTES = 512
+PARITY_BOUND = 1e-4  # largest difference of a logit; float32 sums over 256 units differ in order, and no event may flip
+TIMED_BYTES = 10_000
+
+
+class ParityError(RuntimeError):
+    """An engine that disagrees with its reference."""
 
 
 class Rival(NamedTuple):
@@ -160,3 +172,94 @@ def onnx_model(model: Stack) -> bytes:
     onnx.checker.check_model(proto)
     data: bytes = proto.SerializeToString()
     return data
+
+
+def measure(
+    models: Mapping[str, Stack], programs: Mapping[str, Program], bits: Mapping[str, float], tokens: NDArray[np.int64]
+) -> list[dict[str, Any]]:
+    """Parity first, then one race of all engines over the same bytes, one thread, pinned, state moving.
+
+    Args:
+        models: the torch networks; ``"gru"`` is the dense one that the rivals play.
+        programs: the same networks, compiled.
+        bits: bits per character of each compiled network on ``tokens``.
+        tokens: (T,) a text; the first ``PARITY_BYTES`` are compared, the first ``TIMED_BYTES`` timed.
+
+    Returns:
+        One row for each network and engine (docs/results.md).
+
+    Raises:
+        ParityError: an engine differs from torch by more than ``PARITY_BOUND``; nothing is timed then.
+    """
+    dense = models["gru"]
+    opponents = [onnx_runtime(dense), torch_eager(dense), torch_int8(dense)]
+    check = tokens[:PARITY_BYTES].tolist()
+    expected = _torch_logits(dense, tokens[:PARITY_BYTES])
+    rows: list[dict[str, Any]] = []
+    players: dict[str, Any] = {}
+    for key, program in programs.items():
+        engine = Engine(program)
+        worst = _teacher_forced(models[key], engine, check)
+        rows.append(_row(key, "sparsefold", False, worst, bits[key], _settings(engine)))
+        players[f"{key}/sparsefold"] = engine.stream().step
+    for rival in opponents:
+        logits = np.array([rival.call(token).copy() for token in tokens[:-1].tolist()])
+        worst = float(np.abs(logits[:PARITY_BYTES] - expected).max())
+        rows.append(_row("gru", rival.name, True, worst, _bits(logits, tokens[1:]), rival.settings))
+        players[f"gru/{rival.name}"] = rival.call
+    with pinned():
+        latencies = race(players, tokens[:TIMED_BYTES].tolist(), rounds=20, warmup=500)
+    for row in rows:
+        row["latency_us"] = latencies[f"{row['network']}/{row['engine']}"].to_dict()
+    return rows
+
+
+def _row(key: str, engine: str, rival: bool, worst: float, bits: float, settings: str) -> dict[str, Any]:
+    bound = None if engine == "torch int8" else PARITY_BOUND
+    if bound is not None and not worst <= bound:
+        raise ParityError(
+            f"{engine} on {key} differs from torch by {worst:.2e} in a logit, the bound is {bound:.0e}: nothing is timed."
+        )
+    parity = {"max_abs_error": worst, "bound": bound, "against": "torch, float32", "bytes": PARITY_BYTES}
+    return {
+        "network": key,
+        "engine": engine,
+        "rival": rival,
+        "bits_per_char": bits,
+        "parity": parity,
+        "settings": settings,
+    }
+
+
+def _settings(engine: Engine) -> str:
+    return f"float32, {engine.isa}, 1 thread" + (", embedding folded" if engine.folded else "")
+
+
+@torch.no_grad()
+def _torch_logits(model: Stack, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    logits: NDArray[np.float32] = model(torch.from_numpy(tokens)[:, None])[0][:, 0].numpy()
+    return logits
+
+
+@torch.no_grad()
+def _teacher_forced(model: Stack, engine: Engine, tokens: list[int]) -> float:
+    """Largest difference of a logit, the engine's state set to torch's before every byte."""
+    stream, state, worst = engine.stream(), None, 0.0
+    for token in tokens:
+        if state is not None:
+            stream.load_state(_engine_state(state))
+        logits, state, _ = model(torch.tensor([[token]]), state)
+        worst = max(worst, float(np.abs(logits[0, 0].numpy() - stream.step(token)).max()))
+    return worst
+
+
+def _engine_state(state: StackState) -> dict[str, NDArray[np.float32]]:
+    layer = state[1]
+    if isinstance(layer, EGRUState):
+        return {"1.h": layer.h[0, 0].numpy(), "1.y": layer.y[0, 0].numpy()}
+    return {"1.h": layer[0, 0].numpy()}
+
+
+def _bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
+    loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(targets))
+    return float(loss) / float(np.log(2))
