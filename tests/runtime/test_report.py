@@ -219,6 +219,20 @@ def test_missing_fields_become_dashes_and_missing_plots_are_left_out(summary):
     assert "Targets" not in report.table(summary)
 
 
+def test_a_training_that_diverged_is_drawn_up_to_where_it_broke(summary):
+    summary["networks"]["egru"]["log"][-1]["valid_bits_per_char"] = float("nan")
+    assert 'id="loss-' in page(summary)
+    for network in summary["networks"].values():
+        network["log"] = [{"step": 100, "valid_bits_per_char": float("inf")}]
+    assert 'id="loss-' not in page(summary)
+
+
+def test_the_loss_frame_begins_below_the_fall_of_the_first_steps(summary):
+    assert "lie above the frame" not in page(summary)
+    summary["networks"]["gru"]["log"].insert(0, {"step": 1, "valid_bits_per_char": 6.7})
+    assert "The first steps lie above the frame." in page(summary)
+
+
 @pytest.mark.parametrize("p50s", [(3.0, 4.0), (3.0, 400.0)])
 def test_the_latency_axis_is_logarithmic_only_where_the_spread_is_big(summary, p50s):
     summary["rows"] = [a_row("gru", engine, False, p50) for engine, p50 in zip("ab", p50s, strict=True)]
