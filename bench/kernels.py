@@ -23,7 +23,7 @@ from threadpoolctl import threadpool_limits
 from sparsefold import _native
 from sparsefold.bench import pinned, provenance
 from sparsefold.engine import native_matrix
-from sparsefold.formats import Block, Dense
+from sparsefold.formats import CSC, Block, Complementary, Dense, Format
 from sparsefold.program import write_atomically
 from sparsefold.progress import Progress
 
@@ -40,52 +40,66 @@ def microseconds(call: Callable[[], Any], repeat: int, rounds: int = 15) -> floa
     return float(np.median(times))
 
 
-def all_sets(packed: _native.Packed, sets: list[Any], values: Any, out: Any) -> None:
-    """One product for every event set."""
-    for index in sets:
-        packed.matvec_events(index, values, out)
+def stored(name: str, height: int, density: float, units: int, random: np.random.Generator) -> Format:
+    """A random matrix 3H x H of a format, at a density."""
+    weight = (random.standard_normal((3, units, units)) / np.sqrt(units)).astype(np.float32)
+    if name == "dense":
+        return Dense.from_dense(weight.reshape(3 * units, units), 3)
+    groups = -(-units // height)
+    if name == "complementary":
+        overlay = round(1 / density)
+        sets = -(-groups // overlay)
+        live = random.integers(0, overlay, (3, sets, units))
+        kept = (live[:, None] == np.arange(overlay)[None, :, None, None]).reshape(3, overlay * sets, units)[:, :groups]
+    else:
+        kept = random.random((3, groups, units)) < density
+    weight *= np.repeat(kept, height, 1)[:, :units]
+    flat = weight.reshape(3 * units, units)
+    if name == "complementary":
+        return Complementary.from_dense(flat, overlay, height, 3)
+    return CSC.from_dense(flat, 3) if name == "csc" else Block.from_dense(flat, (height, 1), 3)
 
 
 def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> list[dict[str, Any]]:
-    """Every density and event rate of one size, as timed lines."""
+    """Every format, density and event rate of one size, as timed lines."""
     lines: list[dict[str, Any]] = []
-    weight = (random.standard_normal((3 * units, units)) / np.sqrt(units)).astype(np.float32)
-    br, bc = shapes["block"]
+    x32 = random.standard_normal(units).astype(np.float32)
     for density in shapes["density"]:
-        if density == 1:
-            matrix: Dense | Block = Dense.from_dense(weight, 3)
-        else:
-            tiles = random.random((3, -(-units // br), -(-units // bc))) < density
-            mask = np.repeat(np.repeat(tiles, br, 1), bc, 2)[:, :units, :units].reshape(3 * units, units)
-            matrix = Block.from_dense(np.where(mask, weight, 0), (br, bc), 3)
-        packed = _native.Packed(native_matrix(matrix))
-        exact = matrix.to_dense().astype(np.float64)
-        for rate in shapes["event_rate"]:
-            events = max(round(rate * units), 1)
-            sets = [np.sort(random.choice(units, events, replace=False)).astype(np.uint32) for _ in range(16)]
-            values = random.random(events).astype(np.float32)
-            out = np.zeros(packed.padded_rows, np.float32)
-            for index in sets:  # correctness, and warm-up
-                out[:] = 0
-                packed.matvec_events(index, values, out)
-                x = np.zeros(units)
-                x[index] = values
-                got = out.reshape(3, -1)[:, :units].reshape(-1)
-                if not np.allclose(got, exact @ x, rtol=0, atol=1e-4):
-                    raise RuntimeError(f"wrong product at H={units}, density={density}, rate={rate}: nothing is timed.")
-            # Every call reads another event set, as a moving state does.
-            us = microseconds(partial(all_sets, packed, sets, values, out), len(sets))
-            macs = int(matrix.column_elements[np.concatenate(sets)].sum()) / len(sets)
-            lines.append({"x": "events", "density": density, "event_rate": rate, "us": us, "macs": macs})
-        x32 = random.standard_normal(units).astype(np.float32)
-        us = microseconds(partial(packed.matvec, x32, out, 16), 16)
-        lines.append({"x": "dense", "density": density, "event_rate": 1.0, "us": us, "macs": matrix.elements})
-    us = microseconds(lambda: [weight @ x32 for _ in range(16)], 16)
-    lines.append({"x": "numpy dense", "density": 1.0, "event_rate": 1.0, "us": us, "macs": weight.size})
-    yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["density"] == 1)
-    return [
-        {"units": units, **e, "macs_per_ns": e["macs"] / e["us"] / 1e3, "speedup": yardstick / e["us"]} for e in lines
-    ]
+        for name, height in [["dense", 16]] if density == 1 else shapes["formats"]:
+            matrix = stored(name, height, density, units, random)
+            packed = _native.Packed(native_matrix(matrix))
+            exact = matrix.to_dense().astype(np.float64)
+            about = {"format": name, "height": height, "density": density}
+            for rate in shapes["event_rate"]:
+                events = max(round(rate * units), 1)
+                sets = [np.sort(random.choice(units, events, replace=False)).astype(np.uint32) for _ in range(64)]
+                values = random.random(events).astype(np.float32)
+                out = np.zeros(packed.padded_rows, np.float32)
+                for index in sets:  # correctness, and warm-up
+                    out[:] = 0
+                    packed.matvec_events(index, values, out)
+                    x = np.zeros(units)
+                    x[index] = values
+                    got = out.reshape(3, -1)[:, :units].reshape(-1)
+                    if not np.allclose(got, exact @ x, rtol=0, atol=1e-4):
+                        raise RuntimeError(f"wrong product at H={units}, {about}, rate={rate}: nothing is timed.")
+                # Every call reads another event set, as a moving state does.
+                starts = (np.arange(len(sets) + 1) * events).astype(np.uint32)
+                lists = np.concatenate(sets), np.tile(values, len(sets)), starts
+                us = microseconds(partial(packed.matvec_lists, *lists, out), len(sets))
+                macs = int(matrix.column_elements[np.concatenate(sets)].sum()) / len(sets)
+                lines.append({"x": "events", **about, "event_rate": rate, "us": us, "macs": macs})
+            us = microseconds(partial(packed.matvec, x32, out, 16), 16)
+            lines.append({"x": "dense", **about, "event_rate": 1.0, "us": us, "macs": matrix.elements})
+            if name == "dense":
+                us = microseconds(lambda w=matrix.values: [w @ x32 for _ in range(16)], 16)
+                about["format"] = "numpy"
+                lines.append({"x": "dense", **about, "event_rate": 1.0, "us": us, "macs": matrix.elements})
+    yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["format"] == "dense")
+    for e in lines:
+        e["macs_per_ns"], e["speedup"] = e["macs"] / e["us"] / 1e3, yardstick / e["us"]
+        e["realised"] = e["speedup"] * e["density"] * (e["event_rate"] if e["x"] == "events" else 1.0)
+    return [{"units": units, **e} for e in lines]
 
 
 def main() -> None:
@@ -104,8 +118,9 @@ def main() -> None:
             progress.update(i + 1, f"H = {units}")
     for e in lines:
         print(
-            f"H {e['units']:>5}  x {e['x']:<12} density {e['density']:<5} rate {e['event_rate']:<5}"
-            f"{e['us']:>9.2f} us {e['macs_per_ns']:>7.1f} MAC/ns {e['speedup']:>7.1f}x"
+            f"H {e['units']:>5} {e['format']:>13} {e['height']:>2}  x {e['x']:<7} density {e['density']:<5} "
+            f"rate {e['event_rate']:<5}{e['us']:>9.2f} us {e['macs_per_ns']:>6.1f} MAC/ns {e['speedup']:>6.1f}x "
+            f"realised {e['realised']:.2f}"
         )
     name = f"{datetime.now(UTC):%Y-%m-%d}-{(about['commit'] or 'none').rstrip('+')}.jsonl"
     machine = "".join(c if c.isalnum() else "-" for c in f"{about['processor']} {about['isa']}".lower())

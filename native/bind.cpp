@@ -30,7 +30,7 @@ uint32_t size32(size_t n) {
 /// A matrix of the file format, keeping the arrays it borrows alive.
 struct PyMatrix {
     MatrixView view;
-    nb::object values, block_row, start;
+    nb::object values, index, start;
 
     static PyMatrix dense(Array<float, 2> values, uint32_t gates) {
         PyMatrix m;
@@ -65,8 +65,29 @@ struct PyMatrix {
         m.view.block_row = block_row.data();
         m.view.start = start.data();
         m.values = nb::find(values);
-        m.block_row = nb::find(block_row);
+        m.index = nb::find(block_row);
         m.start = nb::find(start);
+        return m;
+    }
+
+    static PyMatrix complementary(uint32_t rows, uint32_t gates, uint32_t overlay, Array<float, 3> values,
+                                  Array<uint8_t, 3> live) {
+        PyMatrix m;
+        m.view.format = MatrixView::Format::complementary;
+        m.view.rows = size32(rows);
+        m.view.cols = size32(values.shape(0));
+        m.view.gates = gates;
+        m.view.overlay = overlay;
+        const size_t units = gates ? rows / gates : 0, sets = overlay ? (units + overlay - 1) / overlay : 0;
+        for (size_t axis = 0; axis < 3; ++axis)
+            if (values.shape(axis) != live.shape(axis) || (axis == 1 && values.shape(1) != gates) ||
+                (axis == 2 && values.shape(2) != sets))
+                throw std::invalid_argument(
+                    "a complementary matrix stores (columns, gates, sets) values and as many rows.");
+        m.view.values = values.data();
+        m.view.live = live.data();
+        m.values = nb::find(values);
+        m.index = nb::find(live);
         return m;
     }
 };
@@ -90,15 +111,31 @@ struct PyPacked {
         for (uint32_t i = 0; i < repeat; ++i) matrix.matvec(*kernels, x.data(), out.data());
     }
     void matvec_events(Array<uint32_t, 1> index, Vector value,
-                       nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
+                       nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) const {
+        const uint32_t whole[] = {0, size32(index.shape(0))};
+        play_lists(index, value, whole, 1, out);
+    }
+    /// Many event lists one after the other, without Python in between: list k is events [start[k], start[k + 1]).
+    void matvec_lists(Array<uint32_t, 1> index, Vector value, Array<uint32_t, 1> start,
+                      nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) const {
+        for (size_t k = 0; k + 1 < start.shape(0); ++k)
+            if (start(k) > start(k + 1) || start(k + 1) > index.shape(0))
+                throw std::invalid_argument("the lists' starts must rise and stay within the events.");
+        play_lists(index, value, start.data(), start.shape(0) ? start.shape(0) - 1 : 0, out);
+    }
+
+  private:
+    void play_lists(const Array<uint32_t, 1>& index, const Vector& value, const uint32_t* start, size_t lists,
+                    nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& out) const {
         check(value.shape(0), index.shape(0), out.shape(0));
         for (size_t k = 0; k < index.shape(0); ++k)
             if (index(k) >= matrix.cols())
                 throw std::invalid_argument("event of input " + std::to_string(index(k)) + " in a matrix of " +
                                             plural(matrix.cols(), "column") + ".");
         nb::gil_scoped_release release;
-        const Events x{index.data(), value.data(), size32(index.shape(0))};
-        for (uint32_t i = 0; i < repeat; ++i) matrix.matvec(*kernels, x, out.data());
+        for (size_t k = 0; k < lists; ++k)
+            matrix.matvec(*kernels, Events{index.data() + start[k], value.data() + start[k], start[k + 1] - start[k]},
+                          out.data());
     }
 };
 
@@ -343,14 +380,16 @@ NB_MODULE(_native, m) {
 
     nb::class_<PyMatrix>(m, "Matrix")
         .def_static("dense", &PyMatrix::dense, "values"_a, "gates"_a = 1)
-        .def_static("block", &PyMatrix::block, "rows"_a, "cols"_a, "gates"_a, "values"_a, "block_row"_a, "start"_a);
+        .def_static("block", &PyMatrix::block, "rows"_a, "cols"_a, "gates"_a, "values"_a, "block_row"_a, "start"_a)
+        .def_static("complementary", &PyMatrix::complementary, "rows"_a, "gates"_a, "overlay"_a, "values"_a, "live"_a);
 
     nb::class_<PyPacked>(m, "Packed")
         .def(nb::init<const PyMatrix&, const std::string&>(), "matrix"_a, "isa"_a = "")
         .def_prop_ro("padded_rows", [](const PyPacked& p) { return p.matrix.padded_rows(); })
         .def_prop_ro("nbytes", [](const PyPacked& p) { return p.matrix.nbytes(); })
         .def("matvec", &PyPacked::matvec, "x"_a, "out"_a, "repeat"_a = 1)
-        .def("matvec_events", &PyPacked::matvec_events, "index"_a, "value"_a, "out"_a, "repeat"_a = 1);
+        .def("matvec_events", &PyPacked::matvec_events, "index"_a, "value"_a, "out"_a)
+        .def("matvec_lists", &PyPacked::matvec_lists, "index"_a, "value"_a, "start"_a, "out"_a);
 
     nb::class_<PyEngine>(m, "Engine")
         .def(nb::init<>())

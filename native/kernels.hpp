@@ -21,15 +21,26 @@ struct DenseF32 {
 
 /// Packed block matrix, by input column: column c owns segments [start[c], start[c+1]); a segment is `height`
 /// consecutive outputs beginning at row[s]. Blocks of 16·k rows are cut into segments of 16 at load, so that `height`
-/// is 16 for them.
+/// is 16 for them; a height of 1 is a compressed sparse column. Heights that divide 16 never reach over the padding of
+/// a gate, so that only the others need to know how many of their rows exist.
 struct BlockF32 {
     const float* values;     // (segments, height)
-    const uint32_t* row;     // (segments)
-    const uint32_t* length;  // (segments) rows that exist, or null when all segments are whole vectors
+    const uint16_t* row16;   // (segments) where every row fits 16 bits, else null
+    const uint32_t* row32;   // (segments) otherwise
+    const uint32_t* length;  // (segments) rows that exist; null for heights 1, 4, 8 and 16
     const uint32_t* start;   // (cols + 1)
     uint32_t height;
     uint32_t cols;
 };
+
+/// Packed complementary matrix of groups of one row: in every column each of a gate's `sets` has one live row among
+/// `overlay`, row q * sets + s of the gate. By gate and by tile of kLanes sets, each tile column after column.
+struct ComplementaryF32 {
+    const float* values;  // (gates, tiles, cols, kLanes)
+    const uint8_t* live;  // (gates, tiles, cols, kLanes) q of each set, kNoGroup where no row lives
+    uint32_t gates, units, cols, sets, overlay;
+};
+constexpr uint8_t kNoGroup = 255;
 
 /// The units that spoke: index ascending.
 struct Events {

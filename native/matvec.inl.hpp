@@ -65,26 +65,97 @@ SF_INLINE void matvec(const DenseF32& w, const Columns& x, float* y) {
     }
 }
 
-template <class Columns>
-SF_INLINE void matvec(const BlockF32& w, const Columns& x, float* y) {
+/// Height 0: any height, `length` rows of each segment exist.
+template <uint32_t Height, class Row, class Columns>
+SF_INLINE void segments(const BlockF32& w, const Row* row, const Columns& x, float* y) {
     for (uint32_t k = 0; k < x.count; ++k) {
         const uint32_t column = x.column(k);
         const uint32_t first = w.start[column], last = w.start[column + 1];
-        const float* values = w.values + static_cast<size_t>(first) * w.height;
-        if (!w.length) {
-            const F16 value = set1(x.value(k));
-            for (uint32_t s = first; s < last; ++s, values += kLanes) {
-                float* rows = y + w.row[s];
-                store(rows, fma(load(values), value, load(rows)));
-            }
+        const float value = x.value(k);
+        if constexpr (Height == 1) {
+            add_at(y, row + first, w.values + first, value, last - first);
+        } else if constexpr (Height != 0) {
+            const float* values = w.values + static_cast<size_t>(first) * Height;
+            for (uint32_t s = first; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
         } else {
-            const float value = x.value(k);
-            for (uint32_t s = first; s < last; ++s, values += w.height) {
-                float* rows = y + w.row[s];
-                for (uint32_t i = 0; i < w.length[s]; ++i) rows[i] += values[i] * value;
-            }
+            const float* values = w.values + static_cast<size_t>(first) * w.height;
+            for (uint32_t s = first; s < last; ++s, values += w.height)
+                for (uint32_t i = 0; i < w.length[s]; ++i) y[row[s] + i] += values[i] * value;
         }
     }
+}
+
+template <class Row, class Columns>
+SF_INLINE void by_height(const BlockF32& w, const Row* row, const Columns& x, float* y) {
+    switch (w.height) {
+        case 16:
+            return segments<16>(w, row, x, y);
+        case 8:
+            return segments<8>(w, row, x, y);
+        case 4:
+            return segments<4>(w, row, x, y);
+        case 1:
+            return segments<1>(w, row, x, y);
+        default:
+            return segments<0>(w, row, x, y);
+    }
+}
+
+template <class Columns>
+SF_INLINE void matvec(const BlockF32& w, const Columns& x, float* y) {
+    if (w.row16)
+        by_height(w, w.row16, x, y);
+    else
+        by_height(w, w.row32, x, y);
+}
+
+/// One tile of sets against `Groups` groups from `first` on, whose sums stay in registers over all columns: a set's
+/// value goes to the one group that lives. `rows(q)` says where group q begins and how many of its lanes exist.
+template <uint32_t Groups, class Columns, class RowsOf>
+SF_INLINE void tile(const float* values, const uint8_t* live, uint32_t first, const Columns& x, const RowsOf& rows,
+                    float* y) {
+    F16 sum[Groups];
+    for (uint32_t q = 0; q < Groups; ++q) sum[q] = set1(0.0f);
+    for (uint32_t k = 0; k < x.count; ++k) {
+        const size_t at = static_cast<size_t>(x.column(k)) * kLanes;
+        const F16 product = mul(load(values + at), set1(x.value(k)));
+        for (uint32_t q = 0; q < Groups; ++q)
+            sum[q] = add_where(sum[q], equal(live + at, static_cast<uint8_t>(first + q)), product);
+    }
+    for (uint32_t q = 0; q < Groups; ++q) {
+        uint32_t row, lanes;
+        rows(first + q, row, lanes);
+        if (lanes) store_first(y + row, lanes, add(load_first(y + row, lanes), sum[q]));
+    }
+}
+
+template <uint32_t Groups, class Columns, class RowsOf>
+SF_INLINE void tiles(uint32_t groups, const float* values, const uint8_t* live, uint32_t first, const Columns& x,
+                     const RowsOf& rows, float* y) {
+    if constexpr (Groups > 0) {
+        if (groups == Groups) return tile<Groups>(values, live, first, x, rows, y);
+        tiles<Groups - 1>(groups, values, live, first, x, rows, y);
+    }
+}
+
+template <class Columns>
+SF_INLINE void matvec(const ComplementaryF32& w, const Columns& x, float* y) {
+    const float* values = w.values;
+    const uint8_t* live = w.live;
+    for (uint32_t gate = 0; gate < w.gates; ++gate, y += pad(w.units))
+        for (uint32_t set = 0; set < w.sets; set += kLanes) {
+            const uint32_t lanes = w.sets - set < kLanes ? w.sets - set : kLanes;
+            const auto rows = [&](uint32_t q, uint32_t& row, uint32_t& n) {
+                row = q * w.sets + set;
+                n = row >= w.units ? 0 : w.units - row < lanes ? w.units - row : lanes;
+            };
+            for (uint32_t q = 0; q < w.overlay; q += kTileGroups) {
+                const uint32_t left = w.overlay - q;
+                tiles<kTileGroups>(left < kTileGroups ? left : kTileGroups, values, live, q, x, rows, y);
+            }
+            values += static_cast<size_t>(w.cols) * kLanes;
+            live += static_cast<size_t>(w.cols) * kLanes;
+        }
 }
 
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                               \

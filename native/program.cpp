@@ -2,6 +2,7 @@
 
 #include <limits>
 #include <stdexcept>
+#include <type_traits>
 
 namespace sparsefold {
 
@@ -37,10 +38,17 @@ Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
         refuse("a matrix of " + number(view.gates) + " gates is too large once every gate is padded to whole vectors.");
     gates_ = last_gate - first_gate;
     rows_ = gates_ * (view.rows / view.gates);
-    if (format_ == MatrixView::Format::dense)
-        pack_dense(view, first_gate);
-    else
-        pack_block(view, first_gate);
+    switch (format_) {
+        case MatrixView::Format::dense:
+            pack_dense(view, first_gate);
+            break;
+        case MatrixView::Format::block:
+            pack_block(view, first_gate);
+            break;
+        case MatrixView::Format::complementary:
+            pack_complementary(view, first_gate);
+            break;
+    }
 }
 
 void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
@@ -80,9 +88,9 @@ void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
                 refuse("the block rows of block column " + number(b) + " are not ascending.");
         }
 
-    whole_ = br % kLanes == 0;
-    height_ = whole_ ? kLanes : br;
-    const uint32_t pieces = whole_ ? br / kLanes : 1;
+    const bool whole = br % kLanes == 0;
+    height_ = whole ? kLanes : br;
+    const uint32_t pieces = whole ? br / kLanes : 1;
     const auto segments = [&](auto&& visit) {  // visit(column, block, sub-column, piece, row, length)
         for (uint32_t c = 0; c < cols_; ++c)
             for (uint64_t k = view.start[c / bc]; k < view.start[c / bc + 1]; ++k) {
@@ -105,36 +113,77 @@ void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
     for (uint32_t c = 0; c < cols_; ++c)
         if (start_[c + 1] < start_[c]) start_[c + 1] = start_[c];
     values_ = Buffer<float>(count * height_);
-    row_ = Buffer<uint32_t>(count);
-    length_ = Buffer<uint32_t>(whole_ ? 0 : count);
+    const bool narrow = padded_rows() <= 1u << 16;
+    row16_ = Buffer<uint16_t>(narrow ? count : 0);
+    row32_ = Buffer<uint32_t>(narrow ? 0 : count);
+    const bool by_hand = height_ == 1 || height_ == 4 || height_ == 8 || height_ == kLanes;
+    length_ = Buffer<uint32_t>(by_hand ? 0 : count);
     size_t s = 0;
     segments([&](uint32_t, uint64_t k, uint32_t sub, uint32_t piece, uint32_t row, uint32_t length) {
-        row_[s] = row;
-        if (!whole_) length_[s] = length;
+        if (narrow)
+            row16_[s] = static_cast<uint16_t>(row);
+        else
+            row32_[s] = row;
+        if (length_.size()) length_[s] = length;
         const float* source = view.values + (size_t{k} * bc + sub) * br + piece * kLanes;
         std::memcpy(values_.data() + s * height_, source, length * sizeof(float));
         ++s;
     });
 }
 
-void Matrix::matvec(const Kernels& kernels, const float* x, float* y) const {
-    if (format_ == MatrixView::Format::dense)
-        kernels.matvec_dense_f32({values_.data(), padded_rows(), cols_}, x, y);
-    else
-        kernels.matvec_block_f32(
-            {values_.data(), row_.data(), whole_ ? nullptr : length_.data(), start_.data(), height_, cols_}, x, y);
+void Matrix::pack_complementary(const MatrixView& view, uint32_t first_gate) {
+    const uint32_t units = view.rows / view.gates;
+    overlay_ = view.overlay;
+    if (overlay_ < 1 || overlay_ > 64) refuse("an overlay of " + number(overlay_) + " is not between 1 and 64.");
+    sets_ = ceil_div(units, overlay_);
+    const uint32_t tiles = ceil_div(sets_, kLanes);
+    values_ = Buffer<float>(size_t{gates_} * tiles * cols_ * kLanes);
+    live_ = Buffer<uint8_t>(values_.size());
+    std::memset(live_.data(), kNoGroup, live_.size());
+    for (uint32_t c = 0; c < cols_; ++c)
+        for (uint32_t g = 0; g < gates_; ++g)
+            for (uint32_t s = 0; s < sets_; ++s) {
+                const size_t from = (size_t{c} * view.gates + first_gate + g) * sets_ + s;
+                if (view.live[from] >= overlay_)
+                    refuse("a set of a complementary matrix keeps row " + number(view.live[from]) + " of " +
+                           number(overlay_) + ".");
+                if (uint64_t{view.live[from]} * sets_ + s >= units) continue;  // beyond the gate: nothing is there
+                const size_t to = ((size_t{g} * tiles + s / kLanes) * cols_ + c) * kLanes + s % kLanes;
+                values_[to] = view.values[from];
+                live_[to] = view.live[from];
+            }
 }
 
-void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const {
-    if (format_ == MatrixView::Format::dense)
-        kernels.matvec_events_dense_f32({values_.data(), padded_rows(), cols_}, x, y);
-    else
-        kernels.matvec_events_block_f32(
-            {values_.data(), row_.data(), whole_ ? nullptr : length_.data(), start_.data(), height_, cols_}, x, y);
+template <class X>
+void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
+    constexpr bool events = std::is_same_v<X, Events>;
+    const auto call = [&](auto dense_x, auto event_x, const auto& packed) {
+        if constexpr (events)
+            event_x(packed, x, y);
+        else
+            dense_x(packed, x, y);
+    };
+    switch (format_) {
+        case MatrixView::Format::dense:
+            return call(kernels.matvec_dense_f32, kernels.matvec_events_dense_f32,
+                        DenseF32{values_.data(), padded_rows(), cols_});
+        case MatrixView::Format::block:
+            return call(kernels.matvec_block_f32, kernels.matvec_events_block_f32,
+                        BlockF32{values_.data(), row32_.size() ? nullptr : row16_.data(), row32_.data(),
+                                 length_.size() ? length_.data() : nullptr, start_.data(), height_, cols_});
+        case MatrixView::Format::complementary:
+            return call(kernels.matvec_complementary_f32, kernels.matvec_events_complementary_f32,
+                        ComplementaryF32{values_.data(), live_.data(), gates_, rows_ / gates_, cols_, sets_, overlay_});
+    }
 }
+
+void Matrix::matvec(const Kernels& kernels, const float* x, float* y) const { product(kernels, x, y); }
+
+void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { product(kernels, x, y); }
 
 size_t Matrix::nbytes() const {
-    return values_.size() * sizeof(float) + (row_.size() + length_.size() + start_.size()) * sizeof(uint32_t);
+    return values_.size() * sizeof(float) + (row32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
+           row16_.size() * sizeof(uint16_t) + live_.size();
 }
 
 Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {

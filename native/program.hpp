@@ -10,6 +10,10 @@
 #include <utility>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "kernels.hpp"
 
 namespace sparsefold {
@@ -20,10 +24,16 @@ class Buffer {
   public:
     Buffer() = default;
     explicit Buffer(size_t size) : size_(size) {
-        const size_t bytes = (size * sizeof(T) + 63) / 64 * 64;
-        if (size > SIZE_MAX / sizeof(T) - 64) throw std::bad_alloc();
-        data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64)));
+        // Large arrays ask for large pages: a product that jumps from column to column would miss the TLB at each.
+        const size_t line = size * sizeof(T) >= kLargePage ? kLargePage : 64;
+        if (size > SIZE_MAX / sizeof(T) - kLargePage) throw std::bad_alloc();
+        const size_t bytes = (size * sizeof(T) + line - 1) / line * line;
+        data_.reset(static_cast<T*>(std::aligned_alloc(line, bytes ? bytes : 64)));
         if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+        if (line == kLargePage)
+            madvise(data_.get(), bytes, MADV_HUGEPAGE);  // a wish: whether it is granted is no matter
+#endif
         std::memset(static_cast<void*>(data_.get()), 0, bytes);
     }
     T* data() { return data_.get(); }
@@ -33,6 +43,7 @@ class Buffer {
     const T& operator[](size_t i) const { return data_.get()[i]; }
 
   private:
+    static constexpr size_t kLargePage = size_t{2} << 20;
     struct Free {
         void operator()(T* p) const { std::free(p); }
     };
@@ -42,13 +53,16 @@ class Buffer {
 
 /// A weight matrix as a file holds it; pointers are borrowed.
 struct MatrixView {
-    enum class Format { dense, block } format = Format::dense;
+    enum class Format { dense, block, complementary } format = Format::dense;
     uint32_t rows = 0, cols = 0, gates = 1;
-    const float* values = nullptr;  // dense (rows, cols); block (blocks, block_cols, block_rows)
+    const float* values =
+        nullptr;  // dense (rows, cols); block (blocks, block_cols, block_rows); complementary (cols, gates, sets)
     uint32_t block_rows = 1, block_cols = 1;
     const uint32_t* block_row = nullptr;  // (blocks) counted over gates * ceil(rows / gates / block_rows)
     const uint32_t* start = nullptr;      // (ceil(cols / block_cols) + 1)
     uint64_t blocks = 0;
+    uint32_t overlay = 0;           // complementary, groups of one row: sets = ceil(rows / gates / overlay)
+    const uint8_t* live = nullptr;  // (cols, gates, sets) which of `overlay` rows each set keeps
 };
 
 /// A packed matrix: gate g's rows lie at g * pad(rows / gates) of the product.
@@ -70,12 +84,16 @@ class Matrix {
   private:
     void pack_dense(const MatrixView& view, uint32_t first_gate);
     void pack_block(const MatrixView& view, uint32_t first_gate);
+    void pack_complementary(const MatrixView& view, uint32_t first_gate);
+    template <class X>
+    void product(const Kernels& kernels, const X& x, float* y) const;
     MatrixView::Format format_ = MatrixView::Format::dense;
     uint32_t rows_ = 0, cols_ = 0, gates_ = 0;
     Buffer<float> values_;
-    Buffer<uint32_t> row_, length_, start_;
-    uint32_t height_ = kLanes;
-    bool whole_ = true;  // every segment is one whole vector
+    Buffer<uint16_t> row16_;
+    Buffer<uint32_t> row32_, length_, start_;
+    Buffer<uint8_t> live_;
+    uint32_t height_ = kLanes, sets_ = 0, overlay_ = 0;
 };
 
 struct Op {

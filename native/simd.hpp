@@ -18,7 +18,8 @@ namespace SPARSEFOLD_ISA {
 
 #if defined(__AVX512F__)
 
-constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers
+constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers and hide the latency
+constexpr uint32_t kTileGroups = 16;   // sums of one complementary tile
 
 struct F16 {
     __m512 v;
@@ -37,6 +38,38 @@ SF_INLINE F16 round(F16 a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEA
 SF_INLINE F16 scale2(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n, n integral in [-126, 127]
 SF_INLINE uint32_t not_le(F16 a, F16 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }  // bit i: !(a_i <= b_i)
 SF_INLINE F16 keep(uint32_t bits, F16 a) { return {_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), a.v)}; }
+SF_INLINE F16 add_where(F16 a, uint32_t bits, F16 b) {  // a + b in the lanes of `bits`
+    return {_mm512_mask_add_ps(a.v, static_cast<__mmask16>(bits), a.v, b.v)};
+}
+SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {  // bit i: p[i] == a
+    return _mm_cmpeq_epi8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)),
+                               _mm_set1_epi8(static_cast<char>(a)));
+}
+SF_INLINE F16 load_first(const float* p, uint32_t n) {  // lanes from n on are 0 and not read
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
+}
+SF_INLINE void store_first(float* p, uint32_t n, F16 a) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
+}
+/// y[row[i]] += w[i] * x for i < n, all rows different. A scatter of sixteen is as fast as sixteen stores.
+SF_INLINE void add_at(float* y, const uint16_t* row, const float* w, float x, uint32_t n) {
+    const __m512 value = _mm512_set1_ps(x);
+    uint32_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {  // two gathers before the first scatter: their rows differ
+        const __m512i at0 = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i)));
+        const __m512i at1 =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i + kLanes)));
+        const __m512 old0 = _mm512_i32gather_ps(at0, y, 4), old1 = _mm512_i32gather_ps(at1, y, 4);
+        _mm512_i32scatter_ps(y, at0, _mm512_fmadd_ps(_mm512_loadu_ps(w + i), value, old0), 4);
+        _mm512_i32scatter_ps(y, at1, _mm512_fmadd_ps(_mm512_loadu_ps(w + i + kLanes), value, old1), 4);
+    }
+    for (; i < n; i += kLanes) {
+        const __mmask16 m = static_cast<__mmask16>(n - i >= kLanes ? 0xffff : (1u << (n - i)) - 1);
+        const __m512i at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row + i));
+        const __m512 old = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, at, y, 4);
+        _mm512_mask_i32scatter_ps(y, m, at, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, w + i), value, old), 4);
+    }
+}
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* index, float* value) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __mmask16 m = static_cast<__mmask16>(bits);
@@ -48,6 +81,7 @@ SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* inde
 #elif defined(__AVX2__)
 
 constexpr uint32_t kAccumulators = 4;
+constexpr uint32_t kTileGroups = 4;
 
 struct F16 {
     __m256 a, b;
@@ -79,6 +113,11 @@ SF_INLINE uint32_t not_le(F16 x, F16 y) {
     const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_NLE_UQ));
     return static_cast<uint32_t>(low | high << 8);
 }
+SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
+    const __m128i same =
+        _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(static_cast<char>(a)));
+    return static_cast<uint32_t>(_mm_movemask_epi8(same));
+}
 SF_INLINE __m256 lane_mask(uint32_t bits) {
     const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return _mm256_castsi256_ps(
@@ -91,6 +130,7 @@ SF_INLINE F16 keep(uint32_t bits, F16 x) {
 #else
 
 constexpr uint32_t kAccumulators = 2;
+constexpr uint32_t kTileGroups = 2;
 
 struct F16 {
     float v[kLanes];
@@ -134,7 +174,43 @@ SF_INLINE F16 keep(uint32_t bits, const F16& a) { SF_LANES((bits >> i & 1) ? a.v
 
 #endif
 
+#if defined(__AVX2__) || defined(__AVX512F__)
+/// y[0 .. Height) += w * x for the heights that have a vector of their own.
+template <uint32_t Height>
+SF_INLINE void axpy(float* y, const float* w, float x) {
+    if constexpr (Height == 4)
+        _mm_storeu_ps(y, _mm_fmadd_ps(_mm_loadu_ps(w), _mm_set1_ps(x), _mm_loadu_ps(y)));
+    else if constexpr (Height == 8)
+        _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_loadu_ps(w), _mm256_set1_ps(x), _mm256_loadu_ps(y)));
+    else
+        store(y, fma(load(w), set1(x), load(y)));
+}
+#else
+template <uint32_t Height>
+SF_INLINE void axpy(float* y, const float* w, float x) {
+    for (uint32_t i = 0; i < Height; ++i) y[i] += w[i] * x;
+}
+#endif
+
 #if !defined(__AVX512F__)
+SF_INLINE F16 add_where(const F16& a, uint32_t bits, const F16& b) { return add(a, keep(bits, b)); }
+#if !defined(__AVX2__)
+SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(p[i] == a) << i;
+    return bits;
+}
+#endif
+SF_INLINE F16 load_first(const float* p, uint32_t n) {
+    float lanes[kLanes] = {};
+    for (uint32_t i = 0; i < n; ++i) lanes[i] = p[i];
+    return load(lanes);
+}
+SF_INLINE void store_first(float* p, uint32_t n, const F16& a) {
+    float lanes[kLanes];
+    store(lanes, a);
+    for (uint32_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_t* index, float* value) {
     float lanes[kLanes];
     store(lanes, a);
@@ -147,6 +223,18 @@ SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_
     return n;
 }
 #endif
+
+/// y[row[i]] += w[i] * x for i < n, all rows different: four sums are under way before the first is stored.
+template <class Row>
+SF_INLINE void add_at(float* y, const Row* row, const float* w, float x, uint32_t n) {
+    uint32_t i = 0;
+    for (; i + 4 <= n; i += 4) {
+        float sum[4];
+        for (uint32_t k = 0; k < 4; ++k) sum[k] = y[row[i + k]] + w[i + k] * x;
+        for (uint32_t k = 0; k < 4; ++k) y[row[i + k]] = sum[k];
+    }
+    for (; i < n; ++i) y[row[i]] += w[i] * x;
+}
 
 /// exp(x) for |x| <= 87, relative error below 2e-7: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, evaluated
 /// by Horner's rule, with ln(2) split in two (Cody and Waite) so that the reduction is exact. NaN passes through.

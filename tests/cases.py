@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 import sparsefold as sf
+from sparsefold.formats import Format
 from sparsefold.program import EGRU, GRU, Embedding, Linear
 
 SEED = 20_250_101
@@ -18,11 +19,29 @@ SIZES = (1, 3, 15, 16, 17, 31, 100, 127, 128, 129, 257)
 SMALL_SIZES = (1, 15, 16, 17, 33)
 GATES = (1, 3)
 # Blocks (outputs, inputs): columns, whole vectors, multiples of vectors, squares, and shapes that divide nothing.
-BLOCKS = ((1, 1), (4, 1), (8, 1), (16, 1), (32, 1), (8, 4), (4, 4), (5, 3), (16, 16), (32, 32), (20, 2))
+BLOCKS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (8, 4), (4, 4), (5, 3), (16, 16), (32, 32), (20, 2))
 DENSITIES = (0.0, 0.1, 0.5, 1.0)
 EVENT_RATES = (0.0, 0.1, 1.0)
 
-Block = tuple[int, int] | None  # None: stored dense
+
+@dataclass(frozen=True)
+class Overlay:
+    """Stored complementary: ``overlay`` sparse groups of ``group`` rows packed as one."""
+
+    overlay: int
+    group: int = 1
+
+    def __str__(self) -> str:
+        return f"overlay{self.overlay}x{self.group}"
+
+
+# Fewer, as many and more groups than one tile of any instruction set holds; groups of one row have a kernel of their own.
+OVERLAYS = tuple(Overlay(k) for k in (1, 2, 4, 10, 17, 33))
+GROUPED_OVERLAYS = tuple(Overlay(k, g) for k, g in ((2, 4), (10, 4), (4, 5), (33, 5), (1, 16), (4, 16), (17, 16)))
+
+# How a matrix is stored: None dense, (rows, cols) in blocks, "csc" by single elements, an Overlay complementary.
+Storage = tuple[int, int] | str | Overlay | None
+STORAGES = (None, *BLOCKS, "csc", *OVERLAYS, *GROUPED_OVERLAYS)
 
 
 @dataclass(frozen=True)
@@ -32,13 +51,13 @@ class MatrixCase:
     units: int
     cols: int
     gates: int
-    block: Block
+    storage: Storage
     density: float
 
-    def make(self) -> sf.Dense | sf.Block:
+    def make(self) -> Format:
         """The same matrix every time."""
         return matrix(
-            rng(self.units, self.cols, self.gates), self.units, self.cols, self.gates, self.block, self.density
+            rng(self.units, self.cols, self.gates), self.units, self.cols, self.gates, self.storage, self.density
         )
 
 
@@ -47,27 +66,53 @@ def rng(*salt: int) -> np.random.Generator:
     return np.random.default_rng([SEED, *salt])
 
 
-def matrix_cases(block: Block) -> list[MatrixCase]:
+def matrix_cases(storage: Storage) -> list[MatrixCase]:
     """Every row size against three column sizes, in one gate and in three; the densities take turns."""
     cases = []
     for i, units in enumerate(SIZES):
         for turn, gates in product((0, 4, 7), GATES):
-            density = 1.0 if block is None else DENSITIES[(i + turn + gates) % len(DENSITIES)]
-            cases.append(MatrixCase(units, SIZES[(i + turn) % len(SIZES)], gates, block, density))
+            density = 1.0 if storage is None else DENSITIES[(i + turn + gates) % len(DENSITIES)]
+            cases.append(MatrixCase(units, SIZES[(i + turn) % len(SIZES)], gates, storage, density))
     return cases
 
 
+def store(weight: np.ndarray, gates: int, storage: Storage) -> Format:
+    """``weight`` (outputs, inputs) in the format that ``storage`` names."""
+    if storage is None:
+        return sf.Dense.from_dense(weight, gates)
+    if storage == "csc":
+        return sf.CSC.from_dense(weight, gates)
+    if isinstance(storage, Overlay):
+        return sf.Complementary.from_dense(weight, storage.overlay, storage.group, gates)
+    return sf.Block.from_dense(weight, storage, gates)
+
+
 def matrix(
-    r: np.random.Generator, units: int, cols: int, gates: int = 1, block: Block = None, density: float = 1.0
-) -> sf.Dense | sf.Block:
-    """Normal weights, in random blocks where ``block`` is given."""
+    r: np.random.Generator, units: int, cols: int, gates: int = 1, storage: Storage = None, density: float = 1.0
+) -> Format:
+    """Normal weights, in random blocks, elements or groups where ``storage`` leaves any out."""
+    if isinstance(storage, Overlay):
+        return complementary(r, units, cols, gates, storage, density)
     weight = r.standard_normal((gates, units, cols)) / np.sqrt(max(cols * density, 1))
-    if block is None:
-        return sf.Dense.from_dense(weight.reshape(gates * units, cols), gates)
-    rows, columns = -(-units // block[0]), -(-cols // block[1])
-    kept = r.random((gates, rows, columns)) < density
-    weight *= np.repeat(np.repeat(kept, block[0], 1), block[1], 2)[:, :units, :cols]
-    return sf.Block.from_dense(weight.reshape(gates * units, cols), block, gates)
+    if storage is not None:
+        block = (1, 1) if storage == "csc" else storage
+        rows, columns = -(-units // block[0]), -(-cols // block[1])
+        kept = r.random((gates, rows, columns)) < density
+        weight *= np.repeat(np.repeat(kept, block[0], 1), block[1], 2)[:, :units, :cols]
+    return store(weight.reshape(gates * units, cols), gates, storage)
+
+
+def complementary(
+    r: np.random.Generator, units: int, cols: int, gates: int, storage: Overlay, density: float
+) -> sf.Complementary:
+    """Any group of a set lives, also one beyond the end of its gate; a share ``density`` of the groups holds weights."""
+    k, g = storage.overlay, storage.group
+    sets = -(-units // (k * g))
+    live = r.integers(0, k, (cols, gates, sets), np.uint8)
+    row = (live.astype(int) * sets + np.arange(sets))[..., None] * g + np.arange(g)
+    values = r.standard_normal(row.shape) / np.sqrt(max(cols * density / k, 1))
+    values *= (row < units) & (r.random(live.shape) < density)[..., None]
+    return sf.Complementary(gates * units, cols, gates, k, g, values.astype(np.float32), live)
 
 
 def vector(r: np.random.Generator, size: int, scale: float = 1.0) -> np.ndarray:
@@ -80,27 +125,32 @@ def embedding(r: np.random.Generator, tokens: int, width: int) -> Embedding:
     return Embedding(r.standard_normal((tokens, width)).astype(np.float32))
 
 
-def linear(r: np.random.Generator, inputs: int, outputs: int, block: Block = None, density: float = 1.0) -> Linear:
+def linear(r: np.random.Generator, inputs: int, outputs: int, storage: Storage = None, density: float = 1.0) -> Linear:
     """A layer with a bias."""
-    return Linear(matrix(r, outputs, inputs, 1, block, density), vector(r, outputs))
+    return Linear(matrix(r, outputs, inputs, 1, storage, density), vector(r, outputs))
 
 
 def gru(
-    r: np.random.Generator, inputs: int, units: int, block: Block = None, density: float = 1.0, reset_after: bool = True
+    r: np.random.Generator,
+    inputs: int,
+    units: int,
+    storage: Storage = None,
+    density: float = 1.0,
+    reset_after: bool = True,
 ) -> GRU:
     """A layer whose gates move over their whole range."""
     return GRU(
-        matrix(r, units, inputs, 3, block, density), matrix(r, units, units, 3, block, density),
+        matrix(r, units, inputs, 3, storage, density), matrix(r, units, units, 3, storage, density),
         vector(r, 3 * units), vector(r, 3 * units), reset_after,
     )  # fmt: skip
 
 
 def egru(
-    r: np.random.Generator, inputs: int, units: int, block: Block = None, density: float = 1.0, **options: Any
+    r: np.random.Generator, inputs: int, units: int, storage: Storage = None, density: float = 1.0, **options: Any
 ) -> EGRU:
     """A layer in which about a third of the units speak."""
     return EGRU(
-        matrix(r, units, inputs, 3, block, density), matrix(r, units, units, 3, block, density),
+        matrix(r, units, inputs, 3, storage, density), matrix(r, units, units, 3, storage, density),
         vector(r, 3 * units), vector(r, 3 * units), options.pop("reset_after", True),
         threshold=np.abs(vector(r, units, 0.3)), **options,
     )  # fmt: skip
@@ -120,7 +170,7 @@ def network(name: str) -> sf.Program:
     return sf.Program(tuple(NETWORKS[name](r)), {"name": name})
 
 
-# One to three layers, with and without an embedding, every kind of last op, dense and block, sizes around a vector.
+# One to three layers, with and without an embedding, every kind of last op, every format, sizes around a vector.
 NETWORKS = {
     "linear": lambda r: [linear(r, 17, 33)],
     "embedding": lambda r: [embedding(r, 5, 17)],
@@ -145,6 +195,13 @@ NETWORKS = {
     "three": lambda r: [
         embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
         linear(r, 17, 11),
+    ],
+    "csc": lambda r: [gru(r, 20, 33, "csc", 0.5), egru(r, 33, 17, "csc", 0.3, reset_after=False), linear(r, 17, 5, "csc", 0.5)],
+    "gru-overlay": lambda r: [gru(r, 9, 37, Overlay(4), reset_after=False), linear(r, 37, 9, Overlay(2, 4), 0.8)],
+    "egru-overlay-16": lambda r: [egru(r, 12, 70, Overlay(4, 16)), linear(r, 70, 21, Overlay(10))],
+    "tokens-overlay": lambda r: [
+        embedding(r, 7, 16), egru(r, 16, 150, Overlay(4), zoneout=0.2), egru(r, 150, 31, Overlay(17), 0.9, reset_after=False),
+        linear(r, 31, 7, Overlay(2)),
     ],
 }  # fmt: skip
 

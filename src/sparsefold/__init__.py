@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsefold.cost import Cost, Counts, cost
 from sparsefold.engine import Engine, Stream, interpret
-from sparsefold.formats import Block, Dense
+from sparsefold.formats import CSC, Block, Complementary, Dense
 from sparsefold.program import Program, ProgramError
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CSC",
     "Block",
+    "Complementary",
     "Cost",
     "Counts",
     "Dense",

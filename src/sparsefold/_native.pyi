@@ -29,6 +29,16 @@ class Matrix:
         block_row: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         start: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     ) -> Matrix: ...
+    @staticmethod
+    def complementary(
+        rows: int,
+        gates: int,
+        overlay: int,
+        values: Annotated[
+            NDArray[numpy.float32], dict(shape=(None, None, None), order="C", device="cpu", writable=False)
+        ],
+        live: Annotated[NDArray[numpy.uint8], dict(shape=(None, None, None), order="C", device="cpu", writable=False)],
+    ) -> Matrix: ...
 
 class Packed:
     def __init__(self, matrix: Matrix, isa: str = "") -> None: ...
@@ -47,7 +57,13 @@ class Packed:
         index: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         value: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
-        repeat: int = 1,
+    ) -> None: ...
+    def matvec_lists(
+        self,
+        index: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        value: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        start: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
     ) -> None: ...
 
 class Engine:

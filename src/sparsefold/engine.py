@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from sparsefold import _native
 from sparsefold.cost import Cost, Counts, cost
-from sparsefold.formats import Block, Dense, Float, Format
+from sparsefold.formats import CSC, Complementary, Dense, Float, Format
 from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
 
 FOLD_LIMIT = 8 * 2**20
@@ -228,9 +228,17 @@ class Stream:
 
 
 def native_matrix(matrix: Format) -> _native.Matrix:
-    """The matrix as the extension reads it; the arrays are borrowed, not copied."""
+    """The matrix as the extension reads it: the arrays are borrowed; where a format is packed like another, converted."""
     if isinstance(matrix, Dense):
         return _native.Matrix.dense(matrix.values, matrix.gates)
+    if isinstance(matrix, CSC):
+        values, row = matrix.values.reshape(-1, 1, 1), matrix.row.astype(np.uint32)
+        return _native.Matrix.block(matrix.rows, matrix.cols, matrix.gates, values, row, matrix.start)
+    if isinstance(matrix, Complementary):
+        if matrix.group == 1:
+            values = matrix.values[..., 0]
+            return _native.Matrix.complementary(matrix.rows, matrix.gates, matrix.overlay, values, matrix.live)
+        matrix = matrix.to_block()  # a live group of several rows is a block of one column
     return _native.Matrix.block(matrix.rows, matrix.cols, matrix.gates, matrix.values, matrix.block_row, matrix.start)
 
 
@@ -321,4 +329,4 @@ def _sigmoid(x: NDArray[Any]) -> NDArray[Any]:
     return 0.5 * (1 + half)
 
 
-__all__ = ["FOLD_LIMIT", "Block", "Engine", "Interpretation", "State", "Stream", "interpret", "native_matrix"]
+__all__ = ["FOLD_LIMIT", "Engine", "Interpretation", "State", "Stream", "interpret", "native_matrix"]

@@ -6,9 +6,9 @@ in the rows (3 for a GRU, 1 for a decoder); a block never reaches over the edge 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,7 @@ class Dense:
     values: Float
     gates: int = 1
     kind: ClassVar[str] = "dense"
+    arrays: ClassVar[dict[str, str]] = {"values": "F32"}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", _finite_matrix(self.values, self.gates))
@@ -107,7 +108,56 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class _Sparse:
+    """What the formats that leave zeros out have in common; ``arrays`` names what the file stores, and its types."""
+
+    rows: int
+    cols: int
+    gates: int
+    kind: ClassVar[str]
+    arrays: ClassVar[dict[str, str]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self.rows, self.cols
+
+    @cached_property
+    def column_elements(self) -> NDArray[np.int64]:
+        """(cols,) elements stored in each input column: the multiply-accumulates that one event there costs."""
+        raise NotImplementedError
+
+    @property
+    def elements(self) -> int:
+        """Elements stored, padding not counted, zeros inside a kept block or group counted."""
+        return int(self.column_elements.sum())
+
+    @property
+    def density(self) -> float:
+        """Share of elements stored."""
+        return self.elements / max(self.rows * self.cols, 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes, indices included."""
+        return sum(array.nbytes for array in self.tensors().values())
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Arrays of the file, by the name they get there."""
+        return {name: getattr(self, name) for name in self.arrays}
+
+    def layout(self) -> dict[str, Any]:
+        """What the file's op list says of this matrix."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.arrays}
+        return {"format": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
+
+    def _check_gates(self) -> None:
+        if self.gates < 1 or self.rows % self.gates:
+            raise ValueError(f"a matrix of {self.rows} rows cannot hold {self.gates} gates of equal height.")
+
+
+@dataclass(frozen=True, eq=False)
+class Block(_Sparse):
     """Only the blocks that hold something, by input column, so that an event reads one stretch of memory.
 
     ::
@@ -122,35 +172,27 @@ class Block:
     at an edge are short; they are stored whole, padded with zeros that are never added to anything.
     """
 
-    rows: int
-    cols: int
-    gates: int
     block: tuple[int, int]
     values: Float
     block_row: Index
     start: Index
     kind: ClassVar[str] = "block"
+    arrays: ClassVar[dict[str, str]] = {"values": "F32", "block_row": "U32", "start": "U32"}
 
     def __post_init__(self) -> None:
         br, bc = self.block
         if br < 1 or bc < 1 or br > MAX_BLOCK or bc > MAX_BLOCK:
             raise ValueError(f"block=({br}, {bc}) must lie between (1, 1) and ({MAX_BLOCK}, {MAX_BLOCK}).")
-        if self.gates < 1 or self.rows % self.gates:
-            raise ValueError(f"a matrix of {self.rows} rows cannot hold {self.gates} gates of equal height.")
+        self._check_gates()
+        if self.block_row.ndim != 1:
+            raise ValueError(f"block_row has one axis, got shape {self.block_row.shape}.")
         columns, block_rows = _ceil_div(self.cols, bc), self.gates * self.blocks_per_gate
         if self.values.shape != (len(self.block_row), bc, br) or self.start.shape != (columns + 1,):
             raise ValueError(
                 f"a block matrix of {len(self.block_row)} blocks of {br}x{bc} in {columns} block columns stores values "
                 f"({len(self.block_row)}, {bc}, {br}) and start ({columns + 1},); got {self.values.shape}, {self.start.shape}."
             )
-        start, row = self.start.astype(np.int64), self.block_row.astype(np.int64)
-        if start[0] != 0 or start[-1] != len(row) or (np.diff(start) < 0).any():
-            raise ValueError(f"start must rise from 0 to the number of blocks, {len(row)}.")
-        if len(row) and row.max() >= block_rows:
-            raise ValueError(f"block row {row.max()} is out of range; the matrix has {block_rows} block rows.")
-        falls = np.flatnonzero(np.diff(row) <= 0) + 1
-        if not np.isin(falls, start).all():
-            raise ValueError("the block rows of a block column must ascend.")
+        _check_index(self.block_row, self.start, block_rows, "block row", "block")
 
     @property
     def blocks_per_gate(self) -> int:
@@ -209,22 +251,12 @@ class Block:
         units = self.rows // self.gates
         return out.reshape(self.gates, -1)[:, :units].reshape(-1)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-        return self.rows, self.cols
-
     @cached_property
     def _block_heights(self) -> NDArray[np.int64]:
         """(blocks,) rows of each block that exist."""
         units = self.rows // self.gates
         first = self.block_row.astype(np.int64) % self.blocks_per_gate * self.block[0]
         return np.minimum(self.block[0], units - first)
-
-    @property
-    def elements(self) -> int:
-        """Elements in stored blocks, padding not counted, zeros inside a kept block counted."""
-        return int(self.column_elements.sum())
 
     @cached_property
     def column_elements(self) -> NDArray[np.int64]:
@@ -239,30 +271,226 @@ class Block:
         return np.repeat(4 * self._blocks_per_column + 8, self.block[1])[: self.cols]
 
     @property
-    def nbytes(self) -> int:
-        """Stored size in bytes, indices included."""
-        return self.values.nbytes + self.block_row.nbytes + self.start.nbytes
+    def description(self) -> str:
+        """One phrase for tables."""
+        return f"blocks {self.block[0]}x{self.block[1]}, density {self.density:.3f}"
 
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """Arrays of the file, by the name they get there."""
-        return {"values": self.values, "block_row": self.block_row, "start": self.start}
 
-    def layout(self) -> dict[str, Any]:
-        """What the file's op list says of this matrix."""
-        return {
-            "format": self.kind,
-            "rows": self.rows,
-            "cols": self.cols,
-            "gates": self.gates,
-            "block": list(self.block),
-        }
+@dataclass(frozen=True, eq=False)
+class CSC(_Sparse):
+    """Compressed sparse columns: single elements, by input column. What is left when zeros follow no pattern.
+
+    ::
+
+        start   (cols + 1) uint32   column c owns elements start[c] to start[c + 1]
+        row     (elements) uint16   output, ascending within a column
+        values  (elements) float32
+    """
+
+    values: Float
+    row: NDArray[np.uint16]
+    start: Index
+    kind: ClassVar[str] = "csc"
+    arrays: ClassVar[dict[str, str]] = {"values": "F32", "row": "U16", "start": "U32"}
+
+    def __post_init__(self) -> None:
+        self._check_gates()
+        if self.rows > 2**16:
+            raise ValueError(
+                f"a CSC matrix has at most 65536 rows, got {self.rows}. Store it as Block with block=(1, 1)."
+            )
+        if self.values.ndim != 1 or self.row.shape != self.values.shape or self.start.shape != (self.cols + 1,):
+            raise ValueError(
+                f"a CSC matrix of {self.cols} columns stores start ({self.cols + 1},) and as many rows as values; "
+                f"got {self.start.shape}, {self.row.shape}, {self.values.shape}."
+            )
+        _check_index(self.row, self.start, self.rows, "row", "element")
+
+    @classmethod
+    def from_dense(cls, weight: Any, gates: int = 1) -> CSC:
+        """Keep the non-zero elements of ``weight`` (outputs, inputs)."""
+        matrix = _finite_matrix(weight, gates)
+        column, row = np.nonzero(matrix.T)
+        start = np.searchsorted(column, np.arange(matrix.shape[1] + 1)).astype(np.uint32)
+        values = np.ascontiguousarray(matrix[row, column])
+        if matrix.shape[0] > 2**16:
+            raise ValueError(f"a CSC matrix has at most 65536 rows, got {matrix.shape[0]}.")
+        return cls(matrix.shape[0], matrix.shape[1], gates, values, row.astype(np.uint16), start)
+
+    @cached_property
+    def _column(self) -> NDArray[np.int64]:
+        return np.repeat(np.arange(self.cols), self.column_elements)
+
+    def to_dense(self) -> Float:
+        """The matrix, (rows, cols)."""
+        out = np.zeros((self.rows, self.cols), np.float32)
+        out[self.row, self._column] = self.values
+        return out
+
+    def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
+        """``W x`` in the precision of ``x``: the readable definition of the kernel."""
+        out = np.zeros(self.rows, x.dtype)
+        np.add.at(out, self.row, self.values.astype(x.dtype) * x[self._column])
+        return out
+
+    @cached_property
+    def column_elements(self) -> NDArray[np.int64]:
+        """(cols,) elements stored in each input column: the multiply-accumulates that one event there costs."""
+        start = self.start.astype(np.int64)
+        return start[1:] - start[:-1]
+
+    @cached_property
+    def column_index_bytes(self) -> NDArray[np.int64]:
+        """(cols,) bytes of index read when one event visits a column: two bytes an element, and two of ``start``."""
+        return 2 * self.column_elements + 8
 
     @property
     def description(self) -> str:
         """One phrase for tables."""
-        density = self.elements / (self.rows * self.cols) if self.rows * self.cols else 0.0
-        return f"blocks {self.block[0]}x{self.block[1]}, density {density:.3f}"
+        return f"csc, density {self.density:.3f}"
 
 
-Format = Dense | Block
-FORMATS: dict[str, type[Dense] | type[Block]] = {f.kind: f for f in (Dense, Block)}
+@dataclass(frozen=True, eq=False)
+class Complementary(_Sparse):
+    """``overlay`` = k sparse groups of rows packed as one: of each set exactly one group lives in every column.
+
+    ::
+
+        a gate of R rows, padded to R' = ceil(R / (k g)) k g, has S = R' / (k g) sets
+        group q of set s = rows (q S + s) g ... + g of the gate
+
+        values  (cols, gates, S, g) float32   one packed row of values for every column
+        live    (cols, gates, S) uint8        which group q of each set they belong to
+
+    No pointers, and the same work for every column. With group=1 this is the form of complementary sparsity (K. Hunter
+    et al., *Two sparsities are better than one*, 2022); with group=16 a group is one vector.
+    """
+
+    overlay: int
+    group: int
+    values: Float
+    live: NDArray[np.uint8]
+    kind: ClassVar[str] = "complementary"
+    arrays: ClassVar[dict[str, str]] = {"values": "F32", "live": "U8"}
+
+    def __post_init__(self) -> None:
+        self._check_gates()
+        self._check_packing(self.overlay, self.group)
+        shape = (self.cols, self.gates, self.sets)
+        if self.live.shape != shape or self.values.shape != (*shape, self.group):
+            raise ValueError(
+                f"a complementary matrix of {self.cols} columns, {self.gates} gates and {self.sets} sets stores live {shape} "
+                f"and values {(*shape, self.group)}; got {self.live.shape} and {self.values.shape}."
+            )
+        if self.live.size and self.live.max() >= self.overlay:
+            raise ValueError(f"group {self.live.max()} is out of range; a set has {self.overlay} groups.")
+        if self.values[np.arange(self.group) >= self._heights[..., None]].any():
+            raise ValueError("rows beyond the end of a gate must be zero.")
+
+    @staticmethod
+    def _check_packing(overlay: int, group: int) -> None:
+        for name, n in (("overlay", overlay), ("group", group)):
+            if not 1 <= n <= MAX_BLOCK:
+                raise ValueError(f"{name} must lie between 1 and {MAX_BLOCK}, got {n}.")
+
+    @property
+    def sets(self) -> int:
+        """Sets of a gate, S."""
+        return _ceil_div(self.rows // self.gates, self.overlay * self.group)
+
+    @classmethod
+    def from_dense(cls, weight: Any, overlay: int, group: int = 1, gates: int = 1) -> Complementary:
+        """Pack ``weight`` (outputs, inputs). Raises ``ValueError`` where two groups of a set live in one column."""
+        cls._check_packing(overlay, group)
+        matrix = _finite_matrix(weight, gates)
+        rows, cols = matrix.shape
+        units, sets = rows // gates, _ceil_div(rows // gates, overlay * group)
+        padded = np.zeros((gates, overlay * sets * group, cols), np.float32)
+        padded[:, :units] = matrix.reshape(gates, units, cols)
+        grouped = padded.transpose(2, 0, 1).reshape(cols, gates, overlay, sets, group)
+        alive = grouped.any(axis=4)
+        if (alive.sum(axis=2) > 1).any():
+            column, gate, s = np.argwhere(alive.sum(axis=2) > 1)[0]
+            raise ValueError(
+                f"in column {column}, gate {gate}, set {s} has more than one live group of {group} rows: this matrix is not "
+                f"complementary with overlay={overlay}. Prune it so, or choose another format."
+            )
+        live = alive.argmax(axis=2)
+        values = np.take_along_axis(grouped, live[:, :, None, :, None], axis=2)[:, :, 0]
+        return cls(rows, cols, gates, overlay, group, np.ascontiguousarray(values), live.astype(np.uint8))
+
+    @cached_property
+    def _heights(self) -> NDArray[np.int64]:
+        """(cols, gates, S) rows of each live group that exist."""
+        first = (self.live.astype(np.int64) * self.sets + np.arange(self.sets)) * self.group
+        left: NDArray[np.int64] = self.rows // self.gates - first
+        return left.clip(0, self.group)
+
+    def to_dense(self) -> Float:
+        """The matrix, (rows, cols)."""
+        units = self.rows // self.gates
+        grouped = np.zeros((self.cols, self.gates, self.overlay, self.sets, self.group), np.float32)
+        np.put_along_axis(grouped, self.live[:, :, None, :, None].astype(np.int64), self.values[:, :, None], axis=2)
+        stacked = grouped.reshape(self.cols, self.gates, -1)[:, :, :units]
+        return np.ascontiguousarray(stacked.transpose(1, 2, 0)).reshape(self.rows, self.cols)
+
+    def to_block(self) -> Block:
+        """The same matrix in blocks (group, 1), by column; groups beyond the end of a gate left out."""
+        per_gate = _ceil_div(self.rows // self.gates, self.group)
+        within = self.live.astype(np.int64) * self.sets + np.arange(self.sets)
+        row = within + per_gate * np.arange(self.gates)[None, :, None]
+        column = np.broadcast_to(np.arange(self.cols)[:, None, None], row.shape)
+        exists = within < per_gate
+        order = np.lexsort((row[exists], column[exists]))
+        start = np.searchsorted(column[exists][order], np.arange(self.cols + 1)).astype(np.uint32)
+        values = np.ascontiguousarray(self.values[exists][order][:, None])
+        return Block(
+            self.rows, self.cols, self.gates, (self.group, 1), values, row[exists][order].astype(np.uint32), start
+        )
+
+    def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
+        """``W x`` in the precision of ``x``: the readable definition of the kernel."""
+        products = self.values.astype(x.dtype) * x[:, None, None, None]
+        out = np.zeros((self.gates, self.overlay, self.sets, self.group), x.dtype)
+        for q in range(self.overlay):
+            out[:, q] = np.where((self.live == q)[..., None], products, 0).sum(axis=0)
+        return out.reshape(self.gates, -1)[:, : self.rows // self.gates].reshape(-1)
+
+    @cached_property
+    def column_elements(self) -> NDArray[np.int64]:
+        """(cols,) elements stored in each input column: the multiply-accumulates that one event there costs."""
+        total: NDArray[np.int64] = self._heights.sum(axis=(1, 2))
+        return total
+
+    @cached_property
+    def column_index_bytes(self) -> NDArray[np.int64]:
+        """(cols,) bytes of index read when one event visits a column: one byte a set."""
+        return np.full(self.cols, self.gates * self.sets, np.int64)
+
+    @property
+    def description(self) -> str:
+        """One phrase for tables."""
+        return f"complementary, overlay {self.overlay}, group {self.group}"
+
+
+Format = Dense | CSC | Block | Complementary
+FORMATS: dict[str, type[Dense] | type[CSC] | type[Block] | type[Complementary]] = {
+    f.kind: f for f in (Dense, CSC, Block, Complementary)
+}
+
+
+def is_format(value: Any) -> TypeGuard[Format]:
+    """Whether ``value`` is a stored matrix."""
+    return isinstance(value, Dense | _Sparse)
+
+
+def _check_index(index: NDArray[Any], start: Index, limit: int, what: str, entry: str) -> None:
+    """``start`` rises from 0 to the number of entries; within each stretch ``index`` ascends below ``limit``."""
+    begins, found = start.astype(np.int64), index.astype(np.int64)
+    if begins[0] != 0 or begins[-1] != len(found) or (begins[1:] < begins[:-1]).any():
+        raise ValueError(f"start must rise from 0 to the number of {entry}s, {len(found)}.")
+    if len(found) and found.max() >= limit:
+        raise ValueError(f"{what} {found.max()} is out of range; the matrix has {limit} {what}s.")
+    falls = np.flatnonzero(found[1:] <= found[:-1]) + 1
+    if not np.isin(falls, begins).all():
+        raise ValueError(f"the {what}s of a column must ascend.")

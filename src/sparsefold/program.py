@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefold.formats import Block, Dense, Float, Format
+from sparsefold.formats import FORMATS, Float, Format, is_format
 
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
@@ -133,7 +133,7 @@ OPS: dict[str, type[Embedding] | type[Linear] | type[GRU]] = {op.kind: op for op
 
 def matrices(op: Op) -> dict[str, Format]:
     """The weight matrices of an op that are stored in a format, by field name."""
-    return {f.name: v for f in fields(op) if isinstance(v := getattr(op, f.name), Dense | Block)}
+    return {f.name: v for f in fields(op) if is_format(v := getattr(op, f.name))}
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +266,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         raise
 
 
-_DTYPES = {"F32": np.dtype("<f4"), "U32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("|u1"),
+}
 _DTYPE_NAMES = {dtype.str: name for name, dtype in _DTYPES.items()}
 
 
@@ -275,7 +280,7 @@ def _tensors(ops: Iterable[Op]) -> dict[str, NDArray[Any]]:
     for i, op in enumerate(ops):
         for f in fields(op):
             value = getattr(op, f.name)
-            if isinstance(value, Dense | Block):
+            if is_format(value):
                 out.update({f"{i}.{f.name}.{name}": array for name, array in value.tensors().items()})
             elif isinstance(value, np.ndarray):
                 out[f"{i}.{f.name}"] = value
@@ -286,7 +291,7 @@ def _describe(op: Op) -> dict[str, Any]:
     described: dict[str, Any] = {"op": op.kind}
     for f in fields(op):
         value = getattr(op, f.name)
-        if isinstance(value, Dense | Block):
+        if is_format(value):
             described[f.name] = value.layout()
         elif not isinstance(value, np.ndarray):
             described[f.name] = value
@@ -325,25 +330,22 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
 
 def _build_matrix(i: int, name: str, layout: Any, take: Any) -> Format:
     where = f"op {i}: matrix {name}"
-    if not isinstance(layout, dict) or layout.get("format") not in ("dense", "block"):
-        raise ProgramError(f"{where} is not stored as one of dense, block", 8)
-    numbers = [layout.get(k) for k in ("rows", "cols", "gates")]
-    if layout["format"] == "block":
-        block = layout.get("block")
-        if not isinstance(block, list) or len(block) != 2:
+    cls = FORMATS.get(str(layout.get("format"))) if isinstance(layout, dict) else None
+    if cls is None:
+        raise ProgramError(f"{where} is not stored as one of {', '.join(FORMATS)}", 8)
+    numbers = {f.name: layout.get(f.name) for f in fields(cls) if f.name not in cls.arrays}
+    if "block" in numbers:
+        if not isinstance(numbers["block"], list) or len(numbers["block"]) != 2:
             raise ProgramError(f"{where} needs block = [rows, cols]", 8)
-        numbers += block
-    if not all(type(n) is int and 0 < n < 2**28 for n in numbers):
-        raise ProgramError(f"{where} needs whole numbers between 1 and 2^28 for rows, cols, gates and block", 8)
-    if layout["format"] == "dense":
-        dense = Dense(take(f"{name}.values", "F32"), layout["gates"])
-        if dense.shape != (layout["rows"], layout["cols"]):
-            raise ProgramError(f"{where} says {layout['rows']}x{layout['cols']} but stores {dense.shape}", 8)
-        return dense
-    arrays = take(f"{name}.values", "F32"), take(f"{name}.block_row", "U32"), take(f"{name}.start", "U32")
-    if arrays[1].ndim != 1:
-        raise ProgramError(f"{where}: block_row has one axis", 8)
-    return Block(layout["rows"], layout["cols"], layout["gates"], (layout["block"][0], layout["block"][1]), *arrays)
+        numbers["block"] = tuple(numbers["block"])
+    sizes = [layout.get("rows"), layout.get("cols"), *numbers.values(), *numbers.get("block", ())]
+    if not all(type(n) is int and 0 < n < 2**28 for n in sizes if not isinstance(n, tuple)):
+        raise ProgramError(f"{where} needs whole numbers between 1 and 2^28 for its sizes", 8)
+    arrays = {array: take(f"{name}.{array}", dtype) for array, dtype in cls.arrays.items()}
+    matrix: Format = cls(**numbers, **arrays)
+    if matrix.shape != (layout["rows"], layout["cols"]):
+        raise ProgramError(f"{where} says {layout['rows']}x{layout['cols']} but stores {matrix.shape}", 8)
+    return matrix
 
 
 def _validate(ops: tuple[Op, ...]) -> None:
@@ -381,8 +383,14 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"{where} reads {op.inputs} values, but op {i - 1} ({ops[i - 1].kind}) gives {ops[i - 1].outputs}.",
             )
         _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
+    types = {
+        f"{i}.{field}.{n}": t
+        for i, op in enumerate(ops)
+        for field, m in matrices(op).items()
+        for n, t in m.arrays.items()
+    }
     for name, array in _tensors(ops).items():
-        wanted = _DTYPES["U32" if name.endswith((".block_row", ".start")) else "F32"]
+        wanted = _DTYPES[types.get(name, "F32")]
         _check(array.dtype == wanted, f"tensor {name} must be {wanted.name}, got {array.dtype}. Convert it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             where = np.argwhere(~np.isfinite(array))[0].tolist()

@@ -72,11 +72,32 @@ class File:
 SOUND = File().bytes()
 
 
-def _file(change: Any) -> bytes:
-    """The sound file with ``change(file)`` applied."""
+def packed() -> File:
+    """The same network with its recurrent matrix stored as csc and its decoder complementary."""
     file = File()
+    file.ops[1]["weight_hh"] = {"format": "csc", "rows": 6, "cols": 2, "gates": 3}
+    file.ops[2]["weight"] = {"format": "complementary", "rows": 3, "cols": 2, "gates": 1, "overlay": 2, "group": 1}
+    for name in ("block_row", "start", "values"):
+        del file.tensors[f"1.weight_hh.{name}"]
+    f32 = _f32(0.5, -0.25, 1.0, 0.75)
+    file.tensors |= {
+        "1.weight_hh.values": ["F32", [4], f32], "1.weight_hh.row": ["U16", [4], _u16(0, 3, 5, 1)],
+        "1.weight_hh.start": ["U32", [3], _u32(0, 3, 4)],
+        "2.weight.values": ["F32", [2, 1, 2, 1], f32], "2.weight.live": ["U8", [2, 1, 2], bytes([0, 0, 1, 0])],
+    }  # fmt: skip
+    return file
+
+
+def _file(change: Any, sound: Any = File) -> bytes:
+    """The sound file with ``change(file)`` applied."""
+    file = sound()
     change(file)
     return file.bytes()
+
+
+def _packed(change: Any) -> bytes:
+    """The same of :func:`packed`."""
+    return _file(change, packed)
 
 
 def _header(change: Any) -> bytes:
@@ -122,6 +143,14 @@ def _entry(name: str, **changed: Any) -> Any:
 
 def _u32(*values: int) -> bytes:
     return struct.pack(f"<{len(values)}I", *values)
+
+
+def _u16(*values: int) -> bytes:
+    return struct.pack(f"<{len(values)}H", *values)
+
+
+def _f32(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
 
 
 def _weight(at: int, value: float) -> Any:
@@ -173,7 +202,13 @@ def _wide_block(file: File) -> None:
     }  # fmt: skip
 
 
-HH = "1.weight_hh"
+def _three_gates(file: File) -> None:
+    """The decoder as three gates of one row."""
+    file.ops[2]["weight"]["gates"] = 3
+    file.tensors |= {"2.weight.values": ["F32", [2, 3, 1, 1], bytes(24)], "2.weight.live": ["U8", [2, 3, 1], bytes(6)]}
+
+
+HH, DECODER = "1.weight_hh", "2.weight"
 ATTACKS: dict[str, tuple[bytes, str]] = {
     # the container
     "empty": (b"", "0 bytes; a program has at least 8"),
@@ -228,7 +263,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "offsets_missing": (_header(lambda h: h["0.weight"].pop("data_offsets")), "needs dtype"),
     "entry_a_string": (_header(lambda h: h.update({"0.weight": "F32"})), "needs dtype"),
     "entry_null": (_header(lambda h: h.update({"0.weight": None})), "needs dtype"),
-    "dtype_f64": (_header(_entry("0.weight", dtype="F64", shape=[3, 1])), "has dtype 'F64'; a program holds F32, U32"),
+    "dtype_f64": (_header(_entry("0.weight", dtype="F64", shape=[3, 1])), "has dtype 'F64'; a program holds F32, U32, U16, U8"),
     "dtype_a_list": (_header(_entry("0.weight", dtype=["F32"])), "needs dtype"),
     "dtype_u32_for_weights": (_file(_tensor("2.bias", "U32")), "needs a F32 tensor 2.bias"),
     "dtype_f32_for_indices": (_file(_tensor(HH + ".start", "F32")), "needs a U32 tensor 1.weight_hh.start"),
@@ -280,7 +315,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "embedding_a_vector": (_file(_tensor("0.weight", shape=[6])), "weight has two axes"),
     "embedding_of_nothing": (_file(_tensor("0.weight", shape=[0, 2], data=b"")), "at least one input"),
     # the formats
-    "format_unknown": (_file(_set(1, "weight_hh", "format", "csr")), "not stored as one of dense, block"),
+    "format_unknown": (_file(_set(1, "weight_hh", "format", "csr")), "not stored as one of dense, csc, block, complementary"),
     "format_a_list": (_file(_set(1, "weight_hh", "format", ["dense"])), "not stored as one of"),
     "layout_a_string": (_file(_set(1, "weight_hh", "dense")), "not stored as one of"),
     "layout_missing": (_file(lambda f: f.ops[1].pop("weight_hh")), "not stored as one of"),
@@ -312,6 +347,53 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "start_long": (_file(_tensor(HH + ".start", shape=[4], data=_u32(0, 2, 3, 3))), "stores values"),
     "start_a_matrix": (_file(_tensor(HH + ".start", shape=[3, 1])), "stores values"),
     "start_empty": (_file(_tensor(HH + ".start", shape=[0], data=b"")), "stores values"),
+    # single elements
+    "csc_row_out_of_range": (_packed(_tensor(HH + ".row", data=_u16(0, 3, 6, 1))), "row 6 is out of range; the matrix has 6"),
+    "csc_row_like_minus_one": (_packed(_tensor(HH + ".row", data=_u16(0, 3, 2**16 - 1, 1))), "row 65535 is out of range"),
+    "csc_row_falls": (_packed(_tensor(HH + ".row", data=_u16(3, 0, 5, 1))), "must ascend"),
+    "csc_row_twice": (_packed(_tensor(HH + ".row", data=_u16(0, 3, 3, 1))), "must ascend"),
+    "csc_row_short": (_packed(_tensor(HH + ".row", shape=[3], data=_u16(0, 3, 5))), "as many rows as values"),
+    "csc_row_a_matrix": (_packed(_tensor(HH + ".row", shape=[4, 1])), "as many rows as values"),
+    "csc_row_u32": (_packed(_tensor(HH + ".row", "U32", data=_u32(0, 3, 5, 1))), "needs a U16 tensor 1.weight_hh.row"),
+    "csc_row_missing": (_packed(lambda f: f.tensors.pop(HH + ".row")), "needs a U16 tensor 1.weight_hh.row"),
+    "csc_values_a_matrix": (_packed(_tensor(HH + ".values", shape=[4, 1])), "as many rows as values"),
+    "csc_value_nan": (_packed(_tensor(HH + ".values", data=_f32(1, float("nan"), 1, 1))), "holds nan at [1]"),
+    "csc_start_falls": (_packed(_tensor(HH + ".start", data=_u32(0, 5, 4))), "start must rise"),
+    "csc_start_not_from_zero": (_packed(_tensor(HH + ".start", data=_u32(1, 3, 4))), "start must rise"),
+    "csc_start_too_far": (_packed(_tensor(HH + ".start", data=_u32(0, 3, 2**31))), "start must rise"),
+    "csc_start_short": (_packed(_tensor(HH + ".start", shape=[2], data=_u32(0, 4))), "stores start (3,)"),
+    "csc_start_u16": (_packed(_tensor(HH + ".start", "U16", data=_u16(0, 3, 4))), "needs a U32 tensor 1.weight_hh.start"),
+    "csc_rows_too_many": (_packed(_set(1, "weight_hh", "rows", 3 * 2**16)), "at most 65536 rows, got 196608"),
+    "csc_cols_huge": (_packed(_set(1, "weight_hh", "cols", 2**28 - 1)), "stores start (268435456,)"),
+    "csc_gates_do_not_divide": (_packed(_set(1, "weight_hh", "gates", 4)), "cannot hold 4 gates"),
+    # complementary
+    "live_out_of_range": (_packed(_tensor(DECODER + ".live", data=bytes([0, 0, 2, 0]))), "group 2 is out of range; a set has 2"),
+    "live_like_minus_one": (_packed(_tensor(DECODER + ".live", data=bytes([0, 0, 255, 0]))), "group 255 is out of range"),
+    "live_beyond_the_gate": (_packed(_tensor(DECODER + ".live", data=bytes([0, 1, 1, 0]))), "beyond the end of a gate"),
+    "live_short": (_packed(_tensor(DECODER + ".live", shape=[1, 1, 2], data=bytes(2))), "stores live (2, 1, 2)"),
+    "live_a_vector": (_packed(_tensor(DECODER + ".live", shape=[4])), "stores live (2, 1, 2)"),
+    "live_u16": (_packed(_tensor(DECODER + ".live", "U16", data=_u16(0, 0, 1, 0))), "needs a U8 tensor 2.weight.live"),
+    "live_missing": (_packed(lambda f: f.tensors.pop(DECODER + ".live")), "needs a U8 tensor 2.weight.live"),
+    "live_of_nothing": (_packed(_tensor(DECODER + ".live", shape=[2, 1, 0], data=b"")), "stores live (2, 1, 2)"),
+    "packed_values_of_three_axes": (_packed(_tensor(DECODER + ".values", shape=[2, 1, 2])), "stores live (2, 1, 2)"),
+    "packed_value_infinite": (
+        _packed(_tensor(DECODER + ".values", data=_f32(1, 1, 1, float("inf")))), "holds inf at [1, 0, 1, 0]"
+    ),
+    "overlay_zero": (_packed(_set(2, "weight", "overlay", 0)), "whole numbers between"),
+    "overlay_too_large": (_packed(_set(2, "weight", "overlay", 65)), "overlay must lie between 1 and 64, got 65"),
+    "overlay_another": (_packed(_set(2, "weight", "overlay", 3)), "1 sets stores live (2, 1, 1)"),
+    "overlay_missing": (_packed(lambda f: f.ops[2]["weight"].pop("overlay")), "whole numbers between"),
+    "overlay_a_list": (_packed(_set(2, "weight", "overlay", [2])), "whole numbers between"),
+    "group_zero": (_packed(_set(2, "weight", "group", 0)), "whole numbers between"),
+    "group_huge": (_packed(_set(2, "weight", "group", 2**28 - 1)), "group must lie between 1 and 64"),
+    "group_another": (_packed(_set(2, "weight", "group", 2)), "1 sets stores live (2, 1, 1)"),
+    "group_missing": (_packed(lambda f: f.ops[2]["weight"].pop("group")), "whole numbers between"),
+    "group_a_string": (_packed(_set(2, "weight", "group", "1")), "whole numbers between"),
+    "packed_cols_huge": (_packed(_set(2, "weight", "cols", 2**28 - 1)), "stores live (268435455, 1, 2)"),
+    "packed_rows_huge": (_packed(_set(2, "weight", "rows", 2**28 - 1)), "stores live (2, 1, 134217728)"),
+    "packed_gates_huge": (_packed(_set(2, "weight", "gates", 2**28 - 1)), "cannot hold 268435455 gates"),
+    "packed_gates_of_a_linear": (_packed(_three_gates), "a linear op has one gate"),
+    # what is small and announces much
     "huge_units_in_small_tensors": (_file(_huge_block), "6442450944|but stores|whole numbers|stores values"),
     "huge_inputs_in_small_tensors": (_file(_wide_block), "stores values"),
 }  # fmt: skip

@@ -25,16 +25,24 @@ std::vector<float> floats(size_t n) {
 struct Stored {
     std::vector<float> values;
     std::vector<uint32_t> block_row, start;
+    std::vector<uint8_t> live;
     MatrixView view;
 };
 
+/// br rows by bc columns; br = 0: dense, or complementary with an overlay of bc where that is not 0.
 Stored stored(uint32_t units, uint32_t cols, uint32_t gates, uint32_t br, uint32_t bc, double density) {
     Stored s;
     s.view.rows = units * gates;
     s.view.cols = cols;
     s.view.gates = gates;
-    if (br == 0) {
+    if (br == 0 && bc == 0) {
         s.values = floats(size_t{units} * gates * cols);
+    } else if (br == 0) {
+        s.view.format = MatrixView::Format::complementary;
+        s.view.overlay = bc;
+        s.values = floats(size_t{cols} * gates * ((units + bc - 1) / bc));
+        for (size_t i = 0; i < s.values.size(); ++i)
+            s.live.push_back(static_cast<uint8_t>(std::uniform_int_distribution<uint32_t>(0, bc - 1)(random_engine)));
     } else {
         s.view.format = MatrixView::Format::block;
         s.view.block_rows = br;
@@ -52,6 +60,7 @@ Stored stored(uint32_t units, uint32_t cols, uint32_t gates, uint32_t br, uint32
     s.view.block_row = s.block_row.data();
     s.view.start = s.start.data();
     s.view.blocks = s.block_row.size();
+    s.view.live = s.live.data();
     return s;
 }
 
@@ -121,16 +130,62 @@ void hostile() {
     s.view.gates = 3;
     s.view.block_rows = 0;
     expect("a block without rows");
+
+    s = stored(40, 10, 3, 0, 4, 1.0);
+    for (const uint32_t live : {4u, 64u, 254u, 255u})
+        for (const size_t at : {size_t{0}, s.live.size() / 2, s.live.size() - 1}) {
+            const uint8_t sound = s.live[at];
+            s.live[at] = static_cast<uint8_t>(live);
+            expect("a live row that its set does not have");
+            s.live[at] = sound;
+        }
+    for (const uint32_t overlay : {0u, 65u, 0xffffffffu}) {
+        s.view.overlay = overlay;
+        expect("an overlay out of bounds");
+    }
+    s.view.overlay = 4;
+    s.view.gates = 7;
+    expect("gates that do not divide the rows of a complementary matrix");
+    s.view.gates = 0;
+    expect("a complementary matrix without gates");
+    s.view.gates = 3;
+    s.view.rows = 1u << 29;
+    expect("a complementary matrix of too many rows");
+    s.view.rows = 120;
+    if (refused(s.view)) throw std::runtime_error("refused: a sound complementary matrix");
+}
+
+/// A product of `matrix` into a y of exactly its padded rows, dense and by events: under the sanitizers, nothing else is read.
+void product(const Stored& s, const std::string& isa) {
+    const Matrix matrix(s.view);
+    const std::vector<float> x = floats(matrix.cols());
+    std::vector<float> y(matrix.padded_rows(), 0.0f), z = y;
+    std::vector<uint32_t> index(matrix.cols());
+    for (uint32_t c = 0; c < matrix.cols(); ++c) index[c] = c;
+    matrix.matvec(kernels(isa), x.data(), y.data());
+    matrix.matvec(kernels(isa), Events{index.data(), x.data(), matrix.cols()}, z.data());
+    if (y != z) throw std::runtime_error("all columns as events give another product");
+}
+
+/// More rows than 16 bits count, in every height that is written by hand and in another.
+void tall(const std::string& isa) {
+    for (auto [br, bc] : {std::pair{1u, 1u}, {4u, 1u}, {8u, 1u}, {16u, 1u}, {5u, 3u}, {0u, 4u}})
+        for (uint32_t units : {65536u, 65537u}) product(stored(units, 2, 1, br, bc, 0.1), isa);
 }
 
 }  // namespace
 
 int main() {
     hostile();
-    for (const std::string& isa : available_isas())
+    for (const std::string& isa : available_isas()) {
+        tall(isa);
         for (uint32_t units : {1u, 3u, 16u, 17u, 50u, 130u})
-            for (auto [br, bc] : {std::pair{0u, 0u}, {16u, 1u}, {32u, 1u}, {8u, 4u}, {5u, 3u}, {20u, 2u}})
+            for (auto [br, bc] : {std::pair{0u, 0u}, {0u, 1u}, {0u, 4u}, {0u, 17u}, {0u, 64u}, {1u, 1u}, {2u, 1u}, {4u, 1u},
+                                  {16u, 1u}, {32u, 1u}, {8u, 4u}, {5u, 3u}, {20u, 2u}}) {
+                product(stored(units, 7, 3, br, bc, 0.5), isa);
                 for (int form = 0; form < 6; ++form) play(network(isa, units, br, bc, form, form % 2 ? ~0ull : 0), 12);
+            }
+    }
     const auto shared = network("", 130, 16, 1, 0, ~0ull);
     std::thread other([&] { play(shared, 300); });
     play(shared, 300);

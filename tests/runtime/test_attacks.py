@@ -17,7 +17,7 @@ import cases
 import sparsefold as sf
 from sparsefold import _native
 from sparsefold.engine import native_matrix
-from sparsefold.program import Program, ProgramError
+from sparsefold.program import Program, ProgramError, matrices
 
 FOLDER = Path(__file__).parents[1] / "attacks"
 spec = importlib.util.spec_from_file_location("attacks_make", FOLDER / "make.py")
@@ -58,9 +58,16 @@ def test_the_folder_is_what_its_script_makes():
     assert max(map(len, kept.values())) <= 4096
 
 
-def test_the_file_that_the_attacks_start_from_is_sound():
-    program = Program.from_bytes(make.SOUND)
+PACKED = make.packed().bytes()
+
+
+@pytest.mark.parametrize(
+    ("raw", "kinds"), [(make.SOUND, {"dense", "block"}), (PACKED, {"dense", "csc", "complementary"})]
+)
+def test_the_files_that_the_attacks_start_from_are_sound(raw, kinds):
+    program = Program.from_bytes(raw)
     assert [op.kind for op in program.ops] == ["embedding", "egru", "linear"]
+    assert {matrix.kind for op in program.ops for matrix in matrices(op).values()} == kinds
     assert np.isfinite(sf.Engine(program).stream().run([0, 1, 2])).all()
 
 
@@ -91,36 +98,40 @@ def test_many_tensors_of_nothing_are_refused_in_a_moment():
 
 # --- made up ----------------------------------------------------------------------------------------------------------
 
-CHECKSUM = make.File().header()["__metadata__"]["crc32"].encode()
-HEADER = 8 + struct.unpack_from("<Q", make.SOUND)[0]
-DIGITS = [i for i in range(8, HEADER) if make.SOUND[i : i + 1].isdigit()]
 
-
-def resealed(raw):
-    """The file with the checksum of what its data is now, where the checksum's place was not touched."""
-    at = raw.find(CHECKSUM)
+def resealed(raw, sound):
+    """The file with the checksum of what its data is now, where the place of that of ``sound`` was not touched."""
+    at = raw.find(f"{zlib.crc32(sound[header_end(sound) :]):08x}".encode())
     if len(raw) < 8 or at < 0:
         return raw
-    (size,) = struct.unpack_from("<Q", raw)
-    return raw[:at] + f"{zlib.crc32(raw[8 + size :]):08x}".encode() + raw[at + 8 :]
+    return raw[:at] + f"{zlib.crc32(raw[header_end(raw) :]):08x}".encode() + raw[at + 8 :]
 
 
-positions = st.one_of(
-    st.integers(0, len(make.SOUND) - 1), st.integers(HEADER, len(make.SOUND) - 1), st.sampled_from(DIGITS)
-)
-changes = st.lists(st.tuples(positions, st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789"))), max_size=4)
+def header_end(raw):
+    return 8 + struct.unpack_from("<Q", raw)[0]
 
 
-@settings(max_examples=600)
-@given(changes, st.sampled_from([None, None, None, "cut", "cut", "double", "insert"]), positions, st.booleans())
-def test_a_damaged_file_is_refused_or_plays(changed, also, at, reseal):
-    raw = bytearray(make.SOUND)
-    for place, value in changed:
+@st.composite
+def damage(draw):
+    """One of the sound files with up to four bytes changed, cut, doubled or grown, and perhaps a checksum that agrees."""
+    sound = draw(st.sampled_from([make.SOUND, PACKED]))
+    digits = [i for i in range(8, header_end(sound)) if sound[i : i + 1].isdigit()]
+    positions = st.one_of(
+        st.integers(0, len(sound) - 1), st.integers(header_end(sound), len(sound) - 1), st.sampled_from(digits)
+    )
+    raw = bytearray(sound)
+    bytes_ = st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789"))
+    for place, value in draw(st.lists(st.tuples(positions, bytes_), max_size=4)):
         raw[place] = value
-    raw = bytes(raw)
+    raw, at = bytes(raw), draw(positions)
+    also = draw(st.sampled_from([None, None, None, "cut", "cut", "double", "insert"]))
     raw = {None: raw, "cut": raw[:at], "double": raw[:at] + raw, "insert": raw[:at] + b"0" + raw[at:]}[also]
-    if reseal:
-        raw = resealed(raw)
+    return resealed(raw, sound) if draw(st.booleans()) else raw
+
+
+@settings(max_examples=1000)
+@given(damage())
+def test_a_damaged_file_is_refused_or_plays(raw):
     try:
         program = Program.from_bytes(raw)
     except ProgramError:
@@ -136,7 +147,7 @@ def test_a_damaged_file_is_refused_or_plays(changed, also, at, reseal):
 def test_damage_that_keeps_the_file_sound_is_played():
     raw = bytearray(make.SOUND)
     raw[-4:] = struct.pack("<f", 5.0)  # the last bias
-    program = Program.from_bytes(resealed(bytes(raw)))
+    program = Program.from_bytes(resealed(bytes(raw), make.SOUND))
     assert program.ops[2].bias[2] == 5.0
     with pytest.raises(ProgramError, match="checksum"):
         Program.from_bytes(bytes(raw))
@@ -176,6 +187,45 @@ def test_a_native_block_matrix_that_contradicts_itself_is_refused(changed):
     _native.Packed(block())
     with pytest.raises(Refused):
         _native.Packed(block(**changed))
+
+
+def complementary(**changed):
+    """A sound native complementary matrix of 6x2 in two gates, two rows packed as one, with some arguments changed."""
+    sound = {
+        "rows": 6, "gates": 2, "overlay": 2, "values": np.ones((2, 2, 2), F),
+        "live": np.array([[[0, 0], [1, 0]], [[1, 1], [0, 1]]], np.uint8),
+    }  # fmt: skip
+    return _native.Matrix.complementary(**(sound | changed))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rows": 7}, {"rows": 8, "gates": 1}, {"rows": 10}, {"rows": 0}, {"rows": -6}, {"rows": 2**28 + 2}, {"rows": 2**32 - 2},
+        {"rows": 2**32}, {"rows": 2.5}, {"rows": None}, {"gates": 0}, {"gates": 1}, {"gates": 3}, {"gates": 2**32 - 1},
+        {"overlay": 0}, {"overlay": 1}, {"overlay": 3}, {"overlay": 65}, {"overlay": 2**32 - 1}, {"overlay": -2},
+        {"rows": 260, "overlay": 65},
+        {"rows": 0, "overlay": 0, "values": np.ones((2, 2, 0), F), "live": np.ones((2, 2, 0), np.uint8)},
+        {"gates": 0, "values": np.ones((2, 0, 0), F), "live": np.ones((2, 0, 0), np.uint8)},
+        {"values": np.ones((2, 2, 1), F)}, {"values": np.ones((1, 2, 2), F)}, {"values": np.ones((2, 1, 2), F)},
+        {"values": np.ones((2, 2, 2, 1), F)}, {"values": np.ones(8, F)}, {"values": None}, {"values": np.ones((0, 2, 2), F)},
+        {"live": np.full((2, 2, 2), 2, np.uint8)}, {"live": np.full((2, 2, 2), 255, np.uint8)}, {"live": np.full((2, 2, 2), -1)},
+        {"live": np.zeros((2, 2, 3), np.uint8)}, {"live": np.zeros((3, 2, 2), np.uint8)}, {"live": np.zeros((2, 2), np.uint8)},
+        {"live": None},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_native_complementary_matrix_that_contradicts_itself_is_refused(changed):
+    packed = _native.Packed(complementary())
+    assert packed.padded_rows == 32
+    with pytest.raises(Refused):
+        _native.Packed(complementary(**changed))
+
+
+def test_what_a_complementary_matrix_holds_beyond_its_gates_is_added_to_nobody():
+    out = np.zeros(32, F)
+    _native.Packed(complementary()).matvec(ones(2), out)
+    assert out[[0, 1, 2, 16, 17, 18]].tolist() == [1, 1, 1, 1, 1, 1] and out.sum() == 6  # two of eight lie beyond
 
 
 def test_a_native_matrix_whose_padding_is_enormous_is_refused():

@@ -60,8 +60,17 @@ def stored(matrix):
     """{column: rows of the elements that are stored}, found without the format's own arithmetic."""
     if isinstance(matrix, sf.Dense):
         return {c: range(matrix.shape[0]) for c in range(matrix.shape[1])}
-    units, (br, bc) = matrix.rows // matrix.gates, matrix.block
+    units = matrix.rows // matrix.gates
     found = {c: [] for c in range(matrix.cols)}
+    if isinstance(matrix, sf.CSC):
+        return {c: matrix.row[int(matrix.start[c]) : int(matrix.start[c + 1])] for c in found}
+    if isinstance(matrix, sf.Complementary):
+        for c, gate, s, i in np.ndindex(matrix.values.shape):
+            row = (int(matrix.live[c, gate, s]) * matrix.live.shape[2] + s) * matrix.group + i
+            if row < units:
+                found[c].append(gate * units + row)
+        return found
+    br, bc = matrix.block
     for column in range(len(matrix.start) - 1):
         for k in range(int(matrix.start[column]), int(matrix.start[column + 1])):
             gate, block = divmod(int(matrix.block_row[k]), -(-units // br))

@@ -93,11 +93,11 @@ def test_every_network_follows_the_oracle(name, fold, isa):
     assert (worst > 0) == (name != "embedding")  # float32 is not float64: the comparison sees the difference
 
 
-@pytest.mark.parametrize("block", [None, (8, 1), (16, 1)])
+@pytest.mark.parametrize("storage", [None, (8, 1), (16, 1), "csc", cases.Overlay(4), cases.Overlay(2, 16)], ids=str)
 @pytest.mark.parametrize("options", cases.EGRU_OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-def test_every_option_follows_the_oracle(options, block, isa):
+def test_every_option_follows_the_oracle(options, storage, isa):
     r = cases.rng(7)
-    program = Program((cases.egru(r, 19, 37, block, 0.5, **options), cases.linear(r, 37, 3)))
+    program = Program((cases.egru(r, 19, 37, storage, 0.5, **options), cases.linear(r, 37, 3)))
     spoken, close, _ = follow(program, sf.Engine(program, isa=isa), 8)
     units = 8 * 37
     assert spoken == units if options["event"] == "always" else units / 10 < spoken < units * 0.9
@@ -105,10 +105,10 @@ def test_every_option_follows_the_oracle(options, block, isa):
 
 
 @pytest.mark.parametrize("reset_after", [True, False])
-@pytest.mark.parametrize("block", [None, (8, 4), (16, 1)])
+@pytest.mark.parametrize("storage", [None, (8, 4), (16, 1), "csc", cases.Overlay(4)], ids=str)
 @pytest.mark.parametrize("units", [1, 16, 37])
-def test_gru_follows_the_oracle(units, block, reset_after, isa):
-    program = Program((cases.gru(cases.rng(units), 5, units, block, 0.6, reset_after),))
+def test_gru_follows_the_oracle(units, storage, reset_after, isa):
+    program = Program((cases.gru(cases.rng(units), 5, units, storage, 0.6, reset_after),))
     follow(program, sf.Engine(program, isa=isa), 12)
 
 
@@ -239,7 +239,7 @@ def test_auto_folds_up_to_its_limit(monkeypatch):
 
 
 def test_isas_agree():
-    for name in ("three", "mixed-3"):
+    for name in ("three", "mixed-3", "csc", "tokens-overlay"):
         program = network(name)
         x, engines = cases.sequence(program, 1), [sf.Engine(program, isa=isa) for isa in _native.available_isas()]
         outputs = [engine.stream().run(x) for engine in engines]

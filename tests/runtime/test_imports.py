@@ -93,7 +93,8 @@ def test_a_fault_of_another_import_is_not_blamed_on_torch():
 
 def test_the_exports_are_these():
     assert sparsefold.__all__ == [
-        "Block", "Cost", "Counts", "Dense", "Engine", "Program", "ProgramError", "Stream", "compile_model", "cost", "interpret"
+        "CSC", "Block", "Complementary", "Cost", "Counts", "Dense", "Engine", "Program", "ProgramError", "Stream",
+        "compile_model", "cost", "interpret"
     ]  # fmt: skip
     for name in set(sparsefold.__all__) - {"compile_model"}:
         assert getattr(sparsefold, name).__module__.startswith("sparsefold.")

@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,12 @@ from sparsefold import _native
 from sparsefold.engine import native_matrix
 
 ISAS = _native.available_isas()
-FORMATS = {"dense": [None], "block": list(cases.BLOCKS)}
+# What is packed in which way: single elements and groups of several rows are blocks to the kernels.
+FORMATS = {
+    "dense": [None],
+    "block": [*cases.BLOCKS, "csc", *cases.GROUPED_OVERLAYS],
+    "complementary": list(cases.OVERLAYS),
+}
 
 
 @cache
@@ -42,27 +48,32 @@ def play(packed, out, x, events):
         packed.matvec_events(events.astype(np.uint32), x[events], out)
 
 
+def check_product(case, matrix, size, packed, rate, by_events):
+    """One product, of events where ``by_events``, against float64."""
+    r = cases.rng(case.units, case.cols, int(10 * rate))
+    x = cases.vector(r, case.cols) * (r.random(case.cols) < 0.9)  # a unit may speak a zero
+    events = np.flatnonzero(r.random(case.cols) < rate) if by_events else None
+    before = cases.vector(r, matrix.shape[0])
+    out, real = padded(matrix, before, 7.5)
+    play(packed, out, x, events)
+    if by_events:
+        silent = np.ones(case.cols, bool)
+        silent[events] = False
+        x = np.where(silent, np.float32(0), x)
+    expected = before + matrix.matvec(x.astype(np.float64))
+    magnitude = np.abs(before) + size @ np.abs(x.astype(np.float64))
+    error = np.abs(out[real] - expected)
+    assert (error <= tolerances.product_f32(case.cols + 1, magnitude)).all(), (case, rate, error.max())
+    assert (out[~real] == 7.5).all(), (case, rate, "padding was written")
+
+
 def check_matvec(isa, format, by_events):
-    for block in FORMATS[format]:
-        for case in cases.matrix_cases(block):
+    for storage in FORMATS[format]:
+        for case in cases.matrix_cases(storage):
             matrix, size, borrowed = made(case)
             packed = _native.Packed(borrowed, isa)
             for rate in cases.EVENT_RATES if by_events else (1.0,):
-                r = cases.rng(case.units, case.cols, int(10 * rate))
-                x = cases.vector(r, case.cols) * (r.random(case.cols) < 0.9)  # a unit may speak a zero
-                events = np.flatnonzero(r.random(case.cols) < rate) if by_events else None
-                before = cases.vector(r, matrix.shape[0])
-                out, real = padded(matrix, before, 7.5)
-                play(packed, out, x, events)
-                if by_events:
-                    silent = np.ones(case.cols, bool)
-                    silent[events] = False
-                    x = np.where(silent, np.float32(0), x)
-                expected = before + matrix.matvec(x.astype(np.float64))
-                magnitude = np.abs(before) + size @ np.abs(x.astype(np.float64))
-                error = np.abs(out[real] - expected)
-                assert (error <= tolerances.product_f32(case.cols + 1, magnitude)).all(), (case, rate, error.max())
-                assert (out[~real] == 7.5).all(), (case, rate, "padding was written")
+                check_product(case, matrix, size, packed, rate, by_events)
 
 
 def check_cell(isa, kind):
@@ -88,6 +99,8 @@ CHECKS = {
     "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
     "matvec_block_f32": lambda isa: check_matvec(isa, "block", False),
     "matvec_events_block_f32": lambda isa: check_matvec(isa, "block", True),
+    "matvec_complementary_f32": lambda isa: check_matvec(isa, "complementary", False),
+    "matvec_events_complementary_f32": lambda isa: check_matvec(isa, "complementary", True),
     "cell_gru": lambda isa: check_cell(isa, "gru"),
     "cell_egru": lambda isa: check_cell(isa, "egru"),
 }
@@ -103,53 +116,89 @@ def test_every_check_is_of_a_kernel():
     assert set(CHECKS) == set(_native.kernels())
 
 
+def test_every_storage_is_checked():
+    assert sorted(map(str, cases.STORAGES)) == sorted(str(s) for storages in FORMATS.values() for s in storages)
+
+
 @pytest.mark.parametrize("by_events", [False, True])
-@pytest.mark.parametrize("block", [None, (16, 1), (8, 4)])
-def test_the_bound_notices_one_wrong_weight(block, by_events, isa):
-    case = cases.MatrixCase(100, 31, 3, block, 1.0)
+@pytest.mark.parametrize("storage", [(1, 1), (4, 1), (8, 1), (16, 1), (5, 3), "csc", cases.Overlay(2, 16)], ids=str)
+@pytest.mark.parametrize(("units", "gates"), [(65536, 1), (65535, 1), (21845, 3)])
+def test_rows_around_the_largest_that_16_bits_hold(units, gates, storage, by_events, isa):
+    """65536 padded rows are the last that fit; three gates of 21845 rows are fewer, and more once they are padded."""
+    case = cases.MatrixCase(units, 3, gates, storage, 0.5)
+    matrix, size, borrowed = made(case)
+    check_product(case, matrix, size, _native.Packed(borrowed, isa), 0.7, by_events)
+
+
+@pytest.mark.parametrize("by_events", [False, True])
+@pytest.mark.parametrize("storage", [(1, 1), (4, 1), (8, 1), (16, 1), (5, 3), None, cases.Overlay(4)], ids=str)
+def test_more_rows_than_16_bits_hold(storage, by_events, isa):
+    case = cases.MatrixCase(65537, 3, 1, storage, 0.5)
+    matrix, size, borrowed = made(case)
+    check_product(case, matrix, size, _native.Packed(borrowed, isa), 0.7, by_events)
+
+
+@pytest.mark.parametrize("by_events", [False, True])
+@pytest.mark.parametrize(
+    "storage", [None, (16, 1), (8, 4), "csc", cases.Overlay(4), cases.Overlay(17), cases.Overlay(2, 16)], ids=str
+)
+def test_the_bound_notices_one_wrong_weight(storage, by_events, isa):
+    case = cases.MatrixCase(100, 31, 3, storage, 1.0)
     matrix, size, _ = made(case)
+    column = 4
+    row = size[:, column].argmax()
     wrong = matrix.to_dense().copy()
-    row, column = 117, 4
     wrong[row, column] *= 1.001
     x = np.ones(31, np.float32)
-    other = sf.Dense(wrong, 3) if block is None else sf.Block.from_dense(wrong, block, 3)
+    other = cases.store(wrong, 3, storage)
     out, real = padded(matrix, np.zeros(300, np.float32), 0)
     play(_native.Packed(native_matrix(other), isa), out, x, np.arange(31) if by_events else None)
     error = np.abs(out[real] - matrix.matvec(x.astype(np.float64)))
     assert np.flatnonzero(error > tolerances.product_f32(32, size @ x)).tolist() == [row]
 
 
+def one_listener(units, cols, row, spoken, storage):
+    """(matrix of three gates, which of its rows column ``spoken`` stores): as few as the format can, mostly zeros.
+
+    A format that can leave rows out stores only what holds ``row`` of the middle gate.
+    """
+    listen = np.ones((3, units), bool)
+    if isinstance(storage, cases.Overlay):
+        full = cases.matrix(cases.rng(units), units, cols, 3, storage)
+        return replace(full, values=np.zeros_like(full.values)), full.to_dense()[:, spoken] != 0
+    weight = np.ones((3, units, cols), np.float32)
+    if storage is not None:
+        height, width = (1, 1) if storage == "csc" else storage
+        first, top = spoken // width * width, row // height * height
+        weight[:, :, first : first + width] = 0
+        weight[1, row, spoken] = 1
+        listen[:] = False
+        listen[1, top : top + height] = True
+    return cases.store(weight.reshape(-1, cols), 3, storage), listen.reshape(-1)
+
+
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("by_events", [False, True])
 @pytest.mark.parametrize("units", [16, 31, 37])
-@pytest.mark.parametrize("block", [None, *cases.BLOCKS])
-def test_what_is_not_finite_reaches_the_rows_that_listen_and_no_others(block, units, by_events, bad, isa):
-    cols, spoken, row = (
-        21,
-        6,
-        units - 1,
-    )  # the last row of the middle gate: its block may be short, and stop before the next gate
-    weight, listen = np.ones((3, units, cols), np.float32), np.ones((3, units), bool)
-    matrix = sf.Dense(weight.reshape(-1, cols), 3)
-    if block is not None:
-        first, top = spoken // block[1] * block[1], row // block[0] * block[0]
-        weight[:, :, first : first + block[1]] = 0
-        weight[1, row, spoken] = 1
-        matrix = sf.Block.from_dense(weight.reshape(-1, cols), block, 3)
-        listen[:] = False
-        listen[1, top : top + block[0]] = True
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+def test_what_is_not_finite_reaches_the_rows_that_listen_and_no_others(storage, units, by_events, bad, isa):
+    cols, spoken = 21, 6
+    # The last row of the middle gate: its block may be short, and stop before the next gate.
+    matrix, listen = one_listener(units, cols, units - 1, spoken, storage)
     x = np.zeros(cols, np.float32)
     x[spoken] = bad
     out, real = padded(matrix, np.full(3 * units, 2.0, np.float32), 0)
     play(_native.Packed(native_matrix(matrix), isa), out, x, np.array([2, spoken]) if by_events else None)
-    np.testing.assert_array_equal(~np.isfinite(out[real]), listen.reshape(-1))
-    assert (out[real][~listen.reshape(-1)] == 2.0).all()
+    np.testing.assert_array_equal(~np.isfinite(out[real]), listen)
+    assert (out[real][~listen] == 2.0).all()
+    if storage in cases.OVERLAYS:
+        assert (out[~real] == 0).all()  # rows that stand alone leave even the padding of their gate as it was
 
 
-@pytest.mark.parametrize("block", [None, *cases.BLOCKS])
-def test_a_kernel_writes_nothing_behind_its_rows(block, isa):
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+def test_a_kernel_writes_nothing_behind_its_rows(storage, isa):
     for units in cases.SMALL_SIZES:
-        matrix = cases.matrix(cases.rng(units), units, 9, 3, block)
+        matrix = cases.matrix(cases.rng(units), units, 9, 3, storage)
         packed = _native.Packed(native_matrix(matrix), isa)
         room = np.full(packed.padded_rows + 128, 3.25, np.float32)
         for events in (None, np.arange(9)):
@@ -157,14 +206,24 @@ def test_a_kernel_writes_nothing_behind_its_rows(block, isa):
         assert (room[:64] == 3.25).all() and (room[-64:] == 3.25).all()
 
 
+@pytest.mark.parametrize("storage", [None, (4, 1), "csc", cases.Overlay(4), cases.Overlay(4, 16)], ids=str)
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0)])
-def test_empty_products(shape, isa):
-    for matrix in (sf.Dense(np.zeros(shape)), sf.Block.from_dense(np.zeros(shape), (4, 1))):
-        packed = _native.Packed(native_matrix(matrix), isa)
-        out = np.ones(packed.padded_rows, np.float32)
-        packed.matvec(np.ones(shape[1], np.float32), out)
-        packed.matvec_events(np.zeros(0, np.uint32), np.zeros(0, np.float32), out)
-        assert (out == 1).all() and packed.padded_rows == (16 if shape[0] else 0)
+def test_empty_products(shape, storage, isa):
+    packed = _native.Packed(native_matrix(cases.store(np.zeros(shape), 1, storage)), isa)
+    out = np.ones(packed.padded_rows, np.float32)
+    packed.matvec(np.ones(shape[1], np.float32), out)
+    packed.matvec_events(np.zeros(0, np.uint32), np.zeros(0, np.float32), out)
+    assert (out == 1).all() and packed.padded_rows == (16 if shape[0] else 0)
+
+
+def test_gates_of_a_complementary_matrix_lie_apart(isa):
+    """Also where the last live group of a gate lies beyond its end: the next gate begins there, in the unpacked matrix."""
+    live = np.array([[[0, 0], [1, 1], [0, 1]]], np.uint8)  # one column, three gates of three rows in two sets
+    matrix = sf.Complementary(9, 1, 3, 2, 1, np.array([[[1, 2], [3, 0], [5, 0]]], np.float32)[..., None], live)
+    out, real = padded(matrix, np.zeros(9, np.float32), 0)
+    play(_native.Packed(native_matrix(matrix), isa), out, np.array([np.inf], np.float32), None)
+    np.testing.assert_array_equal(np.isinf(out[real]), [1, 1, 0, 0, 0, 1, 1, 0, 0])
+    assert not out[~real].any()
 
 
 def test_a_packed_matrix_owns_its_weights(isa):
@@ -193,6 +252,26 @@ def test_packed_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="instruction set 'sse9' is not available"):
         _native.Packed(_native.Matrix.dense(np.ones((3, 4), np.float32)), "sse9")
     assert not out.any()
+
+
+def test_many_lists_are_one_list_after_the_other(isa):
+    matrix = cases.matrix(cases.rng(1), 33, 20, 3, cases.Overlay(4))
+    packed, r = _native.Packed(native_matrix(matrix), isa), cases.rng(2)
+    index, value = r.integers(0, 20, 30).astype(np.uint32), cases.vector(r, 30)
+    start = np.array([0, 0, 7, 7, 29], np.uint32)  # the last event belongs to no list
+    together, apart = np.zeros((2, packed.padded_rows), np.float32)
+    packed.matvec_lists(index, value, start, together)
+    for first, last in zip(start[:-1], start[1:], strict=True):
+        packed.matvec_events(index[first:last], value[first:last], apart)
+    np.testing.assert_array_equal(together, apart)
+    assert together.any()
+    packed.matvec_lists(index, value, np.zeros(0, np.uint32), together)
+    np.testing.assert_array_equal(together, apart)
+    for wrong in ([0, 31], [5, 3], [0, 2**32 - 1, 30]):
+        with pytest.raises(ValueError, match="starts must rise and stay within the events"):
+            packed.matvec_lists(index, value, np.array(wrong, np.uint32), together)
+    with pytest.raises(ValueError, match="event of input 20"):
+        packed.matvec_lists(index + np.uint32(20), value, start, together)
 
 
 def activations(x, isa):

@@ -13,6 +13,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold import program as program_module
+from sparsefold.formats import FORMATS, is_format
 from sparsefold.program import EGRU, GRU, OPS, Embedding, Linear, Program, ProgramError, matrices
 
 Z = np.zeros
@@ -26,7 +27,7 @@ def same(a, b):
         if isinstance(left, np.ndarray):
             assert left.dtype == right.dtype
             np.testing.assert_array_equal(left, right)
-        elif isinstance(left, sf.Dense | sf.Block):
+        elif is_format(left):
             assert left.layout() == right.layout()
             assert left.tensors().keys() == right.tensors().keys()
             for name, array in left.tensors().items():
@@ -68,7 +69,7 @@ def test_the_networks_hold_every_op_in_every_format():
         (op, name, form)
         for op, names in ((Linear, ["weight"]), (GRU, ["weight_ih", "weight_hh"]), (EGRU, ["weight_ih", "weight_hh"]))
         for name in names
-        for form in (sf.Dense, sf.Block)
+        for form in FORMATS.values()
     }
 
 
@@ -90,7 +91,7 @@ def test_a_header_longer_than_its_limit_is_refused(monkeypatch):
         replace(cases.network("linear"), metadata={"a": "x" * 2000}).to_bytes()
 
 
-@pytest.mark.parametrize("name", ["three", "mixed-3", "tokens-block", "gru-block-2"])
+@pytest.mark.parametrize("name", ["three", "mixed-3", "tokens-block", "gru-block-2", "csc", "tokens-overlay"])
 def test_the_safetensors_library_opens_the_file(name, tmp_path):
     safetensors = pytest.importorskip("safetensors", reason="the library safetensors is not installed to compare with.")
     from safetensors.numpy import load_file
@@ -115,8 +116,9 @@ def test_the_data_begins_at_a_multiple_of_64():
         assert (8 + struct.unpack_from("<Q", raw)[0]) % 64 == 0
 
 
-def test_an_unaligned_file_of_another_writer_is_read():
-    raw = cases.network("tokens-block").to_bytes()
+@pytest.mark.parametrize("name", ["tokens-block", "tokens-overlay"])
+def test_an_unaligned_file_of_another_writer_is_read(name):
+    raw = cases.network(name).to_bytes()
     (size,) = struct.unpack_from("<Q", raw)
     text = raw[8 : 8 + size].rstrip()
     text += b" " * (3 - len(text) % 4)
@@ -189,6 +191,8 @@ def holding(value):
         ((replace(LINEAR, weight=D(holding(np.nan))),), r"0.weight.values holds nan at \[1, 2\]. Training probably diverged"),
         ((replace(LINEAR, weight=D(holding(np.inf))),), "holds inf"),
         ((replace(LINEAR, weight=sf.Block.from_dense(holding(-np.inf), (2, 1))),), "holds -inf"),
+        ((replace(LINEAR, weight=sf.CSC.from_dense(holding(np.nan))),), r"0.weight.values holds nan at \[5\]"),
+        ((replace(LINEAR, weight=sf.Complementary.from_dense(holding(np.inf), 1)),), r"holds inf at \[2, 0, 1, 0\]"),
         ((Embedding(holding(np.nan)),), "every weight must be finite, but tensor 0.weight"),
         ((replace(LINEAR, bias=np.array([1, np.nan], np.float32)),), "tensor 0.bias holds nan at"),
         ((replace(GRU_1, weight_ih=D(np.ones((3, 2)))),), "1 units need matrices of 3 rows in 3 gates"),
@@ -213,12 +217,21 @@ def test_ops_that_do_not_fit_are_refused(ops, sentence):
         Program(ops)
 
 
-def test_block_arrays_of_another_type_are_refused():
-    block = sf.Block.from_dense(np.ones((2, 3)), (2, 1))
-    for name in ("block_row", "start"):
-        wide = replace(block, **{name: getattr(block, name).astype(np.int64)})
-        with pytest.raises(ValueError, match=f"tensor 0.weight.{name} must be uint32, got int64"):
-            Program((replace(LINEAR, weight=wide),))
+@pytest.mark.parametrize(
+    ("stored", "name", "dtype"),
+    [
+        (sf.Block.from_dense(np.ones((2, 3)), (2, 1)), "block_row", "uint32"),
+        (sf.Block.from_dense(np.ones((2, 3)), (2, 1)), "start", "uint32"),
+        (sf.CSC.from_dense(np.ones((2, 3))), "row", "uint16"),
+        (sf.CSC.from_dense(np.ones((2, 3))), "start", "uint32"),
+        (sf.Complementary.from_dense(np.ones((2, 3)), 1), "live", "uint8"),
+        (sf.Complementary.from_dense(np.ones((2, 3)), 1), "values", "float32"),
+    ],
+)
+def test_arrays_of_another_type_are_refused(stored, name, dtype):
+    wide = replace(stored, **{name: getattr(stored, name).astype(np.int64)})
+    with pytest.raises(ValueError, match=f"tensor 0.weight.{name} must be {dtype}, got int64"):
+        Program((replace(LINEAR, weight=wide),))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsefold as sf
-from sparsefold.formats import Block, Dense
+from sparsefold.formats import CSC, Block, Complementary, Dense
 from sparsefold.lowering import choose
 from sparsefold.nn import EGRU, EGRUState, Stack
 from sparsefold.sparsify import Block as BlockRule
@@ -103,11 +103,23 @@ def test_choice_follows_the_zeros() -> None:
         stored = choose(np.where(mask, dense, 0).astype(np.float32), 3)
         assert isinstance(stored, Block)
         np.testing.assert_array_equal(stored.to_dense() != 0, mask)
-        if block[0] % 16 == 0:
-            assert stored.elements == mask.sum(), "a coarser block than needed stores zeros"
-        else:  # a segment shorter than a vector costs a vector's work, so taller blocks may store some zeros
-            assert stored.block[0] >= block[0]
+        assert stored.elements == mask.sum(), "a coarser block than needed stores zeros"
     assert choose(np.zeros((96, 32), np.float32), 3).elements == 0
+
+
+def test_single_elements_become_csc_and_one_of_each_set_complementary() -> None:
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((3, 160, 64)).astype(np.float32)
+    scattered = choose(np.where(random.random(weight.shape) < 0.08, weight, 0).reshape(480, 64), 3)
+    assert isinstance(scattered, CSC)
+    for group in (1, 16):
+        sets = 160 // (10 * group)
+        live = random.integers(0, 10, (3, 1, sets, 64)) == np.arange(10)[None, :, None, None]
+        kept = np.repeat(live.reshape(3, 10 * sets, 64), group, 1)
+        packed = choose(np.where(kept, weight, 0).reshape(480, 64), 3)
+        assert isinstance(packed, Complementary)
+        assert (packed.overlay, packed.group) == (10, group)
+        np.testing.assert_array_equal(packed.to_dense() != 0, kept.reshape(480, 64))
 
 
 def test_metadata_reaches_the_file(tmp_path) -> None:

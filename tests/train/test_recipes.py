@@ -673,7 +673,13 @@ def test_the_demo_writes_the_summary_that_is_documented(small_demo):
         assert row["latency_us"]["calls"] == 1000
     players = [(row["network"], row["engine"]) for row in written["rows"]]
     ours = [(key, "sparsefold") for key in written["networks"]]
-    assert players == [*ours, ("gru", "ONNX Runtime"), ("gru", "torch eager"), ("gru", "torch int8")]
+    assert players == [
+        *ours,
+        ("gru", "ONNX Runtime"),
+        ("gru", "OpenVINO"),
+        ("gru", "torch eager"),
+        ("gru", "torch int8"),
+    ]
     for target in written["targets"]:
         assert set(target) == documented_fields("## `targets[i]`")
     assert set(written["sample"]) == documented_fields("## `sample`")

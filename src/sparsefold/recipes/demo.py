@@ -125,7 +125,9 @@ def demo(folder: Path, fresh: bool = False, steps: int | None = None) -> dict[st
 
 
 def _need_extras() -> None:
-    missing = [name for name in ("onnx", "onnxruntime", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("onnx", "onnxruntime", "openvino", "matplotlib") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ImportError(f"the demo needs {' and '.join(missing)}: pip install 'sparsefold[train,bench,report]'.")
 

@@ -1,13 +1,17 @@
-"""Other engines on the same work: the dense GRU of the recipe ``text``, one byte at a time, one thread, state moving.
+"""Other engines on the same work: a dense GRU or LSTM, one step at a time, one thread, state moving.
 
-Each rival is a callable ``token -> logits`` (float32 numpy, (O,)) that keeps its own state, at the best settings known to us.
+Each rival is a callable that plays one step, a token id or float32 (I,) to float32 (O,), and keeps its own state, at the best
+settings known to us.
 """
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +23,8 @@ from sparsefold.engine import Engine
 from sparsefold.nn import EGRUState, Stack, StackState
 from sparsefold.program import Program
 
-Call = Callable[[int], NDArray[np.float32]]
-
+Input = Any  # a token id in front of an embedding, otherwise float32 (I,)
+Call = Callable[[Input], NDArray[np.float32]]
 
 PARITY_BYTES = 512
 PARITY_BOUND = 1e-4  # largest difference of a logit; float32 sums over 256 units differ in order, and no event may flip
@@ -40,8 +44,8 @@ class Rival(NamedTuple):
 
 
 def torch_eager(model: Stack) -> Rival:
-    """The model as torch plays it step by step: a GRUCell (a quarter faster than ``nn.GRU`` here), ``inference_mode``."""
-    return Rival("torch eager", _step_by_step(_cells(model)), "GRUCell, float32, inference_mode, 1 thread")
+    """The model as torch plays it step by step: cells (a quarter faster than ``nn.GRU`` at 256 units), ``inference_mode``."""
+    return Rival("torch eager", _step_by_step(model, _cells(model)), "cells, float32, inference_mode, 1 thread")
 
 
 def torch_int8(model: Stack) -> Rival:
@@ -49,125 +53,209 @@ def torch_int8(model: Stack) -> Rival:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that this module will move; it is the rival all the same
         quantize: Any = torch.ao.quantization.quantize_dynamic
-        quantized = quantize(_cells(model), {torch.nn.GRUCell, torch.nn.Linear}, dtype=torch.qint8)
+        kinds = {torch.nn.GRUCell, torch.nn.LSTMCell, torch.nn.Linear}
+        quantized = quantize(torch.nn.ModuleList(_cells(model)), kinds, dtype=torch.qint8)
     settings = f"quantize_dynamic, {torch.backends.quantized.engine}, inference_mode, 1 thread"
-    return Rival("torch int8", _step_by_step(quantized), settings)
+    return Rival("torch int8", _step_by_step(model, list(quantized)), settings)
 
 
-def _cells(model: Stack) -> torch.nn.ModuleList:
-    """Embedding, GRUCell and Linear with the weights of the recipe's dense one-layer network."""
-    embedding, gru, decoder = _members(model)
-    cell = torch.nn.GRUCell(gru.input_size, gru.hidden_size)
-    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in gru.state_dict().items()})
-    return torch.nn.ModuleList([embedding, cell, decoder]).eval()
+def onnx_runtime(model: Stack, int8: bool = False) -> Rival:
+    """ONNX Runtime: one session, one thread, inputs and outputs bound once, two sets of state buffers in turn.
 
-
-def _members(model: Stack) -> tuple[Any, Any, Any]:
-    embedding, gru, decoder = model
-    if not isinstance(gru, torch.nn.GRU) or gru.num_layers != 1 or gru.bidirectional:
-        raise ValueError("the rivals play the recipe's dense network: an Embedding, one GRU layer and a Linear.")
-    return embedding, gru, decoder
-
-
-def _step_by_step(cells: torch.nn.ModuleList) -> Call:
-    embedding, cell, decoder = cast(tuple[Any, Any, Any], tuple(cells))
-    token = torch.zeros(1, dtype=torch.long)
-    h = torch.zeros(1, decoder.in_features)
-
-    @torch.inference_mode()
-    def call(x: int) -> NDArray[np.float32]:
-        nonlocal h
-        token[0] = x
-        h = cell(embedding(token), h)
-        logits: NDArray[np.float32] = decoder(h)[0].numpy()
-        return logits
-
-    return call
-
-
-def onnx_runtime(model: Stack) -> Rival:
-    """ONNX Runtime, float32: one session, one thread, inputs and outputs bound once, two state buffers in turn."""
-    try:
-        import onnxruntime as ort
-    except ModuleNotFoundError as error:
-        raise ImportError("the rivals need ONNX Runtime: pip install 'sparsefold[bench]'.") from error
+    ``int8``: its own dynamic quantisation, which has LSTM, Gemm and Gather but no GRU.
+    """
+    ort = _rival_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    session = ort.InferenceSession(onnx_model(model), options, providers=["CPUExecutionProvider"])
-    _, gru, decoder = _members(model)
-    hidden, tokens = gru.hidden_size, decoder.out_features
-    token = np.zeros((1, 1), np.int64)
-    logits = np.zeros((1, tokens), np.float32)
-    states = [np.zeros((1, 1, hidden), np.float32) for _ in range(2)]
+    graph = _quantized(onnx_model(model)) if int8 else onnx_model(model)
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    buffers = {i.name: np.zeros(i.shape, _NUMPY[i.type]) for i in session.get_inputs()}
+    spare = {f"{name}_next": np.zeros_like(array) for name, array in buffers.items() if name != "x"}
+    outputs = {o.name: np.zeros(o.shape, np.float32) for o in session.get_outputs() if o.name == "y"}
     bindings = []
-    for i in range(2):
+    for turn in range(2):
         binding = session.io_binding()
-        binding.bind_input("token", "cpu", 0, np.int64, token.shape, token.ctypes.data)
-        binding.bind_input("h", "cpu", 0, np.float32, states[i].shape, states[i].ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        binding.bind_output("h_next", "cpu", 0, np.float32, states[i].shape, states[1 - i].ctypes.data)
+        for name, array in buffers.items():
+            source = spare[f"{name}_next"] if turn and name != "x" else array
+            binding.bind_input(name, "cpu", 0, source.dtype, source.shape, source.ctypes.data)
+        for name, array in (outputs | spare).items():
+            target = buffers[name.removesuffix("_next")] if turn and name != "y" else array
+            binding.bind_output(name, "cpu", 0, np.float32, target.shape, target.ctypes.data)
         bindings.append(binding)
     turn = 0
     play = session.run_with_iobinding
+    x, y = buffers["x"].reshape(-1), outputs["y"].reshape(-1)
 
-    def call(x: int, keep: list[NDArray[np.float32]] = states) -> NDArray[np.float32]:
+    def call(value: Input, keep: Any = (buffers, spare)) -> NDArray[np.float32]:
         nonlocal turn  # `keep`: the bindings hold bare addresses of the states
-        token[0, 0] = x
+        x[:] = value
         play(bindings[turn])
         turn ^= 1
-        row: NDArray[np.float32] = logits[0]
-        return row
+        return y
 
-    return Rival("ONNX Runtime", call, f"onnxruntime {ort.__version__}, float32, 1 thread, bound inputs and outputs")
+    kind = "int8 (quantize_dynamic)" if int8 else "float32"
+    settings = f"onnxruntime {ort.__version__}, {kind}, 1 thread, bound inputs and outputs"
+    return Rival("ONNX Runtime int8" if int8 else "ONNX Runtime", call, settings)
+
+
+def openvino(model: Stack) -> Rival:
+    """OpenVINO, float32: one compiled model, latency hint, one stream, one thread, one request with its own tensors."""
+    ov = _rival_module("openvino")
+    core = ov.Core()
+    options = {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+        "ENABLE_CPU_PINNING": False,
+    }
+    request = core.compile_model(core.read_model(onnx_model(model)), "CPU", options).create_infer_request()
+    inputs = {i.any_name: request.get_tensor(i).data for i in request.model_inputs}
+    outputs = {o.any_name: request.get_tensor(o).data for o in request.model_outputs}
+    for array in inputs.values():
+        array[...] = 0
+    x = inputs["x"].reshape(-1)
+    y: NDArray[np.float32] = outputs["y"].reshape(-1)
+    states = [(inputs[name], outputs[f"{name}_next"]) for name in inputs if name != "x"]
+    infer = request.infer
+
+    def call(value: Input) -> NDArray[np.float32]:
+        x[:] = value
+        infer()
+        for now, after in states:
+            now[...] = after
+        return y
+
+    return Rival(
+        "OpenVINO", call, f"openvino {ov.__version__.split('-')[0]}, float32, latency hint, 1 thread, 1 stream"
+    )
+
+
+_NUMPY = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+
+
+def _rival_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"this rival needs {name}: pip install 'sparsefold[bench]'.") from error
+
+
+def _members(model: Stack) -> tuple[Any, Any, Any]:
+    """(Embedding or None, GRU or LSTM, Linear or None)."""
+    modules: list[Any] = list(model)
+    embedding = modules.pop(0) if isinstance(modules[0], torch.nn.Embedding) else None
+    decoder = modules.pop() if isinstance(modules[-1], torch.nn.Linear) else None
+    if len(modules) != 1 or not isinstance(modules[0], torch.nn.GRU | torch.nn.LSTM):
+        raise ValueError("the rivals play an Embedding or none, one torch.nn.GRU or LSTM, and a Linear or none.")
+    recurrent = modules[0]
+    if recurrent.bidirectional or not recurrent.bias or getattr(recurrent, "proj_size", False):
+        raise ValueError("the rivals play recurrent layers of one direction, with biases and without projection.")
+    return embedding, recurrent, decoder
+
+
+def _cells(model: Stack) -> list[Any]:
+    """One torch cell for each recurrent layer, and the decoder where there is one."""
+    _, recurrent, decoder = _members(model)
+    cell = torch.nn.GRUCell if isinstance(recurrent, torch.nn.GRU) else torch.nn.LSTMCell
+    cells: list[Any] = []
+    for k in range(recurrent.num_layers):
+        cells.append(cell(recurrent.input_size if k == 0 else recurrent.hidden_size, recurrent.hidden_size))
+        layer = {n: v for n, v in recurrent.state_dict().items() if n.endswith(f"_l{k}")}
+        cells[-1].load_state_dict({name.removesuffix(f"_l{k}"): value for name, value in layer.items()})
+    return [c.eval() for c in (*cells, *([decoder] if decoder else []))]
+
+
+def _step_by_step(model: Stack, cells: list[Any]) -> Call:
+    embedding, recurrent, decoder = _members(model)
+    last = cells.pop() if decoder else None
+    zero = torch.zeros(1, recurrent.hidden_size)
+    lstm = isinstance(recurrent, torch.nn.LSTM)
+    states: list[Any] = [(zero, zero) if lstm else zero for _ in cells]
+    token = torch.zeros(1, dtype=torch.long)
+
+    @torch.inference_mode()
+    def call(value: Input) -> NDArray[np.float32]:
+        if embedding is None:
+            x = torch.from_numpy(value)[None]
+        else:
+            token[0] = value
+            x = embedding(token)
+        for k, cell in enumerate(cells):
+            states[k] = cell(x, states[k])
+            x = states[k][0] if lstm else states[k]
+        y: NDArray[np.float32] = (last(x) if last else x)[0].numpy()
+        return y
+
+    return call
+
+
+def _quantized(graph: bytes) -> bytes:
+    """The graph after ONNX Runtime's dynamic quantisation."""
+    quantization = _rival_module("onnxruntime.quantization")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before, after = Path(folder) / "f32.onnx", Path(folder) / "i8.onnx"
+        before.write_bytes(graph)
+        quantization.quantize_dynamic(before, after, weight_type=quantization.QuantType.QInt8)
+        return after.read_bytes()
 
 
 def onnx_model(model: Stack) -> bytes:
-    """The recipe's one-layer GRU model as an ONNX graph of one step: (token, h) -> (logits, h_next)."""
+    """The model as an ONNX graph of one step: x and the states of every layer -> y and the next states."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    embedding, gru, decoder = _members(model)
-    hidden = gru.hidden_size
+    embedding, recurrent, decoder = _members(model)
+    hidden, lstm = recurrent.hidden_size, isinstance(recurrent, torch.nn.LSTM)
+    order = (0, 3, 1, 2) if lstm else (1, 0, 2)  # torch's gates i f g o and r z n; ONNX's i o f g and z r n
+    constants: dict[str, NDArray[Any]] = {"axis": np.array([0], np.int64)}
+    value = helper.make_tensor_value_info
 
-    def zrn(parameter: Tensor) -> NDArray[np.float32]:
-        """ONNX orders the gates z, r, h."""
-        r, z, n = parameter.detach().numpy().reshape(3, hidden, -1)
-        return np.concatenate([z, r, n])
+    def reordered(parameter: Tensor) -> NDArray[np.float32]:
+        gates = parameter.detach().numpy().reshape(len(order), hidden, -1)
+        return np.concatenate([gates[g] for g in order])
 
-    constants = {
-        "embedding": embedding.weight.detach().numpy(),
-        "W": zrn(gru.weight_ih_l0)[None],
-        "R": zrn(gru.weight_hh_l0)[None],
-        "B": np.concatenate([zrn(gru.bias_ih_l0)[:, 0], zrn(gru.bias_hh_l0)[:, 0]])[None],
-        "decoder": decoder.weight.detach().numpy(),
-        "bias": decoder.bias.detach().numpy(),
-    }
-    nodes = [
-        helper.make_node("Gather", ["embedding", "token"], ["x"]),
-        helper.make_node(
-            "GRU", ["x", "W", "R", "B", "", "h"], ["", "h_next"], hidden_size=hidden, linear_before_reset=1
-        ),
-        helper.make_node("Squeeze", ["h_next", "axis"], ["state"]),
-        helper.make_node("Gemm", ["state", "decoder", "bias"], ["logits"], transB=1),
-    ]
-    constants["axis"] = np.array([0], np.int64)
-    graph = helper.make_graph(
-        nodes,
-        "gru_step",
-        [
-            helper.make_tensor_value_info("token", TensorProto.INT64, [1, 1]),
-            helper.make_tensor_value_info("h", TensorProto.FLOAT, [1, 1, hidden]),
-        ],
-        [
-            helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, decoder.out_features]),
-            helper.make_tensor_value_info("h_next", TensorProto.FLOAT, [1, 1, hidden]),
-        ],
-        [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in constants.items()],
+    inputs, outputs, nodes = [], [], []
+    x = "x"
+    if embedding is None:
+        inputs.append(value("x", TensorProto.FLOAT, [1, 1, recurrent.input_size]))
+    else:
+        inputs.append(value("x", TensorProto.INT64, [1, 1]))
+        constants["embedding"] = embedding.weight.detach().numpy()
+        nodes.append(helper.make_node("Gather", ["embedding", "x"], ["embedded"]))
+        x = "embedded"
+    for k in range(recurrent.num_layers):
+        weights = {
+            n: reordered(getattr(recurrent, f"{n}_l{k}")) for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        biases = np.concatenate([weights["bias_ih"][:, 0], weights["bias_hh"][:, 0]])
+        constants |= {f"W{k}": weights["weight_ih"][None], f"R{k}": weights["weight_hh"][None], f"B{k}": biases[None]}
+        names = [f"h{k}", f"c{k}"] if lstm else [f"h{k}"]
+        for name in names:
+            inputs.append(value(name, TensorProto.FLOAT, [1, 1, hidden]))
+            outputs.append(value(f"{name}_next", TensorProto.FLOAT, [1, 1, hidden]))
+        options: dict[str, Any] = {} if lstm else {"linear_before_reset": 1}
+        after = [f"{name}_next" for name in names]
+        nodes.append(
+            helper.make_node(
+                "LSTM" if lstm else "GRU", [x, f"W{k}", f"R{k}", f"B{k}", "", *names], ["", *after],
+                hidden_size=hidden, **options,
+            )
+        )  # fmt: skip
+        x = after[0]
+    nodes.append(helper.make_node("Squeeze", [x, "axis"], ["state" if decoder else "y"]))
+    if decoder:
+        constants |= {"decoder": decoder.weight.detach().numpy(), "bias": decoder.bias.detach().numpy()}
+        nodes.append(helper.make_node("Gemm", ["state", "decoder", "bias"], ["y"], transB=1))
+    outputs.insert(0, value("y", TensorProto.FLOAT, [1, decoder.out_features if decoder else hidden]))
+    stored = [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in constants.items()]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "step", inputs, outputs, stored), opset_imports=[helper.make_opsetid("", 17)]
     )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     proto.ir_version = 9
     onnx.checker.check_model(proto)
     data: bytes = proto.SerializeToString()
@@ -192,7 +280,7 @@ def measure(
         ParityError: an engine differs from torch by more than ``PARITY_BOUND``; nothing is timed then.
     """
     dense = models["gru"]
-    opponents = [onnx_runtime(dense), torch_eager(dense), torch_int8(dense)]
+    opponents = [onnx_runtime(dense), openvino(dense), torch_eager(dense), torch_int8(dense)]
     check = tokens[:PARITY_BYTES].tolist()
     expected = _torch_logits(dense, tokens[:PARITY_BYTES])
     rows: list[dict[str, Any]] = []
