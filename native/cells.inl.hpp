@@ -1,5 +1,7 @@
 // Pointwise gate arithmetic of one step, sixteen units at a time (docs/equations.md; z keeps the old state):
-//   r = sigmoid(gi_r + gh_r)   z = sigmoid(gi_z + gh_z)   n = tanh(gi_n + r * gh_n)   u = (1 - z) n + z h
+//   GRU, EGRU  r = sigmoid(gi_r + gh_r)   z alike   n = tanh(gi_n + r * gh_n)   u = (1 - z) n + z h
+//   LSTM       i = sigmoid(gi_i + gh_i)   f, o alike   g = tanh(gi_g + gh_g)    c = f c + i g   h = o tanh(c)
+//   RNN        h = tanh(gi + gh), or max(0, gi + gh)
 #pragma once
 #include "simd.hpp"
 
@@ -47,6 +49,27 @@ static void cell_egru(CellArgs& a) {
         count += compress(events, j, u, a.event_index + count, a.event_value + count);
     }
     a.event_count = count;
+}
+
+SF_INLINE F16 gate(const CellArgs& a, uint32_t at) { return add(load(a.gi + at), load(a.gh + at)); }
+
+static void cell_lstm(CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    for (uint32_t j = 0; j < units; j += kLanes) {
+        const F16 i = sigmoid(gate(a, j)), f = sigmoid(gate(a, units + j));
+        const F16 g = tanh(gate(a, 2 * units + j)), o = sigmoid(gate(a, 3 * units + j));
+        const F16 c = fma(f, load(a.c + j), mul(i, g));
+        store(a.c + j, c);
+        store(a.h + j, mul(o, tanh(c)));
+    }
+}
+
+static void cell_rnn(CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    for (uint32_t j = 0; j < units; j += kLanes) {
+        const F16 x = gate(a, j);
+        store(a.h + j, a.relu ? max(set1(0.0f), x) : tanh(x));
+    }
 }
 
 static void activations(const float* x, float* s, float* t, uint32_t n) {

@@ -49,9 +49,11 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
             if (op.kind == Op::Kind::linear) s.output = take(op.input.padded_rows());
             if (!op.recurrent()) continue;
             const uint32_t units = pad(op.outputs);
-            s.cell.gi = take(size_t{3} * units);
-            s.cell.gh = take(size_t{3} * units);
+            s.cell.gi = take(size_t{op.gates} * units);
+            s.cell.gh = take(size_t{op.gates} * units);
             s.cell.h = take(units);
+            if (op.kind == Op::Kind::lstm) s.cell.c = take(units);
+            if (op.gates != 3) continue;
             s.cell.r = take(units);
             s.scaled = take(units);
             if (op.kind == Op::Kind::gru) continue;
@@ -72,7 +74,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         if (!op.recurrent()) continue;
         s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
-        if (op.kind == Op::Kind::gru) continue;
+        s.cell.relu = op.relu;
+        if (op.kind != Op::Kind::egru) continue;
         s.cell.reset = op.reset;
         s.cell.zoneout = op.zoneout;
         s.cell.threshold = op.threshold.data();
@@ -109,7 +112,7 @@ Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const 
     const Kernels& k = *engine_->kernels;
     CellArgs& cell = s.cell;
     const uint32_t units = pad(op.outputs);
-    const size_t gates_bytes = size_t{3} * units * sizeof(float);
+    const size_t stride = size_t{op.gates} * units, gates_bytes = stride * sizeof(float);
     const Events spoken{cell.event_index, cell.event_value, cell.event_count};
     const bool egru = op.kind == Op::Kind::egru;
 
@@ -117,7 +120,7 @@ Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const 
     float* const gi = const_cast<float*>(cell.gi);
     float* const gh = const_cast<float*>(cell.gh);
     if (op.table.size()) {
-        cell.gi = op.table.data() + static_cast<size_t>(token) * 3 * units;
+        cell.gi = op.table.data() + static_cast<size_t>(token) * stride;
     } else {
         std::memcpy(gi, op.bias_input.data(), gates_bytes);
         if (op.reads_events) {
@@ -147,10 +150,11 @@ Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const 
         }
     }
 
-    if (egru)
-        k.cell_egru(cell);
-    else
-        k.cell_gru(cell);
+    const auto pointwise = egru                        ? k.cell_egru
+                           : op.kind == Op::Kind::lstm ? k.cell_lstm
+                           : op.kind == Op::Kind::rnn  ? k.cell_rnn
+                                                       : k.cell_gru;
+    pointwise(cell);
     cell.gi = gi;
     Signal out;
     out.dense = egru ? (op.emits_events ? cell.y : cell.u) : cell.h;
@@ -184,8 +188,7 @@ void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
                 }
                 signal.dense = s.output;
                 break;
-            case Op::Kind::gru:
-            case Op::Kind::egru:
+            default:
                 signal = recurrent(op, s, token, signal);
                 if (trace && op.kind == Op::Kind::egru) {
                     std::memset(trace, 0, op.outputs);

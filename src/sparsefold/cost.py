@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
+from sparsefold.program import EGRU, Embedding, Linear, Program, Recurrent
 
 Integers = NDArray[np.integer[Any]]
 
@@ -88,7 +88,7 @@ class Part:
 class Cost:
     """Exact integer totals of a run. Divide by ``steps`` with :meth:`per_step` for tables.
 
-    ``unit_updates``: pointwise gate updates (three gates and a state each), which no sparsity saves. ``bytes_state``: state
+    ``unit_updates``: pointwise updates of a unit (all its gates and its state), which no sparsity saves. ``bytes_state``: state
     and event lists read and written.
     """
 
@@ -150,7 +150,7 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
     """Cost of the run that ``counts`` describes.
 
     ``folded``: the engine replaced embedding and first input product by one table (``Engine.folded``); the product then
-    costs no multiplication and 3H values read.
+    costs no multiplication and one value read for each of its rows.
     """
     parts: list[Part] = []
     unit_updates = bytes_state = 0
@@ -185,10 +185,10 @@ def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | No
     return Part(i, role, rows * cols * steps, elements * steps, executed, 4 * executed, index_bytes, density)
 
 
-def _state_bytes(i: int, op: GRU, counts: Counts) -> int:
-    carried = 2 * 4 * op.outputs * counts.steps
+def _state_bytes(i: int, op: Recurrent, counts: Counts) -> int:
+    carried = 2 * 4 * op.outputs * counts.steps  # h in and out
     if not isinstance(op, EGRU):
-        return carried
+        return carried * len(op.state)
     listed = counts.events[i].sum() + counts.hidden_reads[i].sum()
     if i + 1 in counts.input_reads:
         listed += counts.input_reads[i + 1].sum()

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from sparsefold import _native
 from sparsefold.cost import Cost, Counts, cost
 from sparsefold.formats import Block, Dense, Float, Format
-from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
+from sparsefold.program import EGRU, GRU, RNN, Embedding, Linear, Program, Recurrent
 
 FOLD_LIMIT = 8 * 2**20
 State = dict[str, Float]
@@ -42,16 +42,29 @@ class Engine:
                 self._core.add_embedding(op.weight)
             elif isinstance(op, Linear):
                 self._core.add_linear(native_matrix(op.weight), op.bias)
-            elif isinstance(op, EGRU):
-                self._core.add_egru(
-                    native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh, op.threshold,
-                    op.reset_after, op.reset, op.event == "always", op.output == "events", op.zoneout,
-                )  # fmt: skip
             else:
-                matrices = native_matrix(op.weight_ih), native_matrix(op.weight_hh)
-                self._core.add_gru(*matrices, op.bias_ih, op.bias_hh, op.reset_after)
+                self._add_recurrent(op)
         limit = {"auto": FOLD_LIMIT, True: 2**63, False: 0}[fold]
         self._core.finish(isa or "", limit)
+
+    def _add_recurrent(self, op: Recurrent) -> None:
+        weights = native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh
+        if isinstance(op, EGRU):
+            self._core.add_egru(
+                *weights,
+                op.threshold,
+                op.reset_after,
+                op.reset,
+                op.event == "always",
+                op.output == "events",
+                op.zoneout,
+            )
+        elif isinstance(op, GRU):
+            self._core.add_gru(*weights, op.reset_after)
+        elif isinstance(op, RNN):
+            self._core.add_rnn(*weights, op.nonlinearity == "relu")
+        else:
+            self._core.add_lstm(*weights)
 
     @classmethod
     def load(
@@ -149,7 +162,7 @@ class Stream:
         self._core.reset_counters()
 
     def save_state(self) -> State:
-        """A copy of the state: ``"{op}.h"`` and, for an EGRU, ``"{op}.y"``, each float32 (H,)."""
+        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,)."""
         return {key: self._read(i, name, np.float32, size) for key, i, name, size in _state_keys(self.engine.program)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -236,11 +249,8 @@ def native_matrix(matrix: Format) -> _native.Matrix:
 
 def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
     """(key, op, name, units) of every state array."""
-    keys = []
-    for i, op in enumerate(program.ops):
-        if isinstance(op, GRU):
-            keys += [(f"{i}.{name}", i, name, op.outputs) for name in (("h", "y") if isinstance(op, EGRU) else ("h",))]
-    return keys
+    layers = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Recurrent)]
+    return [(f"{i}.{name}", i, name, op.outputs) for i, op in layers for name in op.state]
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,8 +298,17 @@ def interpret(
                 value = now[f"{i}.y"] if op.output == "events" else u
                 events[i].append(o)
                 us[i].append(u)
-            else:
+            elif isinstance(op, GRU):
                 value = now[f"{i}.h"] = _gru_state(op, value, now[f"{i}.h"], now[f"{i}.h"], dtype)
+            else:
+                total = sum(_products(op, value, now[f"{i}.h"], dtype))
+                if isinstance(op, RNN):
+                    value = np.tanh(total) if op.nonlinearity == "tanh" else np.maximum(total, 0)
+                else:
+                    i_, f_, g_, o_ = np.split(total, 4)
+                    now[f"{i}.c"] = _sigmoid(f_) * now[f"{i}.c"] + _sigmoid(i_) * np.tanh(g_)
+                    value = _sigmoid(o_) * np.tanh(now[f"{i}.c"])
+                now[f"{i}.h"] = value
         outputs.append(value)
 
     def stacked(rows: list[NDArray[Any]], width: int, of: DTypeLike) -> NDArray[Any]:
@@ -303,10 +322,16 @@ def interpret(
     )
 
 
+def _products(
+    op: Recurrent, x: NDArray[Any], seen: NDArray[Any], dtype: DTypeLike
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both products of a recurrent op with their biases, (gates H,) each."""
+    return op.weight_ih.matvec(x) + op.bias_ih.astype(dtype), op.weight_hh.matvec(seen) + op.bias_hh.astype(dtype)
+
+
 def _gru_state(op: GRU, x: NDArray[Any], seen: NDArray[Any], h: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """(1 - z) n + z h, where ``seen`` is what the recurrent products read: h of a GRU, y of an EGRU."""
-    gi_r, gi_z, gi_n = np.split(op.weight_ih.matvec(x) + op.bias_ih.astype(dtype), 3)
-    gh_r, gh_z, gh_n = np.split(op.weight_hh.matvec(seen) + op.bias_hh.astype(dtype), 3)
+    (gi_r, gi_z, gi_n), (gh_r, gh_z, gh_n) = (np.split(p, 3) for p in _products(op, x, seen, dtype))
     r, z = _sigmoid(gi_r + gh_r), _sigmoid(gi_z + gh_z)
     if op.reset_after:
         n = np.tanh(gi_n + r * gh_n)

@@ -9,7 +9,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold.cost import Part
-from sparsefold.program import EGRU, GRU, Embedding, Linear
+from sparsefold.program import EGRU, Embedding, Linear, Recurrent
 
 network = cache(cases.network)
 SPEAKING = [name for name in cases.NETWORKS if any(isinstance(op, EGRU) for op in network(name).ops)]
@@ -183,7 +183,13 @@ def test_a_hand_counted_network():
     assert folded.parts[2:] == found.parts[2:]
 
 
-@pytest.mark.parametrize("name", ["three", "mixed-3", "gru-block-2", "linear"])
+@pytest.mark.parametrize(("name", "bytes_a_step"), [("gru", 31 * 8), ("lstm", 31 * 16), ("rnn", 31 * 8)])
+def test_what_a_dense_cell_carries_is_read_and_written(name, bytes_a_step):
+    program = network(name)
+    assert sf.cost(program, sf.Counts(5)).bytes_state == 5 * bytes_a_step
+
+
+@pytest.mark.parametrize("name", ["three", "mixed-3", "gru-block-2", "linear", "tokens-lstm", "rnn-of-events"])
 def test_to_dict_sums_and_is_json(name):
     program = network(name)
     stream = sf.Engine(program).stream()
@@ -200,7 +206,7 @@ def test_to_dict_sums_and_is_json(name):
         roles = {p.role for p in found.parts}
         assert sum(found.per_step(field, role) for role in roles) == shown[field]
         assert isinstance(getattr(found, field), int)
-    assert shown["unit_updates"] == sum(op.outputs for op in program.ops if isinstance(op, GRU))
+    assert shown["unit_updates"] == sum(op.outputs for op in program.ops if isinstance(op, Recurrent))
     assert shown["bytes_state"] == found.bytes_state / 8
     assert found.macs_dense >= found.macs_weight >= found.macs_effective
     assert {part["op"] for part in shown["parts"]} == set(range(len(program.ops)))

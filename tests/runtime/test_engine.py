@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import tracemalloc
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import cases
 import sparsefold as sf
 import tolerances
 from sparsefold import _native
-from sparsefold.program import EGRU, GRU, Program
+from sparsefold.program import EGRU, GRU, LSTM, RNN, Program, Recurrent
 
 network = cache(cases.network)
 TOKENS = [name for name in cases.NETWORKS if network(name).takes_tokens]
@@ -74,8 +75,9 @@ def follow(program, engine, steps, salt=0):
                 carried = u - np.where(event, op.threshold, F(0)) if op.reset == "threshold" else u
                 same_bits(after[f"{i}.h"], carried)
                 spoken, close = spoken + event.sum(), close + (~decided).sum()
-            elif isinstance(op, GRU):
-                near(after[f"{i}.h"], oracle.state[f"{i}.h"], f"{i}.h")
+            elif isinstance(op, Recurrent):
+                for name in op.state:
+                    near(after[f"{i}.{name}"], oracle.state[f"{i}.{name}"], f"{i}.{name}")
         state = {key: array.astype(F) for key, array in oracle.state.items()}
     return spoken, close, worst
 
@@ -88,7 +90,7 @@ def test_every_network_follows_the_oracle(name, fold, isa):
         fold = "auto"
     engine = sf.Engine(program, fold=fold, isa=isa)
     assert engine.isa == isa
-    assert engine.folded == (fold is True and len(program.ops) > 1 and isinstance(program.ops[1], GRU))
+    assert engine.folded == (fold is True and len(program.ops) > 1 and isinstance(program.ops[1], Recurrent))
     _, _, worst = follow(program, engine, 12)
     assert (worst > 0) == (name != "embedding")  # float32 is not float64: the comparison sees the difference
 
@@ -110,6 +112,29 @@ def test_every_option_follows_the_oracle(options, block, isa):
 def test_gru_follows_the_oracle(units, block, reset_after, isa):
     program = Program((cases.gru(cases.rng(units), 5, units, block, 0.6, reset_after),))
     follow(program, sf.Engine(program, isa=isa), 12)
+
+
+@pytest.mark.parametrize("block", [None, (8, 4), (16, 1)])
+@pytest.mark.parametrize("units", [1, 16, 37])
+@pytest.mark.parametrize("kind", ["lstm", "rnn", "rnn-relu"])
+def test_lstm_and_rnn_follow_the_oracle(kind, units, block, isa):
+    make = {"lstm": cases.lstm, "rnn": cases.rnn, "rnn-relu": partial(cases.rnn, nonlinearity="relu")}[kind]
+    program = Program((make(cases.rng(units), 5, units, block, 0.6),))
+    follow(program, sf.Engine(program, isa=isa), 12)
+
+
+@pytest.mark.parametrize("change", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("make", [cases.lstm, cases.rnn])
+def test_the_bound_notices_one_wrong_number_of_each_gate(make, change):
+    program = Program((make(cases.rng(3), 19, 37),))
+    op = program.ops[0]
+    before = getattr(op, change)
+    for gate in range(op.gates):
+        array = (before.values if isinstance(before, sf.Dense) else before).copy()
+        array[gate * 37 + 5] += 0.01
+        wrong = replace(op, **{change: sf.Dense(array, op.gates) if isinstance(before, sf.Dense) else array})
+        with pytest.raises(AssertionError):
+            follow(program, sf.Engine(Program((wrong,))), 6)
 
 
 @pytest.mark.parametrize("change", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "threshold"])
@@ -171,6 +196,27 @@ def test_interpret_is_the_equations_written_out():
     n = np.tanh(2 * x - 0.125 - 1.5 * (r * h) + 1)
     seen = sf.interpret(Program((before,)), [[x]], {"0.h": np.array([h])})
     np.testing.assert_allclose(seen.outputs, [[(1 - z) * n + z * h]], rtol=1e-12)
+
+
+def test_interpret_is_the_equations_of_lstm_and_rnn_written_out():
+    w = lambda *v: np.array(v, F).reshape(-1, 1)  # noqa: E731
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    x, h, c = 1.5, -0.5, 0.75
+    op = LSTM(
+        sf.Dense(w(0.5, -0.25, 2, 0.75), 4), sf.Dense(w(1, 0.75, -1.5, -0.5), 4),
+        np.array([0.25, 0.5, -0.125, 0.375], F), np.array([-0.5, 0.125, 1, -0.25], F),
+    )  # fmt: skip
+    i, f = sigmoid(0.5 * x + 0.25 + h - 0.5), sigmoid(-0.25 * x + 0.5 + 0.75 * h + 0.125)
+    g, o = np.tanh(2 * x - 0.125 - 1.5 * h + 1), sigmoid(0.75 * x + 0.375 - 0.5 * h - 0.25)
+    seen = sf.interpret(Program((op,)), [[x]], {"0.h": np.array([h]), "0.c": np.array([c])})
+    np.testing.assert_allclose(seen.state["0.c"], [f * c + i * g], rtol=1e-12)
+    np.testing.assert_allclose(seen.outputs, [[o * np.tanh(f * c + i * g)]], rtol=1e-12)
+    np.testing.assert_array_equal(seen.state["0.h"], seen.outputs[0])
+    for form, expected in (("tanh", np.tanh), ("relu", lambda a: max(a, 0))):
+        for sign in (1, -1):
+            op = RNN(sf.Dense(w(sign * 2.0)), sf.Dense(w(0.5)), np.array([0.25], F), np.array([-0.125], F), form)
+            seen = sf.interpret(Program((op,)), [[x]], {"0.h": np.array([h])})
+            np.testing.assert_allclose(seen.outputs, [[expected(sign * 2 * x + 0.125 + 0.5 * h)]], rtol=1e-12)
 
 
 def test_interpret_plays_nothing_and_carries_on():
@@ -239,7 +285,7 @@ def test_auto_folds_up_to_its_limit(monkeypatch):
 
 
 def test_isas_agree():
-    for name in ("three", "mixed-3"):
+    for name in ("three", "mixed-3", "lstm-of-events", "rnn-of-events"):
         program = network(name)
         x, engines = cases.sequence(program, 1), [sf.Engine(program, isa=isa) for isa in _native.available_isas()]
         outputs = [engine.stream().run(x) for engine in engines]
@@ -247,7 +293,7 @@ def test_isas_agree():
             np.testing.assert_allclose(outputs[0], other, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tokens-2", "mixed-3", "gru-before"])
+@pytest.mark.parametrize("name", ["tokens-2", "mixed-3", "gru-before", "lstm-of-events"])
 def test_many_streams_equal_many_engines(name):
     program = network(name)
     shared = sf.Engine(program)
@@ -316,6 +362,7 @@ def test_state_keys_and_types():
     assert {key: (a.shape, a.dtype) for key, a in state.items()} == {
         "0.h": ((33,), F), "0.y": ((33,), F), "1.h": ((20,), F), "2.h": ((18,), F), "2.y": ((18,), F)
     }  # fmt: skip
+    assert set(sf.Engine(network("lstm-of-events")).stream().save_state()) == {"0.h", "0.y", "1.h", "1.c", "2.h", "2.y"}
     assert sf.Engine(network("linear")).stream().save_state() == {}
 
 
@@ -536,7 +583,10 @@ def test_an_out_that_cannot_be_filled_is_refused(out):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["egru-events", "egru-state-linear", "gru", "mixed-3", "linear"])
+@pytest.mark.parametrize(
+    "name",
+    ["egru-events", "egru-state-linear", "gru", "mixed-3", "linear", "lstm", "lstm-of-events", "rnn", "rnn-of-events"],
+)
 def test_what_is_not_finite_in_an_input_is_seen_at_the_end(name, bad, isa):
     program = network(name)
     stream = sf.Engine(program, isa=isa).stream()
@@ -578,7 +628,10 @@ def test_what_is_not_finite_in_a_state_is_seen_at_the_end(bad, key, isa):
 def test_padding_never_leaks(isa):
     """17 units fill one lane of their second vector: whatever the other 15 compute must stay there."""
     r = cases.rng(9)
-    program = Program((cases.egru(r, 17, 17, (16, 1)), cases.gru(r, 17, 17, (32, 32)), cases.egru(r, 17, 17)))
+    program = Program((
+        cases.egru(r, 17, 17, (16, 1)), cases.gru(r, 17, 17, (32, 32)), cases.lstm(r, 17, 17), cases.rnn(r, 17, 17),
+        cases.egru(r, 17, 17),
+    ))  # fmt: skip
     x = cases.sequence(program, 6)
     clean = sf.Engine(program, isa=isa).stream().run(x)
     stream = sf.Engine(program, isa=isa).stream()

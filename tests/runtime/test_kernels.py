@@ -65,12 +65,12 @@ def check_matvec(isa, format, by_events):
                 assert (out[~real] == 7.5).all(), (case, rate, "padding was written")
 
 
-def check_cell(isa, kind):
+def check_cell(isa, kind, *options):
     """One layer on its own, at sizes around the vector; test_engine.py goes through the options."""
     for units in (*cases.SMALL_SIZES, 100):
-        for after in (True, False):
+        for option in options:
             r = cases.rng(units)
-            program = sf.Program((getattr(cases, kind)(r, 5, units, reset_after=after),))
+            program = sf.Program((getattr(cases, kind)(r, 5, units, **option),))
             stream = sf.Engine(program, isa=isa).stream()
             state, x = cases.state(program, units), cases.sequence(program, 1, units)
             stream.load_state(state)
@@ -88,8 +88,10 @@ CHECKS = {
     "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
     "matvec_block_f32": lambda isa: check_matvec(isa, "block", False),
     "matvec_events_block_f32": lambda isa: check_matvec(isa, "block", True),
-    "cell_gru": lambda isa: check_cell(isa, "gru"),
-    "cell_egru": lambda isa: check_cell(isa, "egru"),
+    "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
+    "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
+    "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
+    "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
 }
 
 

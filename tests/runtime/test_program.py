@@ -13,7 +13,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold import program as program_module
-from sparsefold.program import EGRU, GRU, OPS, Embedding, Linear, Program, ProgramError, matrices
+from sparsefold.program import EGRU, GRU, LSTM, OPS, RNN, Embedding, Linear, Program, ProgramError, matrices
 
 Z = np.zeros
 
@@ -66,8 +66,8 @@ def test_the_networks_hold_every_op_in_every_format():
     assert {op for op, *_ in seen} | {Embedding} == set(OPS.values())
     assert seen == {
         (op, name, form)
-        for op, names in ((Linear, ["weight"]), (GRU, ["weight_ih", "weight_hh"]), (EGRU, ["weight_ih", "weight_hh"]))
-        for name in names
+        for op in (Linear, GRU, EGRU, LSTM, RNN)
+        for name in (["weight"] if op is Linear else ["weight_ih", "weight_hh"])
         for form in (sf.Dense, sf.Block)
     }
 
@@ -162,6 +162,8 @@ GRU_1 = GRU(D(np.ones((3, 2)), 3), D(np.ones((3, 1)), 3), Z(3, np.float32), Z(3,
 EGRU_1 = EGRU(
     D(np.ones((3, 2)), 3), D(np.ones((3, 1)), 3), Z(3, np.float32), Z(3, np.float32), threshold=Z(1, np.float32)
 )
+LSTM_1 = LSTM(D(np.ones((4, 2)), 4), D(np.ones((4, 1)), 4), Z(4, np.float32), Z(4, np.float32))
+RNN_1 = RNN(D(np.ones((1, 2))), D(np.ones((1, 1))), Z(1, np.float32), Z(1, np.float32))
 TABLE = Embedding(np.ones((4, 3), np.float32))
 
 
@@ -203,6 +205,11 @@ def holding(value):
         ((replace(EGRU_1, reset="soft"),), "reset must be one of threshold, output, none, got 'soft'"),
         ((replace(EGRU_1, event="never"),), "event must be threshold or always"),
         ((replace(EGRU_1, output="y"),), "output must be events or state"),
+        ((replace(LSTM_1, weight_ih=D(np.ones((4, 2)))),), "1 units need matrices of 4 rows in 4 gates; got"),
+        ((replace(LSTM_1, weight_hh=D(np.ones((3, 1)), 3)),), "1 units need matrices of 4 rows in 4 gates"),
+        ((replace(LSTM_1, bias_hh=Z(3, np.float32)),), r"op 0 \(lstm\): bias_hh must be \(4,\), got \(3,\)"),
+        ((replace(RNN_1, weight_hh=D(np.ones((4, 1)), 4)),), "1 units need matrices of 1 rows in 1 gate; got"),
+        ((replace(RNN_1, nonlinearity="gelu"),), "nonlinearity must be tanh or relu"),
         ((replace(EGRU_1, zoneout=1.0),), r"zoneout must be in \[0, 1\), got 1.0"),
         ((replace(EGRU_1, zoneout=-0.1),), r"zoneout must be in \[0, 1\)"),
         ((replace(EGRU_1, zoneout=float("nan")),), r"zoneout must be in \[0, 1\)"),

@@ -32,6 +32,8 @@ def engine_state(model: Stack, state, program: sf.Program) -> dict[str, np.ndarr
         for k in range(layers):
             if isinstance(s, EGRUState):
                 out |= {f"{op + k}.h": s.h[k, 0].numpy(), f"{op + k}.y": s.y[k, 0].numpy()}
+            elif isinstance(s, tuple):
+                out |= {f"{op + k}.h": s[0][k, 0].numpy(), f"{op + k}.c": s[1][k, 0].numpy()}
             elif s is not None:
                 out[f"{op + k}.h"] = s[k, 0].numpy()
         op += layers
@@ -78,6 +80,28 @@ def test_gru_dropout_and_always_play_as_in_torch() -> None:
     assert_plays_alike(model, np.random.default_rng(2).integers(0, 5, 40).tolist())
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_lstm_and_rnn_play_as_in_torch(bias) -> None:
+    torch.manual_seed(0)
+    model = Stack(
+        torch.nn.Embedding(5, 9), torch.nn.LSTM(9, 21, 2, dropout=0.3, bias=bias), EGRU(21, 17, threshold=0.05),
+        torch.nn.LSTM(17, 19, bias=bias), torch.nn.RNN(19, 18, 2, bias=bias), EGRU(18, 16, threshold=0.05),
+        torch.nn.RNN(16, 33, nonlinearity="relu", bias=bias), torch.nn.Linear(33, 5),
+    )  # fmt: skip
+    assert_plays_alike(model, np.random.default_rng(2).integers(0, 5, 40).tolist())
+
+
+def test_pruned_lstm_is_stored_in_blocks_of_four_gates() -> None:
+    torch.manual_seed(0)
+    model = Stack(torch.nn.Embedding(13, 8), torch.nn.LSTM(8, 40), torch.nn.Linear(40, 13))
+    Pruner(model, {"1.weight_hh_l0": BlockRule(0.25, (8, 1))}).step()
+    stored = sf.compile_model(model).ops[1].weight_hh
+    assert isinstance(stored, Block)
+    assert stored.gates == 4
+    np.testing.assert_array_equal(stored.to_dense(), model[1].weight_hh_l0.detach().numpy())
+    assert_plays_alike(model, np.random.default_rng(3).integers(0, 13, 30).tolist())
+
+
 def test_pruned_model_compiles_to_its_blocks_and_plays_alike() -> None:
     torch.manual_seed(0)
     model = Stack(torch.nn.Embedding(13, 8), EGRU(8, 64, threshold=0.05), torch.nn.Linear(64, 13))
@@ -119,7 +143,10 @@ def test_metadata_reaches_the_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Stack(torch.nn.Embedding(3, 4), torch.nn.LSTM(4, 5)), ["1 is a LSTM", "Supported", "EGRU"]),
+        (Stack(torch.nn.Embedding(3, 4), torch.nn.GELU()), ["1 is a GELU", "Supported", "EGRU", "LSTM"]),
+        (Stack(torch.nn.LSTM(4, 5, proj_size=3)), ["0: an LSTM with proj_size cannot be compiled"]),
+        (Stack(torch.nn.LSTM(4, 5, bidirectional=True)), ["0: a bidirectional LSTM"]),
+        (Stack(torch.nn.RNN(4, 5, bidirectional=True)), ["0: a bidirectional RNN"]),
         (torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1))), ["0.0 is a Conv1d"]),
         (torch.nn.Conv1d(1, 1, 1), ["the model is a Conv1d"]),
         (Stack(EGRU(3, 4, bidirectional=True)), ["0: a bidirectional EGRU"]),
@@ -179,3 +206,20 @@ def test_third_party_gru_plays_as_in_torch(data_folder) -> None:
         expected = layer(torch.from_numpy(x)[:, None])[0][:, 0].numpy()
     got = sf.Engine(sf.compile_model(layer)).stream().run(x)
     np.testing.assert_allclose(got, expected, rtol=0, atol=FREE_RUNNING_F32)
+
+
+def test_third_party_lstm_plays_as_in_torch(data_folder) -> None:
+    """Silero's voice activity detector: its trained LSTM of 128 units, from the published weights."""
+    from safetensors.torch import load_file
+
+    weights = load_file(data_folder("models/silero_vad") / "silero_vad_16k.safetensors")
+    layer = torch.nn.LSTM(128, 128)
+    layer.load_state_dict(
+        {f"{name}_l0": weights[f"lstm_cell.{name}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    )
+    x = np.random.default_rng(0).standard_normal((200, 128)).astype(np.float32)
+    with torch.no_grad():
+        expected, (_, c) = layer(torch.from_numpy(x)[:, None])
+    stream = sf.Engine(sf.compile_model(layer)).stream()
+    np.testing.assert_allclose(stream.run(x), expected[:, 0].numpy(), rtol=0, atol=FREE_RUNNING_F32)
+    np.testing.assert_allclose(stream.save_state()["0.c"], c[0, 0].numpy(), rtol=0, atol=FREE_RUNNING_F32)

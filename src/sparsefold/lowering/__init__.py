@@ -20,8 +20,8 @@ def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = N
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
     Args:
-        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, Linear,
-            Dropout and Identity. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
+        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
+            Linear, Dropout and Identity. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
 
     Raises:
@@ -65,25 +65,36 @@ def _refuse_bidirectional(name: str, module: Any) -> None:
         )
 
 
-def _gru_arrays(module: Any, suffix: str) -> tuple[Format, Format, Float, Float]:
-    rows = 3 * module.hidden_size
-    biases = (getattr(module, f"bias_{which}{suffix}", None) for which in ("ih", "hh"))
-    bias_ih, bias_hh = (_bias(b if module.bias else None, rows) for b in biases)
-    weights = (_matrix(getattr(module, f"weight_{which}{suffix}"), 3) for which in ("ih", "hh"))
-    weight_ih, weight_hh = weights
+def _arrays(module: Any, k: int, gates: int) -> tuple[Format, Format, Float, Float]:
+    """Weights and biases of layer ``k`` of anything that names them as ``torch.nn.RNNBase`` does."""
+    biases = (getattr(module, f"bias_{which}_l{k}", None) for which in ("ih", "hh"))
+    bias_ih, bias_hh = (_bias(b if module.bias else None, gates * module.hidden_size) for b in biases)
+    weight_ih, weight_hh = (_matrix(getattr(module, f"weight_{which}_l{k}"), gates) for which in ("ih", "hh"))
     return weight_ih, weight_hh, bias_ih, bias_hh
 
 
 def _gru(name: str, module: Any) -> list[Op]:
     _refuse_bidirectional(name, module)
-    return [ops.GRU(*_gru_arrays(module, f"_l{k}")) for k in range(module.num_layers)]
+    return [ops.GRU(*_arrays(module, k, 3)) for k in range(module.num_layers)]
+
+
+def _lstm(name: str, module: Any) -> list[Op]:
+    _refuse_bidirectional(name, module)
+    if module.proj_size:
+        raise ValueError(f"{name}: an LSTM with proj_size cannot be compiled. Train it with proj_size=0.")
+    return [ops.LSTM(*_arrays(module, k, 4)) for k in range(module.num_layers)]
+
+
+def _rnn(name: str, module: Any) -> list[Op]:
+    _refuse_bidirectional(name, module)
+    return [ops.RNN(*_arrays(module, k, 1), nonlinearity=module.nonlinearity) for k in range(module.num_layers)]
 
 
 def _egru(name: str, module: Any) -> list[Op]:
     _refuse_bidirectional(name, module)
     return [
         ops.EGRU(
-            *_gru_arrays(module, f"_l{k}"),
+            *_arrays(module, k, 3),
             reset_after=module.reset_after,
             threshold=np.maximum(_array(getattr(module, f"threshold_l{k}")), 0),
             reset=module.reset,
@@ -103,6 +114,8 @@ _RULES: dict[type[torch.nn.Module], Callable[[str, Any], list[Op]]] = {
     torch.nn.Embedding: _embedding,
     torch.nn.Linear: _linear,
     torch.nn.GRU: _gru,
+    torch.nn.LSTM: _lstm,
+    torch.nn.RNN: _rnn,
     EGRU: _egru,
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,
