@@ -151,6 +151,10 @@ struct PyEngine {
         program.add_rnn(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
                         vector(bias_hh, hh.view.rows, "bias_hh"), relu);
     }
+    void add_relu() {
+        open();
+        program.add_relu();
+    }
     void finish(const std::string& isa, uint64_t fold_limit) {
         open();
         if (program.ops().empty()) throw std::invalid_argument("a program needs at least one op.");
@@ -257,7 +261,7 @@ class PyStream {
             throw std::invalid_argument("cannot write '" + name + "'.");
         if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
             std::memcpy(state, values.data(), values.nbytes());
-        else if (name == "y" && s.cell.y)
+        else if (name == "y" && s.cell.u)  // of an EGRU; a ReLU's y is carried nowhere
             stream_.set_emitted(op, values.data());
         else
             throw std::invalid_argument("an op has no state '" + name + "'.");
@@ -372,6 +376,7 @@ NB_MODULE(_native, m) {
              "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a)
         .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a)
         .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a)
+        .def("add_relu", &PyEngine::add_relu)
         .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a)
         .def_prop_ro("isa", [](const PyEngine& e) { return e.get().isa; })
         .def_prop_ro("folded", [](const PyEngine& e) { return e.get().program.ops().front().folded; })

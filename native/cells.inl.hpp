@@ -32,6 +32,9 @@ static void cell_gru(CellArgs& a) {
     for (uint32_t j = 0; j < units; j += kLanes) store(a.h + j, next_state(a, units, j));
 }
 
+/// The lanes of units that exist where `left` units are left: the padding never speaks, whatever it holds.
+SF_INLINE uint32_t existing(uint32_t left) { return left < kLanes ? (1u << left) - 1 : 0xffff; }
+
 static void cell_egru(CellArgs& a) {
     const uint32_t units = pad(a.units);
     const F16 zoneout = set1(a.zoneout);
@@ -41,8 +44,7 @@ static void cell_egru(CellArgs& a) {
         if (a.reset == Reset::output) u = sub(u, load(a.y + j));
         u = fma(zoneout, sub(load(a.h + j), u), u);
         // A NaN counts as an event: it must reach the units that listen, as it does in the reference.
-        uint32_t events = not_le(u, load(a.crossing + j));
-        if (a.units - j < kLanes) events &= (1u << (a.units - j)) - 1;  // the padding never speaks, whatever it holds
+        const uint32_t events = not_le(u, load(a.crossing + j)) & existing(a.units - j);
         store(a.u + j, u);
         store(a.y + j, keep(events, u));
         store(a.h + j, a.reset == Reset::threshold ? sub(u, keep(events, load(a.threshold + j))) : u);
@@ -70,6 +72,17 @@ static void cell_rnn(CellArgs& a) {
         const F16 x = gate(a, j);
         store(a.h + j, a.relu ? max(set1(0.0f), x) : tanh(x));
     }
+}
+
+static void cell_relu(CellArgs& a) {
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < a.units; j += kLanes) {
+        const F16 x = load(a.gi + j);
+        const uint32_t events = not_le(x, set1(0.0f)) & existing(a.units - j);  // NaN is an event, as of an EGRU
+        store(a.y + j, keep(events, x));
+        count += compress(events, j, x, a.event_index + count, a.event_value + count);
+    }
+    a.event_count = count;
 }
 
 static void activations(const float* x, float* s, float* t, uint32_t n) {

@@ -51,7 +51,7 @@ struct CellArgs {
     float* r;          // (padded)         reset gate; written by `reset_gate`, read when !reset_after
     float* h;          // (padded)         carried state, in and out
     float* c;          // (padded)         LSTM only: the cell's state, in and out
-    // EGRU only
+    // EGRU; ReLU reads gi and writes from y on
     Reset reset;
     float zoneout;
     const float* threshold;  // (padded) what a reset subtracts

@@ -149,7 +149,7 @@ Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
     op.kind = kind;
     op.inputs = inputs;
     op.outputs = outputs;
-    op.reads_events = !ops_.empty() && ops_.back().emits_events;
+    op.reads_events = kind != Op::Kind::relu && !ops_.empty() && ops_.back().emits_events;
     return op;
 }
 
@@ -217,6 +217,13 @@ void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, 
                       const float* bias_hh, bool relu) {
     Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh);
     op.relu = relu;
+    ops_.push_back(std::move(op));
+}
+
+void Program::add_relu() {
+    if (ops_.empty()) refuse("a relu cannot be the first op.");
+    Op op = make(Op::Kind::relu, outputs(), outputs());
+    op.emits_events = true;
     ops_.push_back(std::move(op));
 }
 

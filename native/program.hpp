@@ -79,7 +79,7 @@ class Matrix {
 };
 
 struct Op {
-    enum class Kind { embedding, linear, gru, egru, lstm, rnn };
+    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu };
     Kind kind = Kind::linear;
     uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
     uint32_t gates = 0;                // of a recurrent op
@@ -93,10 +93,11 @@ struct Op {
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
-    bool emits_events = false;  // hands on y as events; else u, dense
+    bool emits_events = false;  // hands on y as events; else u, dense. Always true of a ReLU
     Buffer<float> threshold, crossing;
 
     bool recurrent() const { return gates != 0; }
+    bool speaks() const { return kind == Kind::egru || kind == Kind::relu; }  // makes an event list at every step
 };
 
 class Program {
@@ -110,6 +111,7 @@ class Program {
     void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh);
     void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                  bool relu);
+    void add_relu();  // of all that the op before gives
     /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by
     /// the same kernel, so that folding changes no bit of any output.
     void fold(const Kernels& kernels, uint64_t limit);

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import sparsefold as sf
-from sparsefold.program import EGRU, GRU, LSTM, RNN, Embedding, Linear, Recurrent
+from sparsefold.program import EGRU, GRU, LSTM, RNN, Embedding, Linear, Recurrent, ReLU
 
 SEED = 20_250_101
 
@@ -173,6 +173,11 @@ NETWORKS = {
     "rnn-relu-2": lambda r: [rnn(r, 16, 33, (8, 1), 0.5, "relu"), rnn(r, 33, 17, nonlinearity="relu"), linear(r, 17, 2)],
     "rnn-of-events": lambda r: [egru(r, 9, 33), rnn(r, 33, 20), rnn(r, 20, 16, nonlinearity="relu")],
     "tokens-rnn": lambda r: [embedding(r, 7, 8), rnn(r, 8, 20, nonlinearity="relu"), linear(r, 20, 7)],
+    "relu": lambda r: [linear(r, 9, 33), ReLU(33), linear(r, 33, 17, (16, 1), 0.5), ReLU(17)],
+    "relu-recurrent": lambda r: [
+        gru(r, 9, 20), ReLU(20), lstm(r, 20, 17), ReLU(17), egru(r, 17, 16), ReLU(16), ReLU(16), gru(r, 16, 15)
+    ],
+    "tokens-relu": lambda r: [embedding(r, 7, 17), ReLU(17), egru(r, 17, 33, output="state"), ReLU(33), linear(r, 33, 7)],
     "three": lambda r: [
         embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
         linear(r, 17, 11),

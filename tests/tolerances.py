@@ -152,6 +152,9 @@ def program_step(program, x, state):
         elif op.kind == "gru":
             h = state[f"{i}.h"].astype(np.float64)
             value, error = found[f"{i}.h"] = gru_step(op, value, error, h, h)
+        elif op.kind == "relu":  # slope at most 1, nothing rounds; what it compares with zero is found["i.u"]
+            found[f"{i}.u"] = value, error
+            value = np.maximum(value, 0)
         elif op.kind in others:
             found |= others[op.kind](op, value, error, state, i)
             value, error = found[f"{i}.h"]

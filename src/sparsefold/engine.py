@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from sparsefold import _native
-from sparsefold.cost import Cost, Counts, cost
+from sparsefold.cost import Cost, Counts, Part, cost
 from sparsefold.formats import Block, Dense, Float, Format
-from sparsefold.program import EGRU, GRU, RNN, Embedding, Linear, Program, Recurrent
+from sparsefold.program import EGRU, GRU, RNN, Embedding, Linear, Program, Recurrent, ReLU, Speaking
 
 FOLD_LIMIT = 8 * 2**20
 State = dict[str, Float]
@@ -42,6 +42,8 @@ class Engine:
                 self._core.add_embedding(op.weight)
             elif isinstance(op, Linear):
                 self._core.add_linear(native_matrix(op.weight), op.bias)
+            elif isinstance(op, ReLU):
+                self._core.add_relu()
             else:
                 self._add_recurrent(op)
         limit = {"auto": FOLD_LIMIT, True: 2**63, False: 0}[fold]
@@ -122,14 +124,14 @@ class Stream:
         return self._run(sequence, np.empty((0, 0), np.uint8))
 
     def run_traced(self, sequence: Any) -> tuple[Float, dict[int, NDArray[np.bool_]]]:
-        """Like :meth:`run`; also which units emitted, by op index: {op: (T, H) bool} for every EGRU."""
+        """Like :meth:`run`; also which units emitted, by op index: {op: (T, H) bool} for every EGRU and ReLU."""
         sequence = np.asarray(sequence)
         steps = len(sequence) if sequence.ndim else 0
         trace = np.zeros((steps, self._core.trace_width), np.uint8)
         outputs = self._run(sequence, trace if steps else np.empty((0, 0), np.uint8))
         emitted, at = {}, 0
         for i, op in enumerate(self.engine.program.ops):
-            if isinstance(op, EGRU):
+            if isinstance(op, Speaking):
                 emitted[i] = trace[:, at : at + op.outputs].astype(bool)
                 at += op.outputs
         return outputs, emitted
@@ -202,14 +204,13 @@ class Stream:
     def counters(self) -> Counts:
         """Integers counted since the start or :meth:`reset_counters`."""
         events, input_reads, hidden_reads = {}, {}, {}
-        previous = None
         for i, op in enumerate(self.engine.program.ops):
-            if isinstance(op, EGRU):
+            if isinstance(op, Speaking):
                 events[i] = self._read(i, "events", np.uint64, op.outputs).astype(np.int64)
+            if isinstance(op, EGRU):
                 hidden_reads[i] = self._read(i, "hidden_reads", np.uint64, op.outputs).astype(np.int64)
-            if isinstance(previous, EGRU) and previous.output == "events":
+            if self.engine.program.reads_events(i):
                 input_reads[i] = self._read(i, "input_reads", np.uint64, op.inputs).astype(np.int64)
-            previous = op
         return Counts(self._core.steps, events, input_reads, hidden_reads)
 
     @property
@@ -224,20 +225,26 @@ class Stream:
             f"{counts.steps} steps, {self.engine.isa} kernels, counted per step",
             f"{'part':<18}{'density':>8}{'events':>8}{'MACs dense':>12}{'weight':>10}{'effective':>11}{'bytes':>10}",
         ]
-        for part in total.parts:
-            rate = f"{counts.event_rate(part.op):.3f}" if part.role == "recurrent" and part.op in counts.events else ""
-            figures = [getattr(part, n) / max(counts.steps, 1) for n in ("macs_dense", "macs_weight", "macs_effective")]
-            read = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
-            lines.append(
-                f"{f'{part.op} {part.role}':<18}{part.density:>8.3f}{rate:>8}"
-                f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{read:>10,.0f}"
-            )
+        for i, op in enumerate(self.engine.program.ops):
+            if isinstance(op, ReLU):
+                lines.append(f"{f'{i} relu':<26}{counts.event_rate(i):>8.3f}")
+            lines += [self._report_line(part, counts) for part in total.parts if part.op == i]
         all_read = total.per_step("bytes_weights") + total.per_step("bytes_index")
         lines.append(
             f"{'all':<18}{'':>8}{'':>8}{total.per_step('macs_dense'):>12,.0f}{total.per_step('macs_weight'):>10,.0f}"
             f"{total.per_step('macs_effective'):>11,.0f}{all_read:>10,.0f}"
         )
         return "\n".join(lines)
+
+    @staticmethod
+    def _report_line(part: Part, counts: Counts) -> str:
+        rate = f"{counts.event_rate(part.op):.3f}" if part.role == "recurrent" and part.op in counts.events else ""
+        figures = [getattr(part, n) / max(counts.steps, 1) for n in ("macs_dense", "macs_weight", "macs_effective")]
+        read = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
+        return (
+            f"{f'{part.op} {part.role}':<18}{part.density:>8.3f}{rate:>8}"
+            f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{read:>10,.0f}"
+        )
 
 
 def native_matrix(matrix: Format) -> _native.Matrix:
@@ -255,7 +262,9 @@ def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Interpretation:
-    """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``; last ``state``."""
+    """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``, events of
+    every ReLU too; last ``state``.
+    """
 
     outputs: NDArray[Any]
     events: dict[int, NDArray[np.bool_]]
@@ -276,9 +285,9 @@ def interpret(
     """
     keys = _state_keys(program)
     now = {k: np.array(state[k] if state else np.zeros(size), dtype) for k, _, _, size in keys}
-    outputs, egrus = [], [i for i, op in enumerate(program.ops) if isinstance(op, EGRU)]
-    events: dict[int, list[NDArray[Any]]] = {i: [] for i in egrus}
-    us: dict[int, list[NDArray[Any]]] = {i: [] for i in egrus}
+    outputs = []
+    events: dict[int, list[NDArray[Any]]] = {i: [] for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
+    us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
     for x in sequence:
         value: Any = x if program.takes_tokens else np.asarray(x, dtype)
         for i, op in enumerate(program.ops):
@@ -298,6 +307,9 @@ def interpret(
                 value = now[f"{i}.y"] if op.output == "events" else u
                 events[i].append(o)
                 us[i].append(u)
+            elif isinstance(op, ReLU):
+                events[i].append(~(value <= 0))
+                value = np.maximum(value, 0)
             elif isinstance(op, GRU):
                 value = now[f"{i}.h"] = _gru_state(op, value, now[f"{i}.h"], now[f"{i}.h"], dtype)
             else:
@@ -316,8 +328,8 @@ def interpret(
 
     return Interpretation(
         stacked(outputs, program.outputs, dtype),
-        {i: stacked(events[i], program.ops[i].outputs, np.bool_) for i in egrus},
-        {i: stacked(us[i], program.ops[i].outputs, dtype) for i in egrus},
+        {i: stacked(rows, program.ops[i].outputs, np.bool_) for i, rows in events.items()},
+        {i: stacked(rows, program.ops[i].outputs, dtype) for i, rows in us.items()},
         now,
     )
 

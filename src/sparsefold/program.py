@@ -164,9 +164,28 @@ class RNN(Recurrent):
     gates: ClassVar[int] = 1
 
 
-Op = Embedding | Linear | Recurrent
-OPS: dict[str, type[Embedding] | type[Linear] | type[Recurrent]] = {
-    op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN)
+@dataclass(frozen=True, eq=False)
+class ReLU:
+    """``y = o * x`` with ``o = x > 0``, handed on as events: whoever reads it pays for the units that speak."""
+
+    units: int
+    kind: ClassVar[str] = "relu"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.units
+
+    @property
+    def outputs(self) -> int:
+        """Units."""
+        return self.units
+
+
+Op = Embedding | Linear | Recurrent | ReLU
+Speaking = EGRU | ReLU  # at every step each of their units emits an event or not
+OPS: dict[str, type[Embedding] | type[Linear] | type[Recurrent] | type[ReLU]] = {
+    op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU)
 }
 
 
@@ -203,6 +222,12 @@ class Program:
     def outputs(self) -> int:
         """Values given per step."""
         return self.ops[-1].outputs
+
+    def reads_events(self, i: int) -> bool:
+        """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
+        before = self.ops[i - 1] if i else None
+        emits = isinstance(before, ReLU) or (isinstance(before, EGRU) and before.output == "events")
+        return emits and isinstance(self.ops[i], Linear | Recurrent)
 
     @property
     def nbytes(self) -> int:
@@ -357,6 +382,8 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be true or false", 8)
         elif f.type == "float" and type(values.get(name)) not in (int, float):
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be a number", 8)
+        elif f.type == "int" and (type(values.get(name)) is not int or not 0 < values[name] < 2**28):
+            raise ProgramError(f"op {i} ({cls.kind}): {name} must be a whole number between 1 and 2^28", 8)
         elif name not in values:
             raise ProgramError(f"op {i} ({cls.kind}) lacks {name}", 8)
     return cls(**values)
@@ -396,6 +423,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
         elif isinstance(op, Linear):
             _check(op.weight.gates == 1, f"{where}: a linear op has one gate, got {op.weight.gates}.")
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
+        elif isinstance(op, ReLU):
+            _check(i > 0, f"{where}: a relu cannot be the first op. Apply it to the input before it is played.")
         else:
             h, rows = op.outputs, op.gates * op.outputs
             _check(

@@ -197,6 +197,17 @@ def _rnn(**options: Any) -> Any:
     return change
 
 
+def _relu(at: int, **options: Any) -> Any:
+    """A relu as op ``at``: the last one, or the only one."""
+
+    def change(file: File) -> None:
+        file.ops[at:] = [{"op": "relu", **options}]
+        if not at:
+            file.tensors.clear()
+
+    return change
+
+
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
@@ -284,7 +295,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
     "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
     # the ops
-    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, egru, lstm, rnn"),
+    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, egru, lstm, rnn, relu"),
     "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
@@ -298,6 +309,12 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "rnn_nonlinearity_a_list": (_file(_rnn(nonlinearity=["tanh"])), "nonlinearity must be tanh or relu"),
     "rnn_nonlinearity_unknown": (_file(_rnn(nonlinearity="gelu")), "nonlinearity must be tanh or relu"),
     "lstm_short_bias": (_file(_lstm), "op 1 (lstm): bias_hh must be (8,), got (6,)"),
+    "relu_of_nothing": (_file(_relu(3, units=0)), "units must be a whole number between 1 and 2^28"),
+    "relu_of_a_float": (_file(_relu(3, units=3.0)), "units must be a whole number"),
+    "relu_of_true": (_file(_relu(3, units=True)), "units must be a whole number"),
+    "relu_without_units": (_file(_relu(3)), "units must be a whole number"),
+    "relu_of_other_units": (_file(_relu(3, units=2**28 - 1)), "op 3 (relu) reads 268435455 values, but op 2 (linear) gives 3"),
+    "relu_first": (_file(_relu(0, units=2**28 - 1)), "a relu cannot be the first op"),
     "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
     "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
     "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),

@@ -220,6 +220,7 @@ MISUSE = {
     "lstm, short bias": lambda e: e.add_lstm(dense(8, 2, 4), dense(8, 2, 4), ones(8), ones(7)),
     "rnn, three gates": lambda e: e.add_rnn(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), True),
     "rnn, other rows": lambda e: e.add_rnn(dense(3, 2), dense(2, 2), ones(3), ones(2), False),
+    "relu, first": lambda e: e.add_relu(),
     "unknown instruction set": lambda e: e.finish("sse9", 0),
     "nothing added": lambda e: e.finish("", 0),
     "negative limit": lambda e: e.finish("", -1),

@@ -19,7 +19,7 @@ import cases
 import sparsefold as sf
 import tolerances
 from sparsefold import _native
-from sparsefold.program import EGRU, GRU, LSTM, RNN, Program, Recurrent
+from sparsefold.program import EGRU, GRU, LSTM, RNN, Program, Recurrent, ReLU, Speaking
 
 network = cache(cases.network)
 TOKENS = [name for name in cases.NETWORKS if network(name).takes_tokens]
@@ -75,6 +75,11 @@ def follow(program, engine, steps, salt=0):
                 carried = u - np.where(event, op.threshold, F(0)) if op.reset == "threshold" else u
                 same_bits(after[f"{i}.h"], carried)
                 spoken, close = spoken + event.sum(), close + (~decided).sum()
+            elif isinstance(op, ReLU):
+                x, bound = bounds[f"{i}.u"]
+                decided = np.abs(x) > bound
+                np.testing.assert_array_equal(emitted[i][0][decided], (x > 0)[decided])
+                spoken, close = spoken + emitted[i].sum(), close + (~decided).sum()
             elif isinstance(op, Recurrent):
                 for name in op.state:
                     near(after[f"{i}.{name}"], oracle.state[f"{i}.{name}"], f"{i}.{name}")
@@ -246,7 +251,7 @@ def test_step_run_and_run_traced_give_the_same_bits(name, isa):
     same_bits(a.save_state(), c.save_state())
     halves = engine.stream()
     same_bits(ran, np.concatenate([halves.run(x[:7]), halves.run(x[7:7]), halves.run(x[7:])]))
-    assert emitted.keys() == {i for i, op in enumerate(program.ops) if isinstance(op, EGRU)}
+    assert emitted.keys() == {i for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
     for i, flags in emitted.items():
         assert flags.shape == (20, program.ops[i].outputs) and flags.dtype == bool
         assert (flags.sum(0) == c.counters.events[i]).all()
@@ -602,6 +607,38 @@ def test_what_is_not_finite_in_an_input_is_seen_at_the_end(name, bad, isa):
         assert np.isnan(stream.run(np.zeros_like(x))).all() or name == "linear"  # and stays: it is in the state
     else:
         assert (np.isnan(oracle) == np.isnan(out)).all()  # an infinite input saturates the gates
+
+
+def test_a_relu_speaks_where_it_is_above_zero_and_where_it_is_no_number(isa):
+    """The last op sums what the units said; a silent one costs nothing, a NaN must be heard of."""
+    x = np.array([1.5, -1, 0, -0.0, 1e-30, -1e-30, -3, -3] * 2 + [2], F)  # one unit in the second vector
+    units = len(x)
+    eye = cases.Linear(sf.Block.from_dense(np.eye(units), (1, 1)), Z(units, F))
+    linear = cases.Linear(sf.Dense(np.ones((1, units))), Z(1, F))
+    program = Program((eye, ReLU(units), linear))
+    stream = sf.Engine(program, isa=isa).stream()
+    out, emitted = stream.run_traced(x[None])
+    assert emitted[1][0].tolist() == (x > 0).tolist() and out[0, 0] == 2 * 1.5 + 2
+    assert stream.counters.events[1].tolist() == stream.counters.input_reads[2].tolist() == (x > 0).tolist()
+    assert stream.cost.parts[-1].macs_effective == (x > 0).sum()
+    assert stream.cost.bytes_state == 2 * 8 * (x > 0).sum() and stream.cost.unit_updates == units
+    for bad in (np.nan, np.inf):
+        x[16] = bad
+        out, emitted = stream.run_traced(x[None])
+        assert emitted[1][0, 16]
+        np.testing.assert_array_equal(out[0, 0], F(bad))
+        with np.errstate(all="ignore"):
+            oracle = sf.interpret(program, x[None])
+        assert oracle.events[1][0].tolist() == emitted[1][0].tolist()
+
+
+def test_a_relu_has_no_state_and_its_rate_is_in_the_report():
+    stream = sf.Engine(network("relu")).stream()
+    stream.run(cases.sequence(network("relu"), 5))
+    assert stream.save_state() == {}
+    assert f"\n1 relu{stream.counters.event_rate(1):>28.3f}\n" in stream.report()
+    with pytest.raises(ValueError, match="an op has no state 'y'"):
+        stream._core.write(1, "y", Z(33, F))
 
 
 @pytest.mark.parametrize("key", ["h", "y"])

@@ -83,6 +83,17 @@ def check_cell(isa, kind, *options):
                 assert ((out != 0) == (value > theta))[np.abs(value - theta) > bound].all()
 
 
+def check_relu(isa):
+    """Against numpy, bit by bit: it rounds nothing."""
+    for units in (*cases.SMALL_SIZES, 100):
+        r = cases.rng(units)
+        table = cases.vector(r, 4 * units).reshape(4, units) * (r.random((4, units)) < 0.8)
+        program = sf.Program((sf.program.Embedding(table.astype(np.float32)), sf.program.ReLU(units)))
+        out, emitted = sf.Engine(program, isa=isa).stream().run_traced(range(4))
+        np.testing.assert_array_equal(out, np.maximum(table, 0))
+        np.testing.assert_array_equal(emitted[1], table > 0)
+
+
 CHECKS = {
     "matvec_dense_f32": lambda isa: check_matvec(isa, "dense", False),
     "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
@@ -91,6 +102,7 @@ CHECKS = {
     "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
     "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
     "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
+    "cell_relu": check_relu,
     "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
 }
 

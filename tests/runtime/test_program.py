@@ -13,7 +13,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold import program as program_module
-from sparsefold.program import EGRU, GRU, LSTM, OPS, RNN, Embedding, Linear, Program, ProgramError, matrices
+from sparsefold.program import EGRU, GRU, LSTM, OPS, RNN, Embedding, Linear, Program, ProgramError, ReLU, matrices
 
 Z = np.zeros
 
@@ -63,7 +63,7 @@ def test_the_networks_hold_every_op_in_every_format():
         for op in cases.network(n).ops
         for name, m in matrices(op).items()
     }
-    assert {op for op, *_ in seen} | {Embedding} == set(OPS.values())
+    assert {type(op) for n in cases.NETWORKS for op in cases.network(n).ops} == set(OPS.values())
     assert seen == {
         (op, name, form)
         for op in (Linear, GRU, EGRU, LSTM, RNN)
@@ -210,6 +210,8 @@ def holding(value):
         ((replace(LSTM_1, bias_hh=Z(3, np.float32)),), r"op 0 \(lstm\): bias_hh must be \(4,\), got \(3,\)"),
         ((replace(RNN_1, weight_hh=D(np.ones((4, 1)), 4)),), "1 units need matrices of 1 rows in 1 gate; got"),
         ((replace(RNN_1, nonlinearity="gelu"),), "nonlinearity must be tanh or relu"),
+        ((ReLU(3),), r"op 0 \(relu\): a relu cannot be the first op. Apply it to the input"),
+        ((LINEAR, ReLU(3)), r"op 1 \(relu\) reads 3 values, but op 0 \(linear\) gives 2"),
         ((replace(EGRU_1, zoneout=1.0),), r"zoneout must be in \[0, 1\), got 1.0"),
         ((replace(EGRU_1, zoneout=-0.1),), r"zoneout must be in \[0, 1\)"),
         ((replace(EGRU_1, zoneout=float("nan")),), r"zoneout must be in \[0, 1\)"),

@@ -91,6 +91,23 @@ def test_lstm_and_rnn_play_as_in_torch(bias) -> None:
     assert_plays_alike(model, np.random.default_rng(2).integers(0, 5, 40).tolist())
 
 
+def test_relu_plays_as_in_torch_and_hands_on_events() -> None:
+    torch.manual_seed(0)
+    model = Stack(
+        torch.nn.Embedding(5, 40), torch.nn.ReLU(), torch.nn.GRU(40, 21), torch.nn.ReLU(inplace=True),
+        torch.nn.Linear(21, 17), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(17, 5),
+    )  # fmt: skip
+    program = sf.compile_model(model)
+    assert [i for i in range(len(program.ops)) if program.reads_events(i)] == [2, 4, 6]
+    x = np.random.default_rng(2).integers(0, 5, 40)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(x)[:, None])[0][:, 0].numpy()
+    stream = sf.Engine(program).stream()
+    np.testing.assert_allclose(stream.run(x), expected, rtol=0, atol=FREE_RUNNING_F32)
+    assert 0.2 < stream.counters.event_rate() < 0.8
+    assert stream.cost.macs_effective < 0.8 * stream.cost.macs_weight
+
+
 def test_pruned_lstm_is_stored_in_blocks_of_four_gates() -> None:
     torch.manual_seed(0)
     model = Stack(torch.nn.Embedding(13, 8), torch.nn.LSTM(8, 40), torch.nn.Linear(40, 13))
@@ -144,6 +161,7 @@ def test_metadata_reaches_the_file(tmp_path) -> None:
     ("model", "words"),
     [
         (Stack(torch.nn.Embedding(3, 4), torch.nn.GELU()), ["1 is a GELU", "Supported", "EGRU", "LSTM"]),
+        (torch.nn.Sequential(torch.nn.Dropout(), torch.nn.ReLU()), ["1: a ReLU cannot be the first layer"]),
         (Stack(torch.nn.LSTM(4, 5, proj_size=3)), ["0: an LSTM with proj_size cannot be compiled"]),
         (Stack(torch.nn.LSTM(4, 5, bidirectional=True)), ["0: a bidirectional LSTM"]),
         (Stack(torch.nn.RNN(4, 5, bidirectional=True)), ["0: a bidirectional RNN"]),

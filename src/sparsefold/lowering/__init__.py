@@ -15,19 +15,23 @@ from sparsefold.lowering.choose import choose
 from sparsefold.nn import EGRU, Stack
 from sparsefold.program import Op, Program
 
+Rule = Callable[[str, Any, int], list[Op]]  # (path, module, values that reach it or 0 where it is the first)
+
 
 def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = None) -> Program:
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
-            Linear, Dropout and Identity. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
+            Linear, ReLU, Dropout and Identity. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
     """
-    lowered = [op for name, module in _flatten("", model) for op in _rule(name, module)(name, module)]
+    lowered: list[Op] = []
+    for name, module in _flatten("", model):
+        lowered += _rule(name, module)(name, module, lowered[-1].outputs if lowered else 0)
     if not lowered:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
@@ -48,13 +52,13 @@ def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Mod
     return [(name or "the model", module)]
 
 
-def _embedding(name: str, module: Any) -> list[Op]:
+def _embedding(name: str, module: Any, width: int) -> list[Op]:
     if module.max_norm is not None:
         raise ValueError(f"{name}: an Embedding with max_norm changes its rows when read; set max_norm=None.")
     return [ops.Embedding(_array(module.weight))]
 
 
-def _linear(name: str, module: Any) -> list[Op]:
+def _linear(name: str, module: Any, width: int) -> list[Op]:
     return [ops.Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
 
 
@@ -73,24 +77,24 @@ def _arrays(module: Any, k: int, gates: int) -> tuple[Format, Format, Float, Flo
     return weight_ih, weight_hh, bias_ih, bias_hh
 
 
-def _gru(name: str, module: Any) -> list[Op]:
+def _gru(name: str, module: Any, width: int) -> list[Op]:
     _refuse_bidirectional(name, module)
     return [ops.GRU(*_arrays(module, k, 3)) for k in range(module.num_layers)]
 
 
-def _lstm(name: str, module: Any) -> list[Op]:
+def _lstm(name: str, module: Any, width: int) -> list[Op]:
     _refuse_bidirectional(name, module)
     if module.proj_size:
         raise ValueError(f"{name}: an LSTM with proj_size cannot be compiled. Train it with proj_size=0.")
     return [ops.LSTM(*_arrays(module, k, 4)) for k in range(module.num_layers)]
 
 
-def _rnn(name: str, module: Any) -> list[Op]:
+def _rnn(name: str, module: Any, width: int) -> list[Op]:
     _refuse_bidirectional(name, module)
     return [ops.RNN(*_arrays(module, k, 1), nonlinearity=module.nonlinearity) for k in range(module.num_layers)]
 
 
-def _egru(name: str, module: Any) -> list[Op]:
+def _egru(name: str, module: Any, width: int) -> list[Op]:
     _refuse_bidirectional(name, module)
     return [
         ops.EGRU(
@@ -106,23 +110,30 @@ def _egru(name: str, module: Any) -> list[Op]:
     ]
 
 
-def _nothing(name: str, module: Any) -> list[Op]:
+def _relu(name: str, module: Any, width: int) -> list[Op]:
+    if not width:
+        raise ValueError(f"{name}: a ReLU cannot be the first layer. Apply it to the input before it is played.")
+    return [ops.ReLU(width)]
+
+
+def _nothing(name: str, module: Any, width: int) -> list[Op]:
     return []
 
 
-_RULES: dict[type[torch.nn.Module], Callable[[str, Any], list[Op]]] = {
+_RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.Embedding: _embedding,
     torch.nn.Linear: _linear,
     torch.nn.GRU: _gru,
     torch.nn.LSTM: _lstm,
     torch.nn.RNN: _rnn,
     EGRU: _egru,
+    torch.nn.ReLU: _relu,
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,
 }
 
 
-def _rule(name: str, module: torch.nn.Module) -> Callable[[str, Any], list[Op]]:
+def _rule(name: str, module: torch.nn.Module) -> Rule:
     rule = _RULES.get(type(module))
     if rule is None:
         supported: list[type[torch.nn.Module]] = [Stack, torch.nn.Sequential, *_RULES]
