@@ -155,6 +155,11 @@ struct PyEngine {
         open();
         program.add_relu();
     }
+    void add_layer_norm(Vector weight, Vector bias, float epsilon) {
+        open();
+        const uint32_t units = size32(weight.shape(0));
+        program.add_layer_norm(weight.data(), vector(bias, units, "bias"), units, epsilon);
+    }
     void finish(const std::string& isa, uint64_t fold_limit) {
         open();
         if (program.ops().empty()) throw std::invalid_argument("a program needs at least one op.");
@@ -377,6 +382,7 @@ NB_MODULE(_native, m) {
         .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a)
         .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a)
         .def("add_relu", &PyEngine::add_relu)
+        .def("add_layer_norm", &PyEngine::add_layer_norm, "weight"_a, "bias"_a, "epsilon"_a)
         .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a)
         .def_prop_ro("isa", [](const PyEngine& e) { return e.get().isa; })
         .def_prop_ro("folded", [](const PyEngine& e) { return e.get().program.ops().front().folded; })

@@ -85,6 +85,20 @@ static void cell_relu(CellArgs& a) {
     a.event_count = count;
 }
 
+static void cell_layer_norm(NormArgs& a) {
+    F16 total = set1(0.0f), squares = set1(0.0f);
+    for (uint32_t j = 0; j < a.units; j += kLanes) total = add(total, keep(existing(a.units - j), load(a.y + j)));
+    const float count = static_cast<float>(a.units);
+    const F16 mean = set1(sum(total) / count);
+    for (uint32_t j = 0; j < a.units; j += kLanes) {  // a second pass: a large mean must not swallow the variance
+        const F16 d = keep(existing(a.units - j), sub(load(a.y + j), mean));
+        squares = fma(d, d, squares);
+    }
+    const F16 scale = div(set1(1.0f), sqrt(set1(sum(squares) / count + a.epsilon)));
+    for (uint32_t j = 0; j < a.units; j += kLanes)
+        store(a.y + j, fma(mul(sub(load(a.y + j), mean), scale), load(a.weight + j), load(a.bias + j)));
+}
+
 static void activations(const float* x, float* s, float* t, uint32_t n) {
     for (uint32_t i = 0; i < n; i += kLanes) {
         store(s + i, sigmoid(load(x + i)));

@@ -46,8 +46,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         for (size_t i = 0; i < ops.size(); ++i) {
             const Op& op = ops[i];
             OpState& s = states_[i];
-            if (op.kind == Op::Kind::linear) s.output = take(op.input.padded_rows());
             const uint32_t units = pad(op.outputs);
+            if (op.kind == Op::Kind::linear || op.kind == Op::Kind::layer_norm) s.output = take(units);
             if (op.recurrent()) {
                 s.cell.gi = take(size_t{op.gates} * units);
                 s.cell.gh = take(size_t{op.gates} * units);
@@ -190,6 +190,13 @@ void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
                 k.cell_relu(s.cell);
                 signal.dense = s.cell.y;
                 break;
+            case Op::Kind::layer_norm: {
+                std::memcpy(s.output, signal.dense, op.outputs * sizeof(float));
+                NormArgs norm{op.outputs, op.epsilon, op.scale.data(), op.bias_input.data(), s.output};
+                k.cell_layer_norm(norm);
+                signal.dense = s.output;
+                break;
+            }
             default:
                 signal.dense = recurrent(op, s, token, signal);
         }

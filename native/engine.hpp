@@ -22,7 +22,7 @@ struct Engine {
 struct OpState {
     CellArgs cell{};
     float* scaled = nullptr;             // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;             // linear
+    float* output = nullptr;             // linear, layer norm
     std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
     std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
     std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h

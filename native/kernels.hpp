@@ -63,6 +63,15 @@ struct CellArgs {
     uint32_t event_count;  // out
 };
 
+/// y = (y - mean) / sqrt(variance + epsilon) * weight + bias, over `units` values; every array is padded to kLanes.
+struct NormArgs {
+    uint32_t units;
+    float epsilon;
+    const float* weight;
+    const float* bias;
+    float* y;  // in and out
+};
+
 struct Kernels {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y); \

@@ -149,7 +149,8 @@ Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
     op.kind = kind;
     op.inputs = inputs;
     op.outputs = outputs;
-    op.reads_events = kind != Op::Kind::relu && !ops_.empty() && ops_.back().emits_events;
+    const bool pointwise = kind == Op::Kind::relu || kind == Op::Kind::layer_norm;  // no columns to leave out
+    op.reads_events = !pointwise && !ops_.empty() && ops_.back().emits_events;
     return op;
 }
 
@@ -227,6 +228,14 @@ void Program::add_relu() {
     ops_.push_back(std::move(op));
 }
 
+void Program::add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon) {
+    Op op = make(Op::Kind::layer_norm, units, units);
+    op.scale = padded(weight, 1, units);
+    op.bias_input = padded(bias, 1, units);
+    op.epsilon = epsilon;
+    ops_.push_back(std::move(op));
+}
+
 void Program::fold(const Kernels& kernels, uint64_t limit) {
     if (ops_.size() < 2 || !takes_tokens() || !ops_[1].recurrent()) return;
     Op &embedding = ops_[0], &layer = ops_[1];
@@ -248,7 +257,7 @@ size_t Program::nbytes() const {
     for (const Op& op : ops_)
         total += op.input.nbytes() + op.hidden.nbytes() + op.hidden_n.nbytes() +
                  (op.table.size() + op.bias_input.size() + op.bias_hidden.size() + op.threshold.size() +
-                  op.crossing.size()) *
+                  op.scale.size() + op.crossing.size()) *
                      sizeof(float);
     return total;
 }

@@ -79,7 +79,7 @@ class Matrix {
 };
 
 struct Op {
-    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu };
+    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, layer_norm };
     Kind kind = Kind::linear;
     uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
     uint32_t gates = 0;                // of a recurrent op
@@ -89,7 +89,9 @@ struct Op {
     Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
     Buffer<float> bias_input, bias_hidden;
     bool reset_after = true;
-    bool relu = false;  // RNN only
+    bool relu = false;    // RNN only
+    Buffer<float> scale;  // layer norm only, and its bias is bias_input
+    float epsilon = 0;
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
@@ -112,6 +114,7 @@ class Program {
     void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                  bool relu);
     void add_relu();  // of all that the op before gives
+    void add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon);
     /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by
     /// the same kernel, so that folding changes no bit of any output.
     void fold(const Kernels& kernels, uint64_t limit);

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import sparsefold as sf
-from sparsefold.program import EGRU, GRU, LSTM, RNN, Embedding, Linear, Recurrent, ReLU
+from sparsefold.program import EGRU, GRU, LSTM, RNN, Embedding, LayerNorm, Linear, Recurrent, ReLU
 
 SEED = 20_250_101
 
@@ -129,6 +129,11 @@ def rnn(
     )  # fmt: skip
 
 
+def layer_norm(r: np.random.Generator, units: int) -> LayerNorm:
+    """Scales of both signs."""
+    return LayerNorm(vector(r, units), vector(r, units))
+
+
 EGRU_OPTIONS = [
     {"reset": reset, "reset_after": after, "output": output, "event": event, "zoneout": zoneout}
     for reset, after, output, event, zoneout in product(
@@ -178,6 +183,12 @@ NETWORKS = {
         gru(r, 9, 20), ReLU(20), lstm(r, 20, 17), ReLU(17), egru(r, 17, 16), ReLU(16), ReLU(16), gru(r, 16, 15)
     ],
     "tokens-relu": lambda r: [embedding(r, 7, 17), ReLU(17), egru(r, 17, 33, output="state"), ReLU(33), linear(r, 33, 7)],
+    "layer-norm": lambda r: [layer_norm(r, 17)],
+    "layer-norm-relu": lambda r: [
+        layer_norm(r, 9), linear(r, 9, 33), layer_norm(r, 33), ReLU(33), linear(r, 33, 17), layer_norm(r, 17)
+    ],
+    "layer-norm-of-events": lambda r: [egru(r, 9, 33), layer_norm(r, 33), lstm(r, 33, 20), layer_norm(r, 20), egru(r, 20, 18)],
+    "tokens-layer-norm": lambda r: [embedding(r, 7, 17), layer_norm(r, 17), gru(r, 17, 16), linear(r, 16, 7)],
     "three": lambda r: [
         embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
         linear(r, 17, 11),

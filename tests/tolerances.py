@@ -133,6 +133,33 @@ def rnn_step(op, x, x_error, state, at):
     return {f"{at}.h": (np.tanh(total), error + TANH_F32)}
 
 
+def layer_norm(op, x, x_error):
+    """((x - mean) / sqrt(var + epsilon) · weight + bias, bound of its float32 error).
+
+    A mean is a sum of n terms and one division. What is wrong by e and passes 1/sqrt, which falls and is convex, is wrong
+    by at most f(a - e) - f(a); the computed variance is never negative, so a - e is never below epsilon. 1/sqrt itself
+    rounds twice, and each product and sum once.
+    """
+    n = len(x)
+    weight, bias = op.weight.astype(np.float64), op.bias.astype(np.float64)
+    mean = x.mean()
+    mean_error = x_error.mean() + product_f32(n, (np.abs(x) + x_error).sum()) / n + 2 * EPS32 * np.abs(mean)
+    d = x - mean
+    d_error = (x_error + mean_error) * (1 + 2 * EPS32) + 2 * EPS32 * np.abs(d)
+    a = (d**2).mean() + op.epsilon
+    squares = (np.abs(d) + d_error) ** 2
+    a_error = (squares - d**2).mean() + product_f32(n, squares.sum()) / n + 4 * EPS32 * (squares.mean() + op.epsilon)
+    scale, most = a**-0.5, max(a - a_error, op.epsilon * (1 - 4 * EPS32)) ** -0.5
+    scale_error = most - scale + 4 * EPS32 * most
+    normed = d * scale
+    error = np.abs(d) * scale_error + d_error * (scale + scale_error)
+    error = error + 2 * EPS32 * (np.abs(normed) + error)
+    value = normed * weight + bias
+    return value, np.abs(weight) * error + 4 * EPS32 * (
+        np.abs(normed * weight) + np.abs(weight) * error + np.abs(bias)
+    ) + 4 * TINY32
+
+
 def program_step(program, x, state):
     """One step of a whole program from an exact float32 state: {"i.u" | "i.h" | "i.c" | "out": (float64 value, bound)}.
 
@@ -155,6 +182,8 @@ def program_step(program, x, state):
         elif op.kind == "relu":  # slope at most 1, nothing rounds; what it compares with zero is found["i.u"]
             found[f"{i}.u"] = value, error
             value = np.maximum(value, 0)
+        elif op.kind == "layer_norm":
+            value, error = layer_norm(op, value, error)
         elif op.kind in others:
             found |= others[op.kind](op, value, error, state, i)
             value, error = found[f"{i}.h"]

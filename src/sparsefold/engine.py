@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from sparsefold import _native
 from sparsefold.cost import Cost, Counts, Part, cost
 from sparsefold.formats import Block, Dense, Float, Format
-from sparsefold.program import EGRU, GRU, RNN, Embedding, Linear, Program, Recurrent, ReLU, Speaking
+from sparsefold.program import EGRU, GRU, RNN, Embedding, LayerNorm, Linear, Program, Recurrent, ReLU, Speaking
 
 FOLD_LIMIT = 8 * 2**20
 State = dict[str, Float]
@@ -44,6 +44,8 @@ class Engine:
                 self._core.add_linear(native_matrix(op.weight), op.bias)
             elif isinstance(op, ReLU):
                 self._core.add_relu()
+            elif isinstance(op, LayerNorm):
+                self._core.add_layer_norm(op.weight, op.bias, op.epsilon)
             else:
                 self._add_recurrent(op)
         limit = {"auto": FOLD_LIMIT, True: 2**63, False: 0}[fold]
@@ -310,6 +312,9 @@ def interpret(
             elif isinstance(op, ReLU):
                 events[i].append(~(value <= 0))
                 value = np.maximum(value, 0)
+            elif isinstance(op, LayerNorm):
+                apart = value - value.mean()
+                value = apart / np.sqrt((apart**2).mean() + op.epsilon) * op.weight + op.bias
             elif isinstance(op, GRU):
                 value = now[f"{i}.h"] = _gru_state(op, value, now[f"{i}.h"], now[f"{i}.h"], dtype)
             else:

@@ -182,11 +182,29 @@ class ReLU:
         return self.units
 
 
-Op = Embedding | Linear | Recurrent | ReLU
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """``y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon) * weight + bias``, over all values of a step."""
+
+    weight: Float  # (H,)
+    bias: Float  # (H,)
+    epsilon: float = 1e-5
+    kind: ClassVar[str] = "layer_norm"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.weight.size
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.weight.size
+
+
+Op = Embedding | Linear | Recurrent | ReLU | LayerNorm
 Speaking = EGRU | ReLU  # at every step each of their units emits an event or not
-OPS: dict[str, type[Embedding] | type[Linear] | type[Recurrent] | type[ReLU]] = {
-    op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU)
-}
+OPS: dict[str, type[Op]] = {op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU, LayerNorm)}
 
 
 def matrices(op: Op) -> dict[str, Format]:
@@ -425,6 +443,11 @@ def _validate(ops: tuple[Op, ...]) -> None:
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
         elif isinstance(op, ReLU):
             _check(i > 0, f"{where}: a relu cannot be the first op. Apply it to the input before it is played.")
+        elif isinstance(op, LayerNorm):
+            _check(op.weight.ndim == 1, f"{where}: weight has one axis; got {op.weight.shape}.")
+            _check(op.bias.shape == op.weight.shape, f"{where}: bias must be {op.weight.shape}, got {op.bias.shape}.")
+            # Smaller ones are lost beside the variance of float32 values, and values that are all alike would give NaN.
+            _check(1e-12 <= op.epsilon <= 1, f"{where}: epsilon must be in [1e-12, 1], got {op.epsilon}.")
         else:
             h, rows = op.outputs, op.gates * op.outputs
             _check(

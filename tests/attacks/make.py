@@ -208,6 +208,19 @@ def _relu(at: int, **options: Any) -> Any:
     return change
 
 
+def _norm(*changes: Any, **options: Any) -> Any:
+    """A layer_norm as op 3, the last one, with further changes of its tensors."""
+
+    def change(file: File) -> None:
+        file.ops.append({"op": "layer_norm", **options})
+        for name in ("3.weight", "3.bias"):
+            file.tensors[name] = ["F32", [3], b"\0" * 12]
+        for more in changes:
+            more(file)
+
+    return change
+
+
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
@@ -295,7 +308,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
     "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
     # the ops
-    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, egru, lstm, rnn, relu"),
+    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, egru, lstm, rnn, relu, layer_norm"),
     "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
@@ -315,6 +328,13 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "relu_without_units": (_file(_relu(3)), "units must be a whole number"),
     "relu_of_other_units": (_file(_relu(3, units=2**28 - 1)), "op 3 (relu) reads 268435455 values, but op 2 (linear) gives 3"),
     "relu_first": (_file(_relu(0, units=2**28 - 1)), "a relu cannot be the first op"),
+    "epsilon_zero": (_file(_norm(epsilon=0.0)), "epsilon must be in [1e-12, 1], got 0.0"),
+    "epsilon_nan": (_file(_norm(epsilon=float("nan"))), "epsilon must be in [1e-12, 1], got nan"),
+    "epsilon_long": (_file(_norm(epsilon=10**300)), "epsilon must be in [1e-12, 1]"),
+    "epsilon_missing": (_file(_norm()), "epsilon must be a number"),
+    "norm_of_a_matrix": (_file(_norm(_tensor("3.weight", "F32", [3, 1]), epsilon=1e-5)), "weight has one axis; got (3, 1)"),
+    "norm_of_a_number": (_file(_norm(_tensor("3.weight", "F32", [], b"\0" * 4), epsilon=1e-5)), "weight has one axis; got ()"),
+    "norm_short_bias": (_file(_norm(_tensor("3.bias", "F32", [2], b"\0" * 8), epsilon=1e-5)), "bias must be (3,), got (2,)"),
     "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
     "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
     "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),

@@ -71,6 +71,7 @@ std::shared_ptr<const Engine> network(const std::string& isa, uint32_t units, ui
     const auto long_bias = floats(size_t{4} * units);
     p.add_lstm(four.view, four.view, long_bias.data(), long_bias.data());
     p.add_rnn(one.view, one.view, bias.data(), bias.data(), form % 2 == 0);
+    p.add_layer_norm(bias.data(), bias.data(), units, 1e-5f);
     p.add_relu();
     const Stored last = stored(tokens, units, 1, br, bc, 0.5);
     p.add_linear(last.view, floats(tokens).data());

@@ -111,6 +111,22 @@ positions = st.one_of(
 changes = st.lists(st.tuples(positions, st.one_of(st.integers(0, 255), st.sampled_from(b"0123456789"))), max_size=4)
 
 
+def test_damage_of_every_other_op_is_refused_or_plays():
+    """As above, for ops that the attacks do not start from."""
+    for name in ("lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu"):
+        sound = cases.network(name).to_bytes()
+        r, data = cases.rng(*name.encode()), 8 + struct.unpack_from("<Q", sound)[0]
+        for _ in range(150):
+            raw = bytearray(sound)
+            for place in r.integers(0, data, 2):
+                raw[place] = r.choice(list(b"0123456789") if chr(raw[place]).isdigit() else [raw[place], 34, 125])
+            try:
+                program = Program.from_bytes(bytes(raw))
+            except ProgramError:
+                continue
+            assert sf.Engine(program).stream().run(cases.sequence(program, 3)).shape == (3, program.outputs)
+
+
 @settings(max_examples=600)
 @given(changes, st.sampled_from([None, None, None, "cut", "cut", "double", "insert"]), positions, st.booleans())
 def test_a_damaged_file_is_refused_or_plays(changed, also, at, reseal):
@@ -221,6 +237,9 @@ MISUSE = {
     "rnn, three gates": lambda e: e.add_rnn(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), True),
     "rnn, other rows": lambda e: e.add_rnn(dense(3, 2), dense(2, 2), ones(3), ones(2), False),
     "relu, first": lambda e: e.add_relu(),
+    "layer norm, short bias": lambda e: e.add_layer_norm(ones(3), ones(2), 1e-5),
+    "layer norm, nothing": lambda e: e.add_layer_norm(ones(0), ones(0), 1e-5),
+    "layer norm, a matrix": lambda e: e.add_layer_norm(np.ones((2, 2), F), ones(2), 1e-5),
     "unknown instruction set": lambda e: e.finish("sse9", 0),
     "nothing added": lambda e: e.finish("", 0),
     "negative limit": lambda e: e.finish("", -1),

@@ -9,7 +9,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold.cost import Part
-from sparsefold.program import EGRU, Embedding, Linear, ReLU
+from sparsefold.program import EGRU, Embedding, LayerNorm, Linear, ReLU
 
 network = cache(cases.network)
 SPEAKING = [name for name in cases.NETWORKS if any(isinstance(op, EGRU) for op in network(name).ops)]
@@ -91,8 +91,8 @@ def brute(program, trace, before, steps, folded):
             if isinstance(op, Embedding):
                 parts.setdefault((i, "embedding"), [0, 0, 0])
                 continue
-            if isinstance(op, ReLU):
-                speaking = trace[i][t]
+            if isinstance(op, ReLU | LayerNorm):
+                speaking = trace[i][t] if isinstance(op, ReLU) else None
                 continue
             spoken_before = None
             if isinstance(op, EGRU):
@@ -192,7 +192,9 @@ def test_what_a_dense_cell_carries_is_read_and_written(name, bytes_a_step):
     assert sf.cost(program, sf.Counts(5)).bytes_state == 5 * bytes_a_step
 
 
-@pytest.mark.parametrize("name", ["three", "mixed-3", "gru-block-2", "linear", "tokens-lstm", "rnn-of-events", "relu"])
+@pytest.mark.parametrize(
+    "name", ["three", "mixed-3", "gru-block-2", "linear", "tokens-lstm", "rnn-of-events", "relu", "tokens-layer-norm"]
+)
 def test_to_dict_sums_and_is_json(name):
     program = network(name)
     stream = sf.Engine(program).stream()
@@ -213,7 +215,7 @@ def test_to_dict_sums_and_is_json(name):
     assert shown["bytes_state"] == found.bytes_state / 8
     assert found.macs_dense >= found.macs_weight >= found.macs_effective
     assert {part["op"] for part in shown["parts"]} == {
-        i for i, op in enumerate(program.ops) if not isinstance(op, ReLU)
+        i for i, op in enumerate(program.ops) if not isinstance(op, ReLU | LayerNorm)
     }
 
 

@@ -590,7 +590,20 @@ def test_an_out_that_cannot_be_filled_is_refused(out):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "name",
-    ["egru-events", "egru-state-linear", "gru", "mixed-3", "linear", "lstm", "lstm-of-events", "rnn", "rnn-of-events"],
+    [
+        "egru-events",
+        "egru-state-linear",
+        "gru",
+        "mixed-3",
+        "linear",
+        "lstm",
+        "lstm-of-events",
+        "rnn",
+        "rnn-of-events",
+        "relu",
+        "relu-recurrent",
+        "layer-norm-of-events",
+    ],
 )
 def test_what_is_not_finite_in_an_input_is_seen_at_the_end(name, bad, isa):
     program = network(name)
@@ -604,7 +617,10 @@ def test_what_is_not_finite_in_an_input_is_seen_at_the_end(name, bad, isa):
         oracle = sf.interpret(program, x).outputs
     if np.isnan(bad):
         assert np.isnan(oracle).all() == np.isnan(out).all() is np.True_
-        assert np.isnan(stream.run(np.zeros_like(x))).all() or name == "linear"  # and stays: it is in the state
+        assert np.isnan(stream.run(np.zeros_like(x))).all() or name in (
+            "linear",
+            "relu",
+        )  # and stays: it is in the state
     else:
         assert (np.isnan(oracle) == np.isnan(out)).all()  # an infinite input saturates the gates
 
@@ -630,6 +646,30 @@ def test_a_relu_speaks_where_it_is_above_zero_and_where_it_is_no_number(isa):
         with np.errstate(all="ignore"):
             oracle = sf.interpret(program, x[None])
         assert oracle.events[1][0].tolist() == emitted[1][0].tolist()
+
+
+@pytest.mark.parametrize("field", ["weight", "bias", "epsilon"])
+def test_the_bound_notices_one_wrong_number_of_a_layer_norm(field):
+    right = cases.layer_norm(cases.rng(3), 37)
+    wrong = getattr(right, field) + F(1e-4) * (np.arange(37) == 5 if field != "epsilon" else 1)
+    wrong = replace(right, **{field: wrong if field == "epsilon" else wrong.astype(F)})
+    follow(Program((right,)), sf.Engine(Program((right,))), 6)
+    with pytest.raises(AssertionError):
+        follow(Program((right,)), sf.Engine(Program((replace(wrong, epsilon=float(wrong.epsilon)),))), 6)
+
+
+@pytest.mark.parametrize("units", [1, 15, 16, 17, 100])
+def test_layer_norm_of_values_far_from_zero_or_all_alike(units, isa):
+    op = cases.layer_norm(cases.rng(units), units)
+    stream = sf.Engine(Program((op,)), isa=isa).stream()
+    same_bits(stream.step(np.full(units, 3.0, F)), op.bias)  # nothing lies apart from the mean
+    x = cases.vector(cases.rng(units), units) + F(1e3)
+    value, bound = tolerances.layer_norm(op, x.astype(np.float64), Z(units))
+    assert (np.abs(stream.step(x) - value) <= bound).all()
+    for bad in (np.nan, np.inf):
+        x[-1] = bad
+        assert np.isnan(stream.step(x)).all()
+    same_bits(stream.step(np.full(units, 3.0, F)), op.bias)  # and is gone at the next step
 
 
 def test_a_relu_has_no_state_and_its_rate_is_in_the_report():

@@ -94,6 +94,15 @@ def check_relu(isa):
         np.testing.assert_array_equal(emitted[1], table > 0)
 
 
+def check_layer_norm(isa):
+    for units in (*cases.SMALL_SIZES, 100, 257):
+        r = cases.rng(units)
+        op, x = cases.layer_norm(r, units), cases.vector(r, units, 3.0) + np.float32(2)
+        value, bound = tolerances.layer_norm(op, x.astype(np.float64), np.zeros(units))
+        out = sf.Engine(sf.Program((op,)), isa=isa).stream().step(x)
+        assert (np.abs(out - value) <= bound).all()
+
+
 CHECKS = {
     "matvec_dense_f32": lambda isa: check_matvec(isa, "dense", False),
     "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
@@ -103,6 +112,7 @@ CHECKS = {
     "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
     "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
     "cell_relu": check_relu,
+    "cell_layer_norm": check_layer_norm,
     "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
 }
 

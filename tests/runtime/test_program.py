@@ -13,7 +13,20 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold import program as program_module
-from sparsefold.program import EGRU, GRU, LSTM, OPS, RNN, Embedding, Linear, Program, ProgramError, ReLU, matrices
+from sparsefold.program import (
+    EGRU,
+    GRU,
+    LSTM,
+    OPS,
+    RNN,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Program,
+    ProgramError,
+    ReLU,
+    matrices,
+)
 
 Z = np.zeros
 
@@ -164,6 +177,7 @@ EGRU_1 = EGRU(
 )
 LSTM_1 = LSTM(D(np.ones((4, 2)), 4), D(np.ones((4, 1)), 4), Z(4, np.float32), Z(4, np.float32))
 RNN_1 = RNN(D(np.ones((1, 2))), D(np.ones((1, 1))), Z(1, np.float32), Z(1, np.float32))
+NORM = LayerNorm(Z(3, np.float32), Z(3, np.float32))
 TABLE = Embedding(np.ones((4, 3), np.float32))
 
 
@@ -210,6 +224,12 @@ def holding(value):
         ((replace(LSTM_1, bias_hh=Z(3, np.float32)),), r"op 0 \(lstm\): bias_hh must be \(4,\), got \(3,\)"),
         ((replace(RNN_1, weight_hh=D(np.ones((4, 1)), 4)),), "1 units need matrices of 1 rows in 1 gate; got"),
         ((replace(RNN_1, nonlinearity="gelu"),), "nonlinearity must be tanh or relu"),
+        ((LayerNorm(Z((2, 2), np.float32), Z((2, 2), np.float32)),), r"weight has one axis; got \(2, 2\)"),
+        ((replace(NORM, bias=Z(2, np.float32)),), r"bias must be \(3,\), got \(2,\)"),
+        ((LayerNorm(Z(0, np.float32), Z(0, np.float32)),), "at least one input and one output"),
+        ((LayerNorm(np.array([np.nan], np.float32), Z(1, np.float32)),), "tensor 0.weight holds nan"),
+        *(((replace(NORM, epsilon=e),), r"epsilon must be in \[1e-12, 1\], got") for e in (0, -1, 1e-13, 2, np.nan)),
+        ((LINEAR, NORM), r"op 1 \(layer_norm\) reads 3 values"),
         ((ReLU(3),), r"op 0 \(relu\): a relu cannot be the first op. Apply it to the input"),
         ((LINEAR, ReLU(3)), r"op 1 \(relu\) reads 3 values, but op 0 \(linear\) gives 2"),
         ((replace(EGRU_1, zoneout=1.0),), r"zoneout must be in \[0, 1\), got 1.0"),

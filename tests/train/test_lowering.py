@@ -108,6 +108,74 @@ def test_relu_plays_as_in_torch_and_hands_on_events() -> None:
     assert stream.cost.macs_effective < 0.8 * stream.cost.macs_weight
 
 
+def plays_as_in_torch(model: torch.nn.Module, x: torch.Tensor) -> sf.Program:
+    """Compiles a model without state and compares what it makes of (T, I) values or (T,) tokens."""
+    program = sf.compile_model(model.eval())
+    with torch.no_grad():
+        expected = model(x).numpy()
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(sf.Engine(program).stream().run(x.numpy()), expected, rtol=0, atol=FREE_RUNNING_F32)
+    return program
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}], ids=str)
+def test_layer_norm_plays_as_in_torch(options) -> None:
+    torch.manual_seed(0)
+    norms = torch.nn.LayerNorm(9, **options), torch.nn.LayerNorm([17], **options)
+    with torch.no_grad():
+        for p in (p for norm in norms for p in norm.parameters()):
+            p.normal_()
+    model = torch.nn.Sequential(norms[0], torch.nn.Linear(9, 17), norms[1], torch.nn.ReLU(), torch.nn.Linear(17, 5))
+    plays_as_in_torch(model, torch.randn(40, 9))
+
+
+def trained_norm(units: int, affine: bool = True) -> torch.nn.BatchNorm1d:
+    norm = torch.nn.BatchNorm1d(units, affine=affine, eps=0.01)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 3)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_is_folded_and_plays_as_in_torch(affine) -> None:
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(9, 17),
+        trained_norm(17, affine),
+        torch.nn.ReLU(),
+        trained_norm(17, affine),
+        torch.nn.Linear(17, 5),
+    ]
+    for model, kinds in (
+        (torch.nn.Sequential(*layers), ["linear", "relu", "linear"]),
+        (torch.nn.Sequential(trained_norm(9), *layers, trained_norm(5), trained_norm(5)), ["linear", "relu", "linear"]),
+        (torch.nn.Sequential(torch.nn.Embedding(6, 9), trained_norm(9), *layers[2:3], trained_norm(9)), None),
+        (torch.nn.Sequential(torch.nn.Embedding(6, 9), trained_norm(9), *layers[:2]), ["embedding", "linear"]),
+    ):
+        if kinds is None:  # nothing after it
+            with pytest.raises(ValueError, match="3: a BatchNorm1d is folded into a Linear or Embedding before it"):
+                sf.compile_model(model)
+            continue
+        x = torch.randint(0, 6, (40,)) if kinds[0] == "embedding" else torch.randn(40, 9)
+        assert [op.kind for op in plays_as_in_torch(model, x).ops] == kinds
+
+
+def test_batch_norm_is_folded_into_every_recurrent_layer_after_it_and_keeps_its_zeros() -> None:
+    torch.manual_seed(0)
+    for layer in (torch.nn.GRU(32, 16), torch.nn.LSTM(32, 16), torch.nn.RNN(32, 16), EGRU(32, 16, threshold=0.05)):
+        Pruner(Stack(layer), {"0.weight_ih_l0": BlockRule(0.2, (16, 1))}).step()
+        norm, x = trained_norm(32).eval(), torch.randn(20, 32)
+        program = sf.compile_model(torch.nn.Sequential(norm, layer))
+        assert program.ops[0].weight_ih.elements == sf.compile_model(layer).ops[0].weight_ih.elements
+        with torch.no_grad():
+            normed = norm(x).numpy()
+        expected = sf.Engine(sf.compile_model(layer)).stream().run(normed)
+        np.testing.assert_allclose(sf.Engine(program).stream().run(x.numpy()), expected, rtol=0, atol=FREE_RUNNING_F32)
+
+
 def test_pruned_lstm_is_stored_in_blocks_of_four_gates() -> None:
     torch.manual_seed(0)
     model = Stack(torch.nn.Embedding(13, 8), torch.nn.LSTM(8, 40), torch.nn.Linear(40, 13))
@@ -162,6 +230,18 @@ def test_metadata_reaches_the_file(tmp_path) -> None:
     [
         (Stack(torch.nn.Embedding(3, 4), torch.nn.GELU()), ["1 is a GELU", "Supported", "EGRU", "LSTM"]),
         (torch.nn.Sequential(torch.nn.Dropout(), torch.nn.ReLU()), ["1: a ReLU cannot be the first layer"]),
+        (torch.nn.LayerNorm((2, 3)), ["a LayerNorm over 2 axes"]),
+        (
+            torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3, track_running_stats=False)),
+            ["1: a BatchNorm1d without"],
+        ),
+        (torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(4)), ["1 normalises 4 values", "has 3"]),
+        (torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.GRU(3, 4)), ["0 normalises 4 values", "has 3"]),
+        (
+            torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(4, 2)),
+            ["0: a BatchNorm1d is folded"],
+        ),
+        (torch.nn.BatchNorm1d(4), ["the model: a BatchNorm1d is folded"]),
         (Stack(torch.nn.LSTM(4, 5, proj_size=3)), ["0: an LSTM with proj_size cannot be compiled"]),
         (Stack(torch.nn.LSTM(4, 5, bidirectional=True)), ["0: a bidirectional LSTM"]),
         (Stack(torch.nn.RNN(4, 5, bidirectional=True)), ["0: a bidirectional RNN"]),
