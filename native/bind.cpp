@@ -178,6 +178,25 @@ struct PyEngine {
                          vector(bias_hh, hh.view.rows, "bias_hh"), vector(threshold, hh.view.cols, "threshold"),
                          reset_after, kind, always, emits_events, zoneout);
     }
+    void add_lstm(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh) {
+        open();
+        program.add_lstm(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
+                         vector(bias_hh, hh.view.rows, "bias_hh"));
+    }
+    void add_rnn(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool relu) {
+        open();
+        program.add_rnn(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
+                        vector(bias_hh, hh.view.rows, "bias_hh"), relu);
+    }
+    void add_relu() {
+        open();
+        program.add_relu();
+    }
+    void add_layer_norm(Vector weight, Vector bias, float epsilon) {
+        open();
+        const uint32_t units = size32(weight.shape(0));
+        program.add_layer_norm(weight.data(), vector(bias, units, "bias"), units, epsilon);
+    }
     void finish(const std::string& isa, uint64_t fold_limit) {
         open();
         if (program.ops().empty()) throw std::invalid_argument("a program needs at least one op.");
@@ -269,6 +288,7 @@ class PyStream {
         };
         const auto counters = [&](const std::vector<uint64_t>& c) { copy(c.data(), c.size(), nb::dtype<uint64_t>()); };
         if (name == "h") return copy(s.cell.h, s.cell.units, nb::dtype<float>());
+        if (name == "c") return copy(s.cell.c, s.cell.units, nb::dtype<float>());
         if (name == "y") return copy(s.cell.y, s.cell.units, nb::dtype<float>());
         if (name == "u") return copy(s.cell.u, s.cell.units, nb::dtype<float>());
         if (name == "events") return counters(s.events);
@@ -281,9 +301,9 @@ class PyStream {
         OpState& s = at(op);
         if (values.shape(0) != s.cell.units || s.cell.units == 0)
             throw std::invalid_argument("cannot write '" + name + "'.");
-        if (name == "h")
-            std::memcpy(s.cell.h, values.data(), values.nbytes());
-        else if (name == "y" && s.cell.y)
+        if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
+            std::memcpy(state, values.data(), values.nbytes());
+        else if (name == "y" && s.cell.u)  // of an EGRU; a ReLU's y is carried nowhere
             stream_.set_emitted(op, values.data());
         else
             throw std::invalid_argument("an op has no state '" + name + "'.");
@@ -398,6 +418,10 @@ NB_MODULE(_native, m) {
         .def("add_gru", &PyEngine::add_gru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reset_after"_a)
         .def("add_egru", &PyEngine::add_egru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "threshold"_a,
              "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a)
+        .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a)
+        .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a)
+        .def("add_relu", &PyEngine::add_relu)
+        .def("add_layer_norm", &PyEngine::add_layer_norm, "weight"_a, "bias"_a, "epsilon"_a)
         .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a)
         .def_prop_ro("isa", [](const PyEngine& e) { return e.get().isa; })
         .def_prop_ro("folded", [](const PyEngine& e) { return e.get().program.ops().front().folded; })

@@ -1,5 +1,7 @@
 // Pointwise gate arithmetic of one step, sixteen units at a time (docs/equations.md; z keeps the old state):
-//   r = sigmoid(gi_r + gh_r)   z = sigmoid(gi_z + gh_z)   n = tanh(gi_n + r * gh_n)   u = (1 - z) n + z h
+//   GRU, EGRU  r = sigmoid(gi_r + gh_r)   z alike   n = tanh(gi_n + r * gh_n)   u = (1 - z) n + z h
+//   LSTM       i = sigmoid(gi_i + gh_i)   f, o alike   g = tanh(gi_g + gh_g)    c = f c + i g   h = o tanh(c)
+//   RNN        h = tanh(gi + gh), or max(0, gi + gh)
 #pragma once
 #include "simd.hpp"
 
@@ -30,6 +32,9 @@ static void cell_gru(CellArgs& a) {
     for (uint32_t j = 0; j < units; j += kLanes) store(a.h + j, next_state(a, units, j));
 }
 
+/// The lanes of units that exist where `left` units are left: the padding never speaks, whatever it holds.
+SF_INLINE uint32_t existing(uint32_t left) { return left < kLanes ? (1u << left) - 1 : 0xffff; }
+
 static void cell_egru(CellArgs& a) {
     const uint32_t units = pad(a.units);
     const F16 zoneout = set1(a.zoneout);
@@ -39,14 +44,59 @@ static void cell_egru(CellArgs& a) {
         if (a.reset == Reset::output) u = sub(u, load(a.y + j));
         u = fma(zoneout, sub(load(a.h + j), u), u);
         // A NaN counts as an event: it must reach the units that listen, as it does in the reference.
-        uint32_t events = not_le(u, load(a.crossing + j));
-        if (a.units - j < kLanes) events &= (1u << (a.units - j)) - 1;  // the padding never speaks, whatever it holds
+        const uint32_t events = not_le(u, load(a.crossing + j)) & existing(a.units - j);
         store(a.u + j, u);
         store(a.y + j, keep(events, u));
         store(a.h + j, a.reset == Reset::threshold ? sub(u, keep(events, load(a.threshold + j))) : u);
         count += compress(events, j, u, a.event_index + count, a.event_value + count);
     }
     a.event_count = count;
+}
+
+SF_INLINE F16 gate(const CellArgs& a, uint32_t at) { return add(load(a.gi + at), load(a.gh + at)); }
+
+static void cell_lstm(CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    for (uint32_t j = 0; j < units; j += kLanes) {
+        const F16 i = sigmoid(gate(a, j)), f = sigmoid(gate(a, units + j));
+        const F16 g = tanh(gate(a, 2 * units + j)), o = sigmoid(gate(a, 3 * units + j));
+        const F16 c = fma(f, load(a.c + j), mul(i, g));
+        store(a.c + j, c);
+        store(a.h + j, mul(o, tanh(c)));
+    }
+}
+
+static void cell_rnn(CellArgs& a) {
+    const uint32_t units = pad(a.units);
+    for (uint32_t j = 0; j < units; j += kLanes) {
+        const F16 x = gate(a, j);
+        store(a.h + j, a.relu ? max(set1(0.0f), x) : tanh(x));
+    }
+}
+
+static void cell_relu(CellArgs& a) {
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < a.units; j += kLanes) {
+        const F16 x = load(a.gi + j);
+        const uint32_t events = not_le(x, set1(0.0f)) & existing(a.units - j);  // NaN is an event, as of an EGRU
+        store(a.y + j, keep(events, x));
+        count += compress(events, j, x, a.event_index + count, a.event_value + count);
+    }
+    a.event_count = count;
+}
+
+static void cell_layer_norm(NormArgs& a) {
+    F16 total = set1(0.0f), squares = set1(0.0f);
+    for (uint32_t j = 0; j < a.units; j += kLanes) total = add(total, keep(existing(a.units - j), load(a.y + j)));
+    const float count = static_cast<float>(a.units);
+    const F16 mean = set1(sum(total) / count);
+    for (uint32_t j = 0; j < a.units; j += kLanes) {  // a second pass: a large mean must not swallow the variance
+        const F16 d = keep(existing(a.units - j), sub(load(a.y + j), mean));
+        squares = fma(d, d, squares);
+    }
+    const F16 scale = div(set1(1.0f), sqrt(set1(sum(squares) / count + a.epsilon)));
+    for (uint32_t j = 0; j < a.units; j += kLanes)
+        store(a.y + j, fma(mul(sub(load(a.y + j), mean), scale), load(a.weight + j), load(a.bias + j)));
 }
 
 static void activations(const float* x, float* s, float* t, uint32_t n) {

@@ -46,16 +46,20 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         for (size_t i = 0; i < ops.size(); ++i) {
             const Op& op = ops[i];
             OpState& s = states_[i];
-            if (op.kind == Op::Kind::linear) s.output = take(op.input.padded_rows());
-            if (!op.recurrent()) continue;
             const uint32_t units = pad(op.outputs);
-            s.cell.gi = take(size_t{3} * units);
-            s.cell.gh = take(size_t{3} * units);
-            s.cell.h = take(units);
-            s.cell.r = take(units);
-            s.scaled = take(units);
-            if (op.kind == Op::Kind::gru) continue;
-            s.cell.u = take(units);
+            if (op.kind == Op::Kind::linear || op.kind == Op::Kind::layer_norm) s.output = take(units);
+            if (op.recurrent()) {
+                s.cell.gi = take(size_t{op.gates} * units);
+                s.cell.gh = take(size_t{op.gates} * units);
+                s.cell.h = take(units);
+            }
+            if (op.kind == Op::Kind::lstm) s.cell.c = take(units);
+            if (op.kind == Op::Kind::gru || op.kind == Op::Kind::egru) {
+                s.cell.r = take(units);
+                s.scaled = take(units);
+            }
+            if (op.kind == Op::Kind::egru) s.cell.u = take(units);
+            if (!op.speaks()) continue;
             s.cell.y = take(units);
             s.cell.event_index = reinterpret_cast<uint32_t*>(take(units));
             s.cell.event_value = take(units);
@@ -69,17 +73,19 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         const Op& op = ops[i];
         OpState& s = states_[i];
         if (op.reads_events) s.input_reads.assign(op.inputs, 0);
-        if (!op.recurrent()) continue;
-        s.cell.units = op.outputs;
+        if (op.recurrent() || op.speaks()) s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
-        if (op.kind == Op::Kind::gru) continue;
+        s.cell.relu = op.relu;
+        if (op.speaks()) {
+            s.events.assign(op.outputs, 0);
+            trace_width_ += op.outputs;
+        }
+        if (op.kind != Op::Kind::egru) continue;
         s.cell.reset = op.reset;
         s.cell.zoneout = op.zoneout;
         s.cell.threshold = op.threshold.data();
         s.cell.crossing = op.crossing.data();
         s.hidden_reads.assign(op.outputs, 0);
-        s.events.assign(op.outputs, 0);
-        trace_width_ += op.outputs;
     }
 }
 
@@ -105,11 +111,11 @@ void Stream::set_emitted(size_t op, const float* y) {
     }
 }
 
-Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const Signal& x) {
+const float* Stream::recurrent(const Op& op, OpState& s, int64_t token, const Signal& x) {
     const Kernels& k = *engine_->kernels;
     CellArgs& cell = s.cell;
     const uint32_t units = pad(op.outputs);
-    const size_t gates_bytes = size_t{3} * units * sizeof(float);
+    const size_t stride = size_t{op.gates} * units, gates_bytes = stride * sizeof(float);
     const Events spoken{cell.event_index, cell.event_value, cell.event_count};
     const bool egru = op.kind == Op::Kind::egru;
 
@@ -117,7 +123,7 @@ Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const 
     float* const gi = const_cast<float*>(cell.gi);
     float* const gh = const_cast<float*>(cell.gh);
     if (op.table.size()) {
-        cell.gi = op.table.data() + static_cast<size_t>(token) * 3 * units;
+        cell.gi = op.table.data() + static_cast<size_t>(token) * stride;
     } else {
         std::memcpy(gi, op.bias_input.data(), gates_bytes);
         if (op.reads_events) {
@@ -147,18 +153,13 @@ Stream::Signal Stream::recurrent(const Op& op, OpState& s, int64_t token, const 
         }
     }
 
-    if (egru)
-        k.cell_egru(cell);
-    else
-        k.cell_gru(cell);
+    const auto pointwise = egru                        ? k.cell_egru
+                           : op.kind == Op::Kind::lstm ? k.cell_lstm
+                           : op.kind == Op::Kind::rnn  ? k.cell_rnn
+                                                       : k.cell_gru;
+    pointwise(cell);
     cell.gi = gi;
-    Signal out;
-    out.dense = egru ? (op.emits_events ? cell.y : cell.u) : cell.h;
-    if (egru) {
-        out.events = {cell.event_index, cell.event_value, cell.event_count};
-        count(s.events, out.events);
-    }
-    return out;
+    return egru ? (op.emits_events ? cell.y : cell.u) : cell.h;
 }
 
 void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
@@ -184,16 +185,28 @@ void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
                 }
                 signal.dense = s.output;
                 break;
-            case Op::Kind::gru:
-            case Op::Kind::egru:
-                signal = recurrent(op, s, token, signal);
-                if (trace && op.kind == Op::Kind::egru) {
-                    std::memset(trace, 0, op.outputs);
-                    for (uint32_t e = 0; e < signal.events.count; ++e) trace[signal.events.index[e]] = 1;
-                    trace += op.outputs;
-                }
+            case Op::Kind::relu:
+                s.cell.gi = signal.dense;  // of an op, so whole vectors may be read
+                k.cell_relu(s.cell);
+                signal.dense = s.cell.y;
                 break;
+            case Op::Kind::layer_norm: {
+                std::memcpy(s.output, signal.dense, op.outputs * sizeof(float));
+                NormArgs norm{op.outputs, op.epsilon, op.scale.data(), op.bias_input.data(), s.output};
+                k.cell_layer_norm(norm);
+                signal.dense = s.output;
+                break;
+            }
+            default:
+                signal.dense = recurrent(op, s, token, signal);
         }
+        if (!op.speaks()) continue;
+        signal.events = {s.cell.event_index, s.cell.event_value, s.cell.event_count};
+        count(s.events, signal.events);
+        if (!trace) continue;
+        std::memset(trace, 0, op.outputs);
+        for (uint32_t e = 0; e < signal.events.count; ++e) trace[signal.events.index[e]] = 1;
+        trace += op.outputs;
     }
     std::memcpy(out, signal.dense, ops.back().outputs * sizeof(float));
     ++steps_;

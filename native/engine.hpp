@@ -22,8 +22,8 @@ struct Engine {
 struct OpState {
     CellArgs cell{};
     float* scaled = nullptr;             // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;             // linear
-    std::vector<uint64_t> events;        // EGRU: per unit, events emitted
+    float* output = nullptr;             // linear, layer norm
+    std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
     std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
     std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
 };
@@ -34,7 +34,7 @@ class Stream {
 
     /// One step. Exactly one of `token` (in front of an embedding) and `x` (program.inputs() floats) is read; `out`
     /// receives program.outputs() floats. The caller has checked the token. `trace`, if given, receives one byte per
-    /// unit of every EGRU, in order: 1 where it emitted.
+    /// unit of every EGRU and ReLU, in order: 1 where it emitted.
     void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr);
     void reset();  // state to zero; counters stay
     void reset_counters();
@@ -54,7 +54,7 @@ class Stream {
         const float* dense = nullptr;
         Events events{};
     };
-    Signal recurrent(const Op& op, OpState& state, int64_t token, const Signal& x);
+    const float* recurrent(const Op& op, OpState& state, int64_t token, const Signal& x);
     std::shared_ptr<const Engine> engine_;
     Buffer<float> arena_;
     std::vector<OpState> states_;

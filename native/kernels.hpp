@@ -51,16 +51,18 @@ struct Events {
 
 enum class Reset : uint32_t { threshold, output, none };
 
-/// One pointwise step of `units` units; every array is padded to kLanes, gates lie `pad(units)` apart, in order r, z,
-/// n.
+/// One pointwise step of `units` units; every array is padded to kLanes, gates lie `pad(units)` apart, in torch's
+/// order: r, z, n of GRU and EGRU; i, f, g, o of an LSTM; one of a plain RNN.
 struct CellArgs {
     uint32_t units;
     bool reset_after;  // true: n reads r * gh_n; false: `gh_n` was already made from r * y (or r * h)
-    const float* gi;   // (3, padded)  W_i x + b_i
-    const float* gh;   // (3, padded)  W_h y + b_h
-    float* r;          // (padded)     reset gate; written by `reset_gate`, read when !reset_after
-    float* h;          // (padded)     carried state, in and out
-    // EGRU only
+    bool relu;         // RNN only: max(0, x) in place of tanh
+    const float* gi;   // (gates, padded)  W_i x + b_i
+    const float* gh;   // (gates, padded)  W_h y + b_h
+    float* r;          // (padded)         reset gate; written by `reset_gate`, read when !reset_after
+    float* h;          // (padded)         carried state, in and out
+    float* c;          // (padded)         LSTM only: the cell's state, in and out
+    // EGRU; ReLU reads gi and writes from y on
     Reset reset;
     float zoneout;
     const float* threshold;  // (padded) what a reset subtracts
@@ -70,6 +72,15 @@ struct CellArgs {
     uint32_t* event_index;   // (padded) units that emitted, ascending
     float* event_value;
     uint32_t event_count;  // out
+};
+
+/// y = (y - mean) / sqrt(variance + epsilon) * weight + bias, over `units` values; every array is padded to kLanes.
+struct NormArgs {
+    uint32_t units;
+    float epsilon;
+    const float* weight;
+    const float* bias;
+    float* y;  // in and out
 };
 
 struct Kernels {

@@ -198,7 +198,8 @@ Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
     op.kind = kind;
     op.inputs = inputs;
     op.outputs = outputs;
-    op.reads_events = !ops_.empty() && ops_.back().emits_events;
+    const bool pointwise = kind == Op::Kind::relu || kind == Op::Kind::layer_norm;  // no columns to leave out
+    op.reads_events = !pointwise && !ops_.empty() && ops_.back().emits_events;
     return op;
 }
 
@@ -218,32 +219,35 @@ void Program::add_linear(const MatrixView& weight, const float* bias) {
     ops_.push_back(std::move(op));
 }
 
-Op Program::make_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh,
+Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
                            const float* bias_ih, const float* bias_hh, bool reset_after) const {
     const uint32_t units = weight_hh.cols;
-    if (weight_hh.gates != 3 || weight_ih.gates != 3 || uint64_t{weight_hh.rows} != uint64_t{units} * 3 ||
+    if (weight_hh.gates != gates || weight_ih.gates != gates || uint64_t{weight_hh.rows} != uint64_t{units} * gates ||
         weight_ih.rows != weight_hh.rows)
-        refuse("a GRU of " + number(units) + " units has three gates of as many rows; its matrices have " +
-               number(weight_ih.rows) + " and " + number(weight_hh.rows) + " rows.");
+        refuse("a recurrent op of " + number(units) + " units has " + number(gates) +
+               " gates of as many rows; its matrices have " + number(weight_ih.rows) + " and " +
+               number(weight_hh.rows) + " rows in " + number(weight_ih.gates) + " and " + number(weight_hh.gates) +
+               " gates.");
     Op op = make(kind, weight_ih.cols, units);
+    op.gates = gates;
     op.input = Matrix(weight_ih);
     op.hidden = reset_after ? Matrix(weight_hh) : Matrix(weight_hh, 0, 2);
     if (!reset_after) op.hidden_n = Matrix(weight_hh, 2, 3);
-    op.bias_input = padded(bias_ih, 3, units);
-    op.bias_hidden = padded(bias_hh, 3, units);
+    op.bias_input = padded(bias_ih, gates, units);
+    op.bias_hidden = padded(bias_hh, gates, units);
     op.reset_after = reset_after;
     return op;
 }
 
 void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
                       const float* bias_hh, bool reset_after) {
-    ops_.push_back(make_recurrent(Op::Kind::gru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after));
+    ops_.push_back(make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after));
 }
 
 void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
                        const float* bias_hh, const float* threshold, bool reset_after, Reset reset, bool always,
                        bool emits_events, float zoneout) {
-    Op op = make_recurrent(Op::Kind::egru, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+    Op op = make_recurrent(Op::Kind::egru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
     op.reset = reset;
     op.zoneout = zoneout;
     op.emits_events = emits_events;
@@ -254,10 +258,37 @@ void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh,
     ops_.push_back(std::move(op));
 }
 
+void Program::add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                       const float* bias_hh) {
+    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh));
+}
+
+void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
+                      const float* bias_hh, bool relu) {
+    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh);
+    op.relu = relu;
+    ops_.push_back(std::move(op));
+}
+
+void Program::add_relu() {
+    if (ops_.empty()) refuse("a relu cannot be the first op.");
+    Op op = make(Op::Kind::relu, outputs(), outputs());
+    op.emits_events = true;
+    ops_.push_back(std::move(op));
+}
+
+void Program::add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon) {
+    Op op = make(Op::Kind::layer_norm, units, units);
+    op.scale = padded(weight, 1, units);
+    op.bias_input = padded(bias, 1, units);
+    op.epsilon = epsilon;
+    ops_.push_back(std::move(op));
+}
+
 void Program::fold(const Kernels& kernels, uint64_t limit) {
     if (ops_.size() < 2 || !takes_tokens() || !ops_[1].recurrent()) return;
     Op &embedding = ops_[0], &layer = ops_[1];
-    const size_t stride = size_t{3} * pad(layer.outputs);
+    const size_t stride = size_t{layer.gates} * pad(layer.outputs);
     if (uint64_t{embedding.inputs} * stride * sizeof(float) > limit) return;
     layer.table = Buffer<float>(embedding.inputs * stride);
     for (uint32_t t = 0; t < embedding.inputs; ++t) {
@@ -275,7 +306,7 @@ size_t Program::nbytes() const {
     for (const Op& op : ops_)
         total += op.input.nbytes() + op.hidden.nbytes() + op.hidden_n.nbytes() +
                  (op.table.size() + op.bias_input.size() + op.bias_hidden.size() + op.threshold.size() +
-                  op.crossing.size()) *
+                  op.scale.size() + op.crossing.size()) *
                      sizeof(float);
     return total;
 }

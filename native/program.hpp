@@ -97,22 +97,27 @@ class Matrix {
 };
 
 struct Op {
-    enum class Kind { embedding, linear, gru, egru };
+    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, layer_norm };
     Kind kind = Kind::linear;
     uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
+    uint32_t gates = 0;                // of a recurrent op
     bool reads_events = false;         // its input is the event list of the op before
     Buffer<float> table;               // embedding rows, or the folded input product of every token
     bool folded = false;               // embedding: skipped, the next op holds the table
     Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
     Buffer<float> bias_input, bias_hidden;
     bool reset_after = true;
+    bool relu = false;    // RNN only
+    Buffer<float> scale;  // layer norm only, and its bias is bias_input
+    float epsilon = 0;
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
-    bool emits_events = false;  // hands on y as events; else u, dense
+    bool emits_events = false;  // hands on y as events; else u, dense. Always true of a ReLU
     Buffer<float> threshold, crossing;
 
-    bool recurrent() const { return kind == Kind::gru || kind == Kind::egru; }
+    bool recurrent() const { return gates != 0; }
+    bool speaks() const { return kind == Kind::egru || kind == Kind::relu; }  // makes an event list at every step
 };
 
 class Program {
@@ -123,6 +128,11 @@ class Program {
                  bool reset_after);
     void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                   const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout);
+    void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh);
+    void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                 bool relu);
+    void add_relu();  // of all that the op before gives
+    void add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon);
     /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by
     /// the same kernel, so that folding changes no bit of any output.
     void fold(const Kernels& kernels, uint64_t limit);
@@ -135,8 +145,8 @@ class Program {
 
   private:
     Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const;
-    Op make_recurrent(Op::Kind kind, const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool reset_after) const;
+    Op make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
+                      const float* bias_ih, const float* bias_hh, bool reset_after = true) const;
     std::vector<Op> ops_;  // an op enters when it is complete: a refused one leaves no trace
 };
 

@@ -31,6 +31,7 @@ SF_INLINE F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 SF_INLINE F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 SF_INLINE F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 SF_INLINE F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+SF_INLINE F16 sqrt(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
 SF_INLINE F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
 SF_INLINE F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }                // NaN in b wins
 SF_INLINE F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }                // NaN in b wins
@@ -96,6 +97,7 @@ SF_INLINE F16 add(F16 x, F16 y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps
 SF_INLINE F16 sub(F16 x, F16 y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 SF_INLINE F16 mul(F16 x, F16 y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 SF_INLINE F16 div(F16 x, F16 y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+SF_INLINE F16 sqrt(F16 x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
 SF_INLINE F16 fma(F16 x, F16 y, F16 z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
 SF_INLINE F16 min(F16 x, F16 y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 SF_INLINE F16 max(F16 x, F16 y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
@@ -148,6 +150,7 @@ SF_INLINE F16 add(const F16& a, const F16& b) { SF_LANES(a.v[i] + b.v[i]); }
 SF_INLINE F16 sub(const F16& a, const F16& b) { SF_LANES(a.v[i] - b.v[i]); }
 SF_INLINE F16 mul(const F16& a, const F16& b) { SF_LANES(a.v[i] * b.v[i]); }
 SF_INLINE F16 div(const F16& a, const F16& b) { SF_LANES(a.v[i] / b.v[i]); }
+SF_INLINE F16 sqrt(const F16& a) { SF_LANES(__builtin_sqrtf(a.v[i])); }
 SF_INLINE F16 fma(const F16& a, const F16& b, const F16& c) { SF_LANES(a.v[i] * b.v[i] + c.v[i]); }
 SF_INLINE F16 min(const F16& a, const F16& b) { SF_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 SF_INLINE F16 max(const F16& a, const F16& b) { SF_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
@@ -234,6 +237,15 @@ SF_INLINE void add_at(float* y, const Row* row, const float* w, float x, uint32_
         for (uint32_t k = 0; k < 4; ++k) y[row[i + k]] = sum[k];
     }
     for (; i < n; ++i) y[row[i]] += w[i] * x;
+}
+
+/// Sum of all lanes.
+SF_INLINE float sum(const F16& a) {
+    float lanes[kLanes];
+    store(lanes, a);
+    for (uint32_t half = kLanes / 2; half; half /= 2)
+        for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    return lanes[0];
 }
 
 /// exp(x) for |x| <= 87, relative error below 2e-7: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, evaluated

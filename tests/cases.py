@@ -10,14 +10,14 @@ import numpy as np
 
 import sparsefold as sf
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, GRU, Embedding, Linear
+from sparsefold.program import EGRU, GRU, LSTM, RNN, Embedding, LayerNorm, Linear, Recurrent, ReLU
 
 SEED = 20_250_101
 
 # Below, at and above one vector (16 lanes) and one panel of a packed dense matrix (128 rows).
 SIZES = (1, 3, 15, 16, 17, 31, 100, 127, 128, 129, 257)
 SMALL_SIZES = (1, 15, 16, 17, 33)
-GATES = (1, 3)
+GATES = (1, 3, 4)
 # Blocks (outputs, inputs): columns, whole vectors, multiples of vectors, squares, and shapes that divide nothing.
 BLOCKS = ((1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (8, 4), (4, 4), (5, 3), (16, 16), (32, 32), (20, 2))
 DENSITIES = (0.0, 0.1, 0.5, 1.0)
@@ -156,6 +156,34 @@ def egru(
     )  # fmt: skip
 
 
+def lstm(r: np.random.Generator, inputs: int, units: int, storage: Storage = None, density: float = 1.0) -> LSTM:
+    """A layer whose gates move over their whole range."""
+    return LSTM(
+        matrix(r, units, inputs, 4, storage, density), matrix(r, units, units, 4, storage, density),
+        vector(r, 4 * units), vector(r, 4 * units),
+    )  # fmt: skip
+
+
+def rnn(
+    r: np.random.Generator,
+    inputs: int,
+    units: int,
+    storage: Storage = None,
+    density: float = 1.0,
+    nonlinearity: str = "tanh",
+) -> RNN:
+    """A plain layer."""
+    return RNN(
+        matrix(r, units, inputs, 1, storage, density), matrix(r, units, units, 1, storage, density),
+        vector(r, units), vector(r, units), nonlinearity,
+    )  # fmt: skip
+
+
+def layer_norm(r: np.random.Generator, units: int) -> LayerNorm:
+    """Scales of both signs."""
+    return LayerNorm(vector(r, units), vector(r, units))
+
+
 EGRU_OPTIONS = [
     {"reset": reset, "reset_after": after, "output": output, "event": event, "zoneout": zoneout}
     for reset, after, output, event, zoneout in product(
@@ -192,11 +220,32 @@ NETWORKS = {
     "mixed-3": lambda r: [
         egru(r, 10, 33, (5, 3), 0.5, reset="none"), gru(r, 33, 20), egru(r, 20, 18, (20, 2), 0.5, zoneout=0.2)
     ],
+    "lstm": lambda r: [lstm(r, 3, 31)],
+    "lstm-block-2": lambda r: [lstm(r, 20, 33, (16, 1), 0.5), lstm(r, 33, 17, (4, 4), 0.5), linear(r, 17, 2)],
+    "lstm-of-events": lambda r: [egru(r, 9, 33), lstm(r, 33, 20), egru(r, 20, 18)],
+    "tokens-lstm": lambda r: [embedding(r, 7, 8), lstm(r, 8, 20), linear(r, 20, 7)],
+    "rnn": lambda r: [rnn(r, 3, 31)],
+    "rnn-relu-2": lambda r: [rnn(r, 16, 33, (8, 1), 0.5, "relu"), rnn(r, 33, 17, nonlinearity="relu"), linear(r, 17, 2)],
+    "rnn-of-events": lambda r: [egru(r, 9, 33), rnn(r, 33, 20), rnn(r, 20, 16, nonlinearity="relu")],
+    "tokens-rnn": lambda r: [embedding(r, 7, 8), rnn(r, 8, 20, nonlinearity="relu"), linear(r, 20, 7)],
+    "relu": lambda r: [linear(r, 9, 33), ReLU(33), linear(r, 33, 17, (16, 1), 0.5), ReLU(17)],
+    "relu-recurrent": lambda r: [
+        gru(r, 9, 20), ReLU(20), lstm(r, 20, 17), ReLU(17), egru(r, 17, 16), ReLU(16), ReLU(16), gru(r, 16, 15)
+    ],
+    "tokens-relu": lambda r: [embedding(r, 7, 17), ReLU(17), egru(r, 17, 33, output="state"), ReLU(33), linear(r, 33, 7)],
+    "layer-norm": lambda r: [layer_norm(r, 17)],
+    "layer-norm-relu": lambda r: [
+        layer_norm(r, 9), linear(r, 9, 33), layer_norm(r, 33), ReLU(33), linear(r, 33, 17), layer_norm(r, 17)
+    ],
+    "layer-norm-of-events": lambda r: [egru(r, 9, 33), layer_norm(r, 33), lstm(r, 33, 20), layer_norm(r, 20), egru(r, 20, 18)],
+    "tokens-layer-norm": lambda r: [embedding(r, 7, 17), layer_norm(r, 17), gru(r, 17, 16), linear(r, 16, 7)],
     "three": lambda r: [
         embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
         linear(r, 17, 11),
     ],
     "csc": lambda r: [gru(r, 20, 33, "csc", 0.5), egru(r, 33, 17, "csc", 0.3, reset_after=False), linear(r, 17, 5, "csc", 0.5)],
+    "lstm-csc": lambda r: [lstm(r, 12, 19, "csc", 0.4), rnn(r, 19, 17, "csc", 0.4)],
+    "lstm-overlay": lambda r: [lstm(r, 12, 37, Overlay(4)), rnn(r, 37, 33, Overlay(2, 4))],
     "gru-overlay": lambda r: [gru(r, 9, 37, Overlay(4), reset_after=False), linear(r, 37, 9, Overlay(2, 4), 0.8)],
     "egru-overlay-16": lambda r: [egru(r, 12, 70, Overlay(4, 16)), linear(r, 70, 21, Overlay(10))],
     "tokens-overlay": lambda r: [
@@ -218,8 +267,10 @@ def state(program: sf.Program, *salt: int) -> dict[str, np.ndarray]:
     """A state in the middle of a run: about a third of the units have spoken."""
     r, out = rng(*salt), {}
     for i, op in enumerate(program.ops):
-        if isinstance(op, GRU):
+        if isinstance(op, Recurrent):
             out[f"{i}.h"] = vector(r, op.outputs, 0.5)
+        if isinstance(op, LSTM):
+            out[f"{i}.c"] = vector(r, op.outputs)
         if isinstance(op, EGRU):
             out[f"{i}.y"] = (vector(r, op.outputs) * (r.random(op.outputs) < 0.3)).astype(np.float32)
     return out

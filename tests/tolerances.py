@@ -96,12 +96,77 @@ def egru_step(op, x, x_error, y, h):
     return zoned, (1 - op.zoneout) * error + 4 * EPS32 * op.zoneout * (np.abs(h) + np.abs(u)) + EPS32 * np.abs(zoned)
 
 
+def gate_sums(op, x, x_error, h):
+    """(W_ih x + b_ih + W_hh h + b_hh, bound of its float32 error): two products and one sum."""
+    gi, gi_error = matrix_product(op.weight_ih, op.bias_ih.astype(np.float64), x, x_error)
+    gh, gh_error = matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), h, np.zeros(len(h)))
+    return gi + gh, gi_error + gh_error + EPS32 * np.abs(gi + gh) + EPS32 * (gi_error + gh_error)
+
+
+def lstm_step(op, x, x_error, state, at):
+    """State h and c of an LSTM; those of the step before are exact.
+
+    Slopes as for the GRU. f·c' + i·g: a product of values wrong by e and f is wrong by |a|·f + |b|·e + e·f, and rounds
+    once; so does the sum: together at most 2·EPS32·(|f c'| + |i g|), first order, doubled for the rest.
+    """
+    h, c = (state[f"{at}.{n}"].astype(np.float64) for n in "hc")
+    total, total_error = gate_sums(op, x, x_error, h)
+    (i, f, g, o), (ei, ef, eg, eo) = np.split(total, 4), np.split(total_error, 4)
+    i, f, o, g = _sigmoid(i), _sigmoid(f), _sigmoid(o), np.tanh(g)
+    ei, ef, eo, eg = ei / 4 + SIGMOID_F32, ef / 4 + SIGMOID_F32, eo / 4 + SIGMOID_F32, eg + TANH_F32
+    new = f * c + i * g
+    error = (
+        np.abs(c) * ef + i * eg + np.abs(g) * ei + ei * eg + 4 * EPS32 * (np.abs(f * c) + np.abs(i * g)) + 4 * TINY32
+    )
+    t, et = np.tanh(new), error + TANH_F32
+    return {
+        f"{at}.c": (new, error),
+        f"{at}.h": (o * t, np.abs(t) * eo + o * et + eo * et + 2 * EPS32 * np.abs(o * t) + 4 * TINY32),
+    }
+
+
+def rnn_step(op, x, x_error, state, at):
+    """State of a plain RNN: tanh and relu have slopes of at most 1, and relu rounds nothing."""
+    total, error = gate_sums(op, x, x_error, state[f"{at}.h"].astype(np.float64))
+    if op.nonlinearity == "relu":
+        return {f"{at}.h": (np.maximum(total, 0), error)}
+    return {f"{at}.h": (np.tanh(total), error + TANH_F32)}
+
+
+def layer_norm(op, x, x_error):
+    """((x - mean) / sqrt(var + epsilon) · weight + bias, bound of its float32 error).
+
+    A mean is a sum of n terms and one division. What is wrong by e and passes 1/sqrt, which falls and is convex, is wrong
+    by at most f(a - e) - f(a); the computed variance is never negative, so a - e is never below epsilon. 1/sqrt itself
+    rounds twice, and each product and sum once.
+    """
+    n = len(x)
+    weight, bias = op.weight.astype(np.float64), op.bias.astype(np.float64)
+    mean = x.mean()
+    mean_error = x_error.mean() + product_f32(n, (np.abs(x) + x_error).sum()) / n + 2 * EPS32 * np.abs(mean)
+    d = x - mean
+    d_error = (x_error + mean_error) * (1 + 2 * EPS32) + 2 * EPS32 * np.abs(d)
+    a = (d**2).mean() + op.epsilon
+    squares = (np.abs(d) + d_error) ** 2
+    a_error = (squares - d**2).mean() + product_f32(n, squares.sum()) / n + 4 * EPS32 * (squares.mean() + op.epsilon)
+    scale, most = a**-0.5, max(a - a_error, op.epsilon * (1 - 4 * EPS32)) ** -0.5
+    scale_error = most - scale + 4 * EPS32 * most
+    normed = d * scale
+    error = np.abs(d) * scale_error + d_error * (scale + scale_error)
+    error = error + 2 * EPS32 * (np.abs(normed) + error)
+    value = normed * weight + bias
+    return value, np.abs(weight) * error + 4 * EPS32 * (
+        np.abs(normed * weight) + np.abs(weight) * error + np.abs(bias)
+    ) + 4 * TINY32
+
+
 def program_step(program, x, state):
-    """One step of a whole program from an exact float32 state: {"i.u" | "i.h" | "out": (float64 value, bound)}.
+    """One step of a whole program from an exact float32 state: {"i.u" | "i.h" | "i.c" | "out": (float64 value, bound)}.
 
     What the next op reads is wrong by the bound; a unit whose event may fall either way is wrong by all it could say.
     """
     found, value, error = {}, x, None
+    others = {"lstm": lstm_step, "rnn": rnn_step}
     for i, op in enumerate(program.ops):
         if op.kind == "embedding":
             value = op.weight[x].astype(np.float64)
@@ -114,6 +179,14 @@ def program_step(program, x, state):
         elif op.kind == "gru":
             h = state[f"{i}.h"].astype(np.float64)
             value, error = found[f"{i}.h"] = gru_step(op, value, error, h, h)
+        elif op.kind == "relu":  # slope at most 1, nothing rounds; what it compares with zero is found["i.u"]
+            found[f"{i}.u"] = value, error
+            value = np.maximum(value, 0)
+        elif op.kind == "layer_norm":
+            value, error = layer_norm(op, value, error)
+        elif op.kind in others:
+            found |= others[op.kind](op, value, error, state, i)
+            value, error = found[f"{i}.h"]
         else:
             y, h = (state[f"{i}.{n}"].astype(np.float64) for n in "yh")
             u, error = found[f"{i}.u"] = egru_step(op, value, error, y, h)

@@ -98,6 +98,28 @@ class Engine:
         emits_events: bool,
         zoneout: float,
     ) -> None: ...
+    def add_lstm(
+        self,
+        weight_ih: Matrix,
+        weight_hh: Matrix,
+        bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> None: ...
+    def add_rnn(
+        self,
+        weight_ih: Matrix,
+        weight_hh: Matrix,
+        bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        relu: bool,
+    ) -> None: ...
+    def add_relu(self) -> None: ...
+    def add_layer_norm(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        epsilon: float,
+    ) -> None: ...
     def finish(self, isa: str, fold_limit: int) -> None: ...
     @property
     def isa(self) -> str: ...

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
+from sparsefold.program import EGRU, Embedding, Linear, Op, Program, Recurrent
 
 Integers = NDArray[np.integer[Any]]
 
@@ -23,7 +23,7 @@ Integers = NDArray[np.integer[Any]]
 class Counts:
     """What happened in ``steps`` steps, as integers, by the index of the op.
 
-    ``events[i]``: (H,) how often each unit of EGRU ``i`` emitted. ``input_reads[i]``: (I,) how often each input column of
+    ``events[i]``: (H,) how often each unit of EGRU or ReLU ``i`` emitted. ``input_reads[i]``: (I,) how often each input column of
     op ``i`` was read, where its input is an event list; absent where the input is dense. ``hidden_reads[i]``: (H,) the same
     for the recurrent matrix of EGRU ``i``.
     """
@@ -41,25 +41,27 @@ class Counts:
         emitted_before: Mapping[int, NDArray[Any]] | None = None,
         steps: int = 0,
     ) -> Counts:
-        """Counts of a recorded run: ``trace[i]`` (T, H) says which units of EGRU ``i`` emitted at each step.
+        """Counts of a recorded run: ``trace[i]`` (T, H) says which units of EGRU or ReLU ``i`` emitted at each step.
 
-        ``emitted_before[i]`` (H,) says which had emitted at the step before the first; none, when left out.
-        ``steps`` is read only where the program has no EGRU, so that no trace tells the number.
+        ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first; none, when left out.
+        ``steps`` is read only where the program has neither, so that no trace tells the number.
         """
         events, input_reads, hidden_reads = {}, {}, {}
         steps = len(next(iter(trace.values()))) if trace else steps
         for i, emitted in trace.items():
             flags = np.asarray(emitted) != 0
             events[i] = flags.sum(0)
-            before = np.zeros(flags.shape[1], bool) if emitted_before is None else np.asarray(emitted_before[i]) != 0
-            hidden_reads[i] = flags[:-1].sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
-            op = program.ops[i]
-            if isinstance(op, EGRU) and op.output == "events" and i + 1 < len(program.ops):
+            if isinstance(program.ops[i], EGRU):
+                before = (
+                    np.zeros(flags.shape[1], bool) if emitted_before is None else np.asarray(emitted_before[i]) != 0
+                )
+                hidden_reads[i] = flags[:-1].sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
+            if i + 1 < len(program.ops) and program.reads_events(i + 1):
                 input_reads[i + 1] = events[i]
         return cls(steps, events, input_reads, hidden_reads)
 
     def event_rate(self, op: int | None = None) -> float:
-        """Events per unit and step, of one EGRU or over all of them."""
+        """Events per unit and step, of one EGRU or ReLU or over all of them."""
         chosen = [np.asarray(e) for i, e in self.events.items() if op in (None, i)]
         units = sum(e.size for e in chosen)
         return float(sum(int(e.sum()) for e in chosen) / (units * self.steps)) if units * self.steps else 0.0
@@ -88,7 +90,7 @@ class Part:
 class Cost:
     """Exact integer totals of a run. Divide by ``steps`` with :meth:`per_step` for tables.
 
-    ``unit_updates``: pointwise gate updates (three gates and a state each), which no sparsity saves. ``bytes_state``: state
+    ``unit_updates``: pointwise updates of a unit (all its gates and its state), which no sparsity saves. ``bytes_state``: state
     and event lists read and written.
     """
 
@@ -150,7 +152,7 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
     """Cost of the run that ``counts`` describes.
 
     ``folded``: the engine replaced embedding and first input product by one table (``Engine.folded``); the product then
-    costs no multiplication and 3H values read.
+    costs no multiplication and one value read for each of its rows.
     """
     parts: list[Part] = []
     unit_updates = bytes_state = 0
@@ -161,15 +163,15 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
         elif isinstance(op, Linear):
             role = "decoder" if i == len(program.ops) - 1 else "linear"
             parts.append(_product(i, role, op.weight, counts.steps, counts.input_reads.get(i)))
-        else:
+        elif isinstance(op, Recurrent):
             product = _product(i, "input", op.weight_ih, counts.steps, counts.input_reads.get(i))
             if folded and i == 1:
                 read = 4 * op.weight_ih.shape[0] * counts.steps
                 product = Part(i, "input", product.macs_dense, product.macs_weight, 0, read, 0, product.density)
             parts.append(product)
             parts.append(_product(i, "recurrent", op.weight_hh, counts.steps, counts.hidden_reads.get(i)))
-            unit_updates += op.outputs * counts.steps
-            bytes_state += _state_bytes(i, op, counts)
+        unit_updates += 0 if isinstance(op, Embedding | Linear) else op.outputs * counts.steps
+        bytes_state += _state_bytes(i, op, counts)
     return Cost(counts.steps, tuple(parts), unit_updates, bytes_state)
 
 
@@ -185,11 +187,8 @@ def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | No
     return Part(i, role, rows * cols * steps, elements * steps, executed, 4 * executed, index_bytes, density)
 
 
-def _state_bytes(i: int, op: GRU, counts: Counts) -> int:
-    carried = 2 * 4 * op.outputs * counts.steps
-    if not isinstance(op, EGRU):
-        return carried
-    listed = counts.events[i].sum() + counts.hidden_reads[i].sum()
-    if i + 1 in counts.input_reads:
-        listed += counts.input_reads[i + 1].sum()
-    return carried + 8 * int(listed)
+def _state_bytes(i: int, op: Op, counts: Counts) -> int:
+    """Dense state in and out, 4 bytes a unit; events (which carry an EGRU's y) written and read, index and value."""
+    dense = len(set(op.state) - {"y"}) if isinstance(op, Recurrent) else 0
+    listed = [counts.events.get(i), counts.hidden_reads.get(i), counts.input_reads.get(i + 1)]
+    return 2 * 4 * dense * op.outputs * counts.steps + 8 * sum(int(np.sum(n)) for n in listed if n is not None)

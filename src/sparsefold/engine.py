@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from sparsefold import _native
-from sparsefold.cost import Cost, Counts, cost
+from sparsefold.cost import Cost, Counts, Part, cost
 from sparsefold.formats import CSC, Complementary, Dense, Float, Format
-from sparsefold.program import EGRU, GRU, Embedding, Linear, Program
+from sparsefold.program import EGRU, GRU, RNN, Embedding, LayerNorm, Linear, Program, Recurrent, ReLU, Speaking
 
 FOLD_LIMIT = 8 * 2**20
 State = dict[str, Float]
@@ -42,16 +42,33 @@ class Engine:
                 self._core.add_embedding(op.weight)
             elif isinstance(op, Linear):
                 self._core.add_linear(native_matrix(op.weight), op.bias)
-            elif isinstance(op, EGRU):
-                self._core.add_egru(
-                    native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh, op.threshold,
-                    op.reset_after, op.reset, op.event == "always", op.output == "events", op.zoneout,
-                )  # fmt: skip
+            elif isinstance(op, ReLU):
+                self._core.add_relu()
+            elif isinstance(op, LayerNorm):
+                self._core.add_layer_norm(op.weight, op.bias, op.epsilon)
             else:
-                matrices = native_matrix(op.weight_ih), native_matrix(op.weight_hh)
-                self._core.add_gru(*matrices, op.bias_ih, op.bias_hh, op.reset_after)
+                self._add_recurrent(op)
         limit = {"auto": FOLD_LIMIT, True: 2**63, False: 0}[fold]
         self._core.finish(isa or "", limit)
+
+    def _add_recurrent(self, op: Recurrent) -> None:
+        weights = native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh
+        if isinstance(op, EGRU):
+            self._core.add_egru(
+                *weights,
+                op.threshold,
+                op.reset_after,
+                op.reset,
+                op.event == "always",
+                op.output == "events",
+                op.zoneout,
+            )
+        elif isinstance(op, GRU):
+            self._core.add_gru(*weights, op.reset_after)
+        elif isinstance(op, RNN):
+            self._core.add_rnn(*weights, op.nonlinearity == "relu")
+        else:
+            self._core.add_lstm(*weights)
 
     @classmethod
     def load(
@@ -109,14 +126,14 @@ class Stream:
         return self._run(sequence, np.empty((0, 0), np.uint8))
 
     def run_traced(self, sequence: Any) -> tuple[Float, dict[int, NDArray[np.bool_]]]:
-        """Like :meth:`run`; also which units emitted, by op index: {op: (T, H) bool} for every EGRU."""
+        """Like :meth:`run`; also which units emitted, by op index: {op: (T, H) bool} for every EGRU and ReLU."""
         sequence = np.asarray(sequence)
         steps = len(sequence) if sequence.ndim else 0
         trace = np.zeros((steps, self._core.trace_width), np.uint8)
         outputs = self._run(sequence, trace if steps else np.empty((0, 0), np.uint8))
         emitted, at = {}, 0
         for i, op in enumerate(self.engine.program.ops):
-            if isinstance(op, EGRU):
+            if isinstance(op, Speaking):
                 emitted[i] = trace[:, at : at + op.outputs].astype(bool)
                 at += op.outputs
         return outputs, emitted
@@ -149,7 +166,7 @@ class Stream:
         self._core.reset_counters()
 
     def save_state(self) -> State:
-        """A copy of the state: ``"{op}.h"`` and, for an EGRU, ``"{op}.y"``, each float32 (H,)."""
+        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,)."""
         return {key: self._read(i, name, np.float32, size) for key, i, name, size in _state_keys(self.engine.program)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -189,14 +206,13 @@ class Stream:
     def counters(self) -> Counts:
         """Integers counted since the start or :meth:`reset_counters`."""
         events, input_reads, hidden_reads = {}, {}, {}
-        previous = None
         for i, op in enumerate(self.engine.program.ops):
-            if isinstance(op, EGRU):
+            if isinstance(op, Speaking):
                 events[i] = self._read(i, "events", np.uint64, op.outputs).astype(np.int64)
+            if isinstance(op, EGRU):
                 hidden_reads[i] = self._read(i, "hidden_reads", np.uint64, op.outputs).astype(np.int64)
-            if isinstance(previous, EGRU) and previous.output == "events":
+            if self.engine.program.reads_events(i):
                 input_reads[i] = self._read(i, "input_reads", np.uint64, op.inputs).astype(np.int64)
-            previous = op
         return Counts(self._core.steps, events, input_reads, hidden_reads)
 
     @property
@@ -211,20 +227,26 @@ class Stream:
             f"{counts.steps} steps, {self.engine.isa} kernels, counted per step",
             f"{'part':<18}{'density':>8}{'events':>8}{'MACs dense':>12}{'weight':>10}{'effective':>11}{'bytes':>10}",
         ]
-        for part in total.parts:
-            rate = f"{counts.event_rate(part.op):.3f}" if part.role == "recurrent" and part.op in counts.events else ""
-            figures = [getattr(part, n) / max(counts.steps, 1) for n in ("macs_dense", "macs_weight", "macs_effective")]
-            read = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
-            lines.append(
-                f"{f'{part.op} {part.role}':<18}{part.density:>8.3f}{rate:>8}"
-                f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{read:>10,.0f}"
-            )
+        for i, op in enumerate(self.engine.program.ops):
+            if isinstance(op, ReLU):
+                lines.append(f"{f'{i} relu':<26}{counts.event_rate(i):>8.3f}")
+            lines += [self._report_line(part, counts) for part in total.parts if part.op == i]
         all_read = total.per_step("bytes_weights") + total.per_step("bytes_index")
         lines.append(
             f"{'all':<18}{'':>8}{'':>8}{total.per_step('macs_dense'):>12,.0f}{total.per_step('macs_weight'):>10,.0f}"
             f"{total.per_step('macs_effective'):>11,.0f}{all_read:>10,.0f}"
         )
         return "\n".join(lines)
+
+    @staticmethod
+    def _report_line(part: Part, counts: Counts) -> str:
+        rate = f"{counts.event_rate(part.op):.3f}" if part.role == "recurrent" and part.op in counts.events else ""
+        figures = [getattr(part, n) / max(counts.steps, 1) for n in ("macs_dense", "macs_weight", "macs_effective")]
+        read = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
+        return (
+            f"{f'{part.op} {part.role}':<18}{part.density:>8.3f}{rate:>8}"
+            f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{read:>10,.0f}"
+        )
 
 
 def native_matrix(matrix: Format) -> _native.Matrix:
@@ -244,16 +266,15 @@ def native_matrix(matrix: Format) -> _native.Matrix:
 
 def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
     """(key, op, name, units) of every state array."""
-    keys = []
-    for i, op in enumerate(program.ops):
-        if isinstance(op, GRU):
-            keys += [(f"{i}.{name}", i, name, op.outputs) for name in (("h", "y") if isinstance(op, EGRU) else ("h",))]
-    return keys
+    layers = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Recurrent)]
+    return [(f"{i}.{name}", i, name, op.outputs) for i, op in layers for name in op.state]
 
 
 @dataclass(frozen=True, eq=False)
 class Interpretation:
-    """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``; last ``state``."""
+    """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``, events of
+    every ReLU too; last ``state``.
+    """
 
     outputs: NDArray[Any]
     events: dict[int, NDArray[np.bool_]]
@@ -274,9 +295,9 @@ def interpret(
     """
     keys = _state_keys(program)
     now = {k: np.array(state[k] if state else np.zeros(size), dtype) for k, _, _, size in keys}
-    outputs, egrus = [], [i for i, op in enumerate(program.ops) if isinstance(op, EGRU)]
-    events: dict[int, list[NDArray[Any]]] = {i: [] for i in egrus}
-    us: dict[int, list[NDArray[Any]]] = {i: [] for i in egrus}
+    outputs = []
+    events: dict[int, list[NDArray[Any]]] = {i: [] for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
+    us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
     for x in sequence:
         value: Any = x if program.takes_tokens else np.asarray(x, dtype)
         for i, op in enumerate(program.ops):
@@ -296,8 +317,23 @@ def interpret(
                 value = now[f"{i}.y"] if op.output == "events" else u
                 events[i].append(o)
                 us[i].append(u)
-            else:
+            elif isinstance(op, ReLU):
+                events[i].append(~(value <= 0))
+                value = np.maximum(value, 0)
+            elif isinstance(op, LayerNorm):
+                apart = value - value.mean()
+                value = apart / np.sqrt((apart**2).mean() + op.epsilon) * op.weight + op.bias
+            elif isinstance(op, GRU):
                 value = now[f"{i}.h"] = _gru_state(op, value, now[f"{i}.h"], now[f"{i}.h"], dtype)
+            else:
+                total = sum(_products(op, value, now[f"{i}.h"], dtype))
+                if isinstance(op, RNN):
+                    value = np.tanh(total) if op.nonlinearity == "tanh" else np.maximum(total, 0)
+                else:
+                    i_, f_, g_, o_ = np.split(total, 4)
+                    now[f"{i}.c"] = _sigmoid(f_) * now[f"{i}.c"] + _sigmoid(i_) * np.tanh(g_)
+                    value = _sigmoid(o_) * np.tanh(now[f"{i}.c"])
+                now[f"{i}.h"] = value
         outputs.append(value)
 
     def stacked(rows: list[NDArray[Any]], width: int, of: DTypeLike) -> NDArray[Any]:
@@ -305,16 +341,22 @@ def interpret(
 
     return Interpretation(
         stacked(outputs, program.outputs, dtype),
-        {i: stacked(events[i], program.ops[i].outputs, np.bool_) for i in egrus},
-        {i: stacked(us[i], program.ops[i].outputs, dtype) for i in egrus},
+        {i: stacked(rows, program.ops[i].outputs, np.bool_) for i, rows in events.items()},
+        {i: stacked(rows, program.ops[i].outputs, dtype) for i, rows in us.items()},
         now,
     )
 
 
+def _products(
+    op: Recurrent, x: NDArray[Any], seen: NDArray[Any], dtype: DTypeLike
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both products of a recurrent op with their biases, (gates H,) each."""
+    return op.weight_ih.matvec(x) + op.bias_ih.astype(dtype), op.weight_hh.matvec(seen) + op.bias_hh.astype(dtype)
+
+
 def _gru_state(op: GRU, x: NDArray[Any], seen: NDArray[Any], h: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """(1 - z) n + z h, where ``seen`` is what the recurrent products read: h of a GRU, y of an EGRU."""
-    gi_r, gi_z, gi_n = np.split(op.weight_ih.matvec(x) + op.bias_ih.astype(dtype), 3)
-    gh_r, gh_z, gh_n = np.split(op.weight_hh.matvec(seen) + op.bias_hh.astype(dtype), 3)
+    (gi_r, gi_z, gi_n), (gh_r, gh_z, gh_n) = (np.split(p, 3) for p in _products(op, x, seen, dtype))
     r, z = _sigmoid(gi_r + gh_r), _sigmoid(gi_z + gh_z)
     if op.reset_after:
         n = np.tanh(gi_n + r * gh_n)

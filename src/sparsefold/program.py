@@ -75,22 +75,16 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
-class GRU:
-    """One step of ``torch.nn.GRU``; gates stacked r, z, n; z keeps the old state.
+class Recurrent:
+    """What every recurrent op holds: a product of x and one of its own output, gates stacked in the rows as torch does."""
 
-    ::
-
-        r = sigmoid(W_ir x + b_ir + W_hr h' + b_hr)        z alike
-        n = tanh(W_in x + b_in + r * (W_hn h' + b_hn))     reset_after; otherwise W_hn (r * h') + b_hn
-        h = (1 - z) * n + z * h'
-    """
-
-    weight_ih: Format  # (3H, I)
-    weight_hh: Format  # (3H, H)
-    bias_ih: Float  # (3H,)
-    bias_hh: Float  # (3H,)
-    reset_after: bool = True
-    kind: ClassVar[str] = "gru"
+    weight_ih: Format  # (gates H, I)
+    weight_hh: Format  # (gates H, H)
+    bias_ih: Float  # (gates H,)
+    bias_hh: Float  # (gates H,)
+    kind: ClassVar[str]
+    gates: ClassVar[int]
+    state: ClassVar[tuple[str, ...]] = ("h",)  # what is carried from step to step, (H,) each
 
     @property
     def inputs(self) -> int:
@@ -101,6 +95,22 @@ class GRU:
     def outputs(self) -> int:
         """Units."""
         return self.weight_hh.shape[1]
+
+
+@dataclass(frozen=True, eq=False)
+class GRU(Recurrent):
+    """One step of ``torch.nn.GRU``; gates stacked r, z, n; z keeps the old state.
+
+    ::
+
+        r = sigmoid(W_ir x + b_ir + W_hr h' + b_hr)        z alike
+        n = tanh(W_in x + b_in + r * (W_hn h' + b_hn))     reset_after; otherwise W_hn (r * h') + b_hn
+        h = (1 - z) * n + z * h'
+    """
+
+    reset_after: bool = True
+    kind: ClassVar[str] = "gru"
+    gates: ClassVar[int] = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,10 +135,76 @@ class EGRU(GRU):
     output: Literal["events", "state"] = "events"
     zoneout: float = 0.0
     kind: ClassVar[str] = "egru"
+    state: ClassVar[tuple[str, ...]] = ("h", "y")
 
 
-Op = Embedding | Linear | GRU | EGRU
-OPS: dict[str, type[Embedding] | type[Linear] | type[GRU]] = {op.kind: op for op in (Embedding, Linear, GRU, EGRU)}
+@dataclass(frozen=True, eq=False)
+class LSTM(Recurrent):
+    """One step of ``torch.nn.LSTM``; gates stacked i, f, g, o; h' and c' are last step's.
+
+    ::
+
+        i = sigmoid(W_ii x + b_ii + W_hi h' + b_hi)        f and o alike
+        g = tanh(W_ig x + b_ig + W_hg h' + b_hg)
+        c = f * c' + i * g
+        h = o * tanh(c)
+    """
+
+    kind: ClassVar[str] = "lstm"
+    gates: ClassVar[int] = 4
+    state: ClassVar[tuple[str, ...]] = ("h", "c")
+
+
+@dataclass(frozen=True, eq=False)
+class RNN(Recurrent):
+    """One step of ``torch.nn.RNN``: ``h = tanh(W_ih x + b_ih + W_hh h' + b_hh)``, or relu of the same sum."""
+
+    nonlinearity: Literal["tanh", "relu"] = "tanh"
+    kind: ClassVar[str] = "rnn"
+    gates: ClassVar[int] = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ReLU:
+    """``y = o * x`` with ``o = x > 0``, handed on as events: whoever reads it pays for the units that speak."""
+
+    units: int
+    kind: ClassVar[str] = "relu"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.units
+
+    @property
+    def outputs(self) -> int:
+        """Units."""
+        return self.units
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNorm:
+    """``y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon) * weight + bias``, over all values of a step."""
+
+    weight: Float  # (H,)
+    bias: Float  # (H,)
+    epsilon: float = 1e-5
+    kind: ClassVar[str] = "layer_norm"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.weight.size
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.weight.size
+
+
+Op = Embedding | Linear | Recurrent | ReLU | LayerNorm
+Speaking = EGRU | ReLU  # at every step each of their units emits an event or not
+OPS: dict[str, type[Op]] = {op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU, LayerNorm)}
 
 
 def matrices(op: Op) -> dict[str, Format]:
@@ -164,6 +240,12 @@ class Program:
     def outputs(self) -> int:
         """Values given per step."""
         return self.ops[-1].outputs
+
+    def reads_events(self, i: int) -> bool:
+        """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
+        before = self.ops[i - 1] if i else None
+        emits = isinstance(before, ReLU) or (isinstance(before, EGRU) and before.output == "events")
+        return emits and isinstance(self.ops[i], Linear | Recurrent)
 
     @property
     def nbytes(self) -> int:
@@ -323,6 +405,8 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be true or false", 8)
         elif f.type == "float" and type(values.get(name)) not in (int, float):
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be a number", 8)
+        elif f.type == "int" and (type(values.get(name)) is not int or not 0 < values[name] < 2**28):
+            raise ProgramError(f"op {i} ({cls.kind}): {name} must be a whole number between 1 and 2^28", 8)
         elif name not in values:
             raise ProgramError(f"op {i} ({cls.kind}) lacks {name}", 8)
     return cls(**values)
@@ -359,17 +443,26 @@ def _validate(ops: tuple[Op, ...]) -> None:
         elif isinstance(op, Linear):
             _check(op.weight.gates == 1, f"{where}: a linear op has one gate, got {op.weight.gates}.")
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
+        elif isinstance(op, ReLU):
+            _check(i > 0, f"{where}: a relu cannot be the first op. Apply it to the input before it is played.")
+        elif isinstance(op, LayerNorm):
+            _check(op.weight.ndim == 1, f"{where}: weight has one axis; got {op.weight.shape}.")
+            _check(op.bias.shape == op.weight.shape, f"{where}: bias must be {op.weight.shape}, got {op.bias.shape}.")
+            # Smaller ones are lost beside the variance of float32 values, and values that are all alike would give NaN.
+            _check(1e-12 <= op.epsilon <= 1, f"{where}: epsilon must be in [1e-12, 1], got {op.epsilon}.")
         else:
-            h = op.outputs
+            h, rows = op.outputs, op.gates * op.outputs
             _check(
-                op.weight_ih.shape[0] == op.weight_hh.shape[0] == 3 * h
-                and op.weight_ih.gates == op.weight_hh.gates == 3,
-                f"{where}: {h} units need matrices of {3 * h} rows in 3 gates; "
+                op.weight_ih.shape[0] == op.weight_hh.shape[0] == rows
+                and op.weight_ih.gates == op.weight_hh.gates == op.gates,
+                f"{where}: {h} units need matrices of {rows} rows in {op.gates} gate{'s' * (op.gates > 1)}; "
                 f"got {op.weight_ih.shape} in {op.weight_ih.gates} and {op.weight_hh.shape} in {op.weight_hh.gates}.",
             )
             for name in ("bias_ih", "bias_hh"):
                 shape = getattr(op, name).shape
-                _check(shape == (3 * h,), f"{where}: {name} must be ({3 * h},), got {shape}.")
+                _check(shape == (rows,), f"{where}: {name} must be ({rows},), got {shape}.")
+            if isinstance(op, RNN):
+                _check(op.nonlinearity in ("tanh", "relu"), f"{where}: nonlinearity must be tanh or relu.")
             if isinstance(op, EGRU):
                 _check(op.threshold.shape == (h,), f"{where}: threshold must be ({h},), got {op.threshold.shape}.")
                 _check(bool((op.threshold >= 0).all()), f"{where}: every threshold must be a number >= 0.")

@@ -191,6 +191,65 @@ def _huge_block(file: File) -> None:
     file.ops[1]["weight_ih"].update(rows=3 * n)
 
 
+def _cell(kind: str, **options: Any) -> Any:
+    """Op 1, of three gates, under another name."""
+
+    def change(file: File) -> None:
+        keep = {k: file.ops[1][k] for k in ("weight_ih", "weight_hh")}
+        file.ops[1] = {"op": kind, **keep, **options}
+        del file.tensors["1.threshold"]
+
+    return change
+
+
+def _gates(file: File, gates: int, kind: str, **options: Any) -> None:
+    """Op 1 as a cell of two units with dense matrices of ``gates`` gates; the biases stay as long as they were."""
+    _cell(kind, **options)(file)
+    for name in ("weight_ih", "weight_hh"):
+        file.ops[1][name] = {"format": "dense", "rows": 2 * gates, "cols": 2, "gates": gates}
+        file.tensors[f"1.{name}.values"] = ["F32", [2 * gates, 2], b"\0" * 16 * gates]
+    for name in ("block_row", "start"):
+        del file.tensors[f"1.weight_hh.{name}"]
+
+
+def _lstm(file: File) -> None:
+    _gates(file, 4, "lstm")
+    file.tensors["1.bias_ih"] = ["F32", [8], b"\0" * 32]
+
+
+def _rnn(**options: Any) -> Any:
+    def change(file: File) -> None:
+        _gates(file, 1, "rnn", **options)
+        for name in ("bias_ih", "bias_hh"):
+            file.tensors[f"1.{name}"] = ["F32", [2], b"\0" * 8]
+
+    return change
+
+
+def _relu(at: int, **options: Any) -> Any:
+    """A relu as op ``at``: the last one, or the only one."""
+
+    def change(file: File) -> None:
+        file.ops[at:] = [{"op": "relu", **options}]
+        if not at:
+            file.tensors.clear()
+
+    return change
+
+
+def _norm(*changes: Any, **options: Any) -> Any:
+    """A layer_norm as op 3, the last one, with further changes of its tensors."""
+
+    def change(file: File) -> None:
+        file.ops.append({"op": "layer_norm", **options})
+        for name in ("3.weight", "3.bias"):
+            file.tensors[name] = ["F32", [3], b"\0" * 12]
+        for more in changes:
+            more(file)
+
+    return change
+
+
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
@@ -284,13 +343,33 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
     "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
     # the ops
-    "op_unknown": (_file(_set(2, "op", "lstm")), "op 2 is not one of embedding, linear, gru, egru"),
+    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, egru, lstm, rnn, relu, layer_norm"),
     "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
     "field_unknown": (_file(_set(1, "bias", True)), "op 1 (egru) has an unknown field 'bias'"),
     "field_missing": (_file(lambda f: f.ops[1].pop("reset")), "op 1 (egru) lacks reset"),
     "field_twice": (_file(lambda f: f.meta.update(ops='[{"op": "linear", "op": "gru"}]')), "a key occurs twice"),
+    "lstm_of_three_gates": (_file(_cell("lstm")), "2 units need matrices of 8 rows in 4 gates"),
+    "rnn_of_three_gates": (_file(_cell("rnn", nonlinearity="tanh")), "2 units need matrices of 2 rows in 1 gate"),
+    "lstm_with_a_reset": (_file(_cell("lstm", reset_after=True)), "op 1 (lstm) has an unknown field 'reset_after'"),
+    "rnn_without_nonlinearity": (_file(_cell("rnn")), "op 1 (rnn) lacks nonlinearity"),
+    "rnn_nonlinearity_a_list": (_file(_rnn(nonlinearity=["tanh"])), "nonlinearity must be tanh or relu"),
+    "rnn_nonlinearity_unknown": (_file(_rnn(nonlinearity="gelu")), "nonlinearity must be tanh or relu"),
+    "lstm_short_bias": (_file(_lstm), "op 1 (lstm): bias_hh must be (8,), got (6,)"),
+    "relu_of_nothing": (_file(_relu(3, units=0)), "units must be a whole number between 1 and 2^28"),
+    "relu_of_a_float": (_file(_relu(3, units=3.0)), "units must be a whole number"),
+    "relu_of_true": (_file(_relu(3, units=True)), "units must be a whole number"),
+    "relu_without_units": (_file(_relu(3)), "units must be a whole number"),
+    "relu_of_other_units": (_file(_relu(3, units=2**28 - 1)), "op 3 (relu) reads 268435455 values, but op 2 (linear) gives 3"),
+    "relu_first": (_file(_relu(0, units=2**28 - 1)), "a relu cannot be the first op"),
+    "epsilon_zero": (_file(_norm(epsilon=0.0)), "epsilon must be in [1e-12, 1], got 0.0"),
+    "epsilon_nan": (_file(_norm(epsilon=float("nan"))), "epsilon must be in [1e-12, 1], got nan"),
+    "epsilon_long": (_file(_norm(epsilon=10**300)), "epsilon must be in [1e-12, 1]"),
+    "epsilon_missing": (_file(_norm()), "epsilon must be a number"),
+    "norm_of_a_matrix": (_file(_norm(_tensor("3.weight", "F32", [3, 1]), epsilon=1e-5)), "weight has one axis; got (3, 1)"),
+    "norm_of_a_number": (_file(_norm(_tensor("3.weight", "F32", [], b"\0" * 4), epsilon=1e-5)), "weight has one axis; got ()"),
+    "norm_short_bias": (_file(_norm(_tensor("3.bias", "F32", [2], b"\0" * 8), epsilon=1e-5)), "bias must be (3,), got (2,)"),
     "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
     "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
     "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),

@@ -76,6 +76,12 @@ std::shared_ptr<const Engine> network(const std::string& isa, uint32_t units, ui
     const Stored second = stored(units, units, 3, br, bc, 0.2);
     p.add_gru(second.view, hidden.view, bias.data(), bias.data(), form % 2 == 0);
     p.add_egru(second.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 1, reset, false, form < 3, 0.0f);
+    const Stored four = stored(units, units, 4, br, bc, 0.2), one = stored(units, units, 1, br, bc, 0.2);
+    const auto long_bias = floats(size_t{4} * units);
+    p.add_lstm(four.view, four.view, long_bias.data(), long_bias.data());
+    p.add_rnn(one.view, one.view, bias.data(), bias.data(), form % 2 == 0);
+    p.add_layer_norm(bias.data(), bias.data(), units, 1e-5f);
+    p.add_relu();
     const Stored last = stored(tokens, units, 1, br, bc, 0.5);
     p.add_linear(last.view, floats(tokens).data());
     return std::make_shared<const Engine>(std::move(p), isa, fold);

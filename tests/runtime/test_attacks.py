@@ -111,6 +111,22 @@ def header_end(raw):
     return 8 + struct.unpack_from("<Q", raw)[0]
 
 
+def test_damage_of_every_other_op_is_refused_or_plays():
+    """As above, for ops that the attacks do not start from."""
+    for name in ("lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu"):
+        sound = cases.network(name).to_bytes()
+        r, data = cases.rng(*name.encode()), 8 + struct.unpack_from("<Q", sound)[0]
+        for _ in range(150):
+            raw = bytearray(sound)
+            for place in r.integers(0, data, 2):
+                raw[place] = r.choice(list(b"0123456789") if chr(raw[place]).isdigit() else [raw[place], 34, 125])
+            try:
+                program = Program.from_bytes(bytes(raw))
+            except ProgramError:
+                continue
+            assert sf.Engine(program).stream().run(cases.sequence(program, 3)).shape == (3, program.outputs)
+
+
 @st.composite
 def damage(draw):
     """One of the sound files with up to four bytes changed, cut, doubled or grown, and perhaps a checksum that agrees."""
@@ -265,6 +281,15 @@ MISUSE = {
         dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), ones(2), True, "soft", False, True, 0.0
     ),
     "egru, too few": lambda e: e.add_egru(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6)),
+    "lstm, three gates": lambda e: e.add_lstm(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6)),
+    "lstm, not square": lambda e: e.add_lstm(dense(8, 2, 4), dense(8, 3, 4), ones(8), ones(8)),
+    "lstm, short bias": lambda e: e.add_lstm(dense(8, 2, 4), dense(8, 2, 4), ones(8), ones(7)),
+    "rnn, three gates": lambda e: e.add_rnn(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), True),
+    "rnn, other rows": lambda e: e.add_rnn(dense(3, 2), dense(2, 2), ones(3), ones(2), False),
+    "relu, first": lambda e: e.add_relu(),
+    "layer norm, short bias": lambda e: e.add_layer_norm(ones(3), ones(2), 1e-5),
+    "layer norm, nothing": lambda e: e.add_layer_norm(ones(0), ones(0), 1e-5),
+    "layer norm, a matrix": lambda e: e.add_layer_norm(np.ones((2, 2), F), ones(2), 1e-5),
     "unknown instruction set": lambda e: e.finish("sse9", 0),
     "nothing added": lambda e: e.finish("", 0),
     "negative limit": lambda e: e.finish("", -1),
@@ -326,6 +351,8 @@ def test_a_misused_native_stream_refuses():
         lambda: tokens.read(-1, "h", np.zeros(33, F)),
         lambda: tokens.write(1, "h", np.zeros(32, F)),
         lambda: tokens.write(1, "u", np.zeros(33, F)),
+        lambda: tokens.read(1, "c", np.zeros(33, F)),
+        lambda: tokens.write(1, "c", np.zeros(33, F)),
         lambda: tokens.write(0, "h", np.zeros(0, F)),
         lambda: tokens.write(9, "h", np.zeros(33, F)),
         lambda: _native.Stream(None),

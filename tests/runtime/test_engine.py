@@ -9,7 +9,8 @@ import sys
 import threading
 import time
 import tracemalloc
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import cases
 import sparsefold as sf
 import tolerances
 from sparsefold import _native
-from sparsefold.program import EGRU, GRU, Program
+from sparsefold.program import EGRU, GRU, LSTM, RNN, Program, Recurrent, ReLU, Speaking
 
 network = cache(cases.network)
 TOKENS = [name for name in cases.NETWORKS if network(name).takes_tokens]
@@ -74,8 +75,14 @@ def follow(program, engine, steps, salt=0):
                 carried = u - np.where(event, op.threshold, F(0)) if op.reset == "threshold" else u
                 same_bits(after[f"{i}.h"], carried)
                 spoken, close = spoken + event.sum(), close + (~decided).sum()
-            elif isinstance(op, GRU):
-                near(after[f"{i}.h"], oracle.state[f"{i}.h"], f"{i}.h")
+            elif isinstance(op, ReLU):
+                x, bound = bounds[f"{i}.u"]
+                decided = np.abs(x) > bound
+                np.testing.assert_array_equal(emitted[i][0][decided], (x > 0)[decided])
+                spoken, close = spoken + emitted[i].sum(), close + (~decided).sum()
+            elif isinstance(op, Recurrent):
+                for name in op.state:
+                    near(after[f"{i}.{name}"], oracle.state[f"{i}.{name}"], f"{i}.{name}")
         state = {key: array.astype(F) for key, array in oracle.state.items()}
     return spoken, close, worst
 
@@ -88,7 +95,7 @@ def test_every_network_follows_the_oracle(name, fold, isa):
         fold = "auto"
     engine = sf.Engine(program, fold=fold, isa=isa)
     assert engine.isa == isa
-    assert engine.folded == (fold is True and len(program.ops) > 1 and isinstance(program.ops[1], GRU))
+    assert engine.folded == (fold is True and len(program.ops) > 1 and isinstance(program.ops[1], Recurrent))
     _, _, worst = follow(program, engine, 12)
     assert (worst > 0) == (name != "embedding")  # float32 is not float64: the comparison sees the difference
 
@@ -110,6 +117,29 @@ def test_every_option_follows_the_oracle(options, storage, isa):
 def test_gru_follows_the_oracle(units, storage, reset_after, isa):
     program = Program((cases.gru(cases.rng(units), 5, units, storage, 0.6, reset_after),))
     follow(program, sf.Engine(program, isa=isa), 12)
+
+
+@pytest.mark.parametrize("block", [None, (8, 4), (16, 1)])
+@pytest.mark.parametrize("units", [1, 16, 37])
+@pytest.mark.parametrize("kind", ["lstm", "rnn", "rnn-relu"])
+def test_lstm_and_rnn_follow_the_oracle(kind, units, block, isa):
+    make = {"lstm": cases.lstm, "rnn": cases.rnn, "rnn-relu": partial(cases.rnn, nonlinearity="relu")}[kind]
+    program = Program((make(cases.rng(units), 5, units, block, 0.6),))
+    follow(program, sf.Engine(program, isa=isa), 12)
+
+
+@pytest.mark.parametrize("change", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
+@pytest.mark.parametrize("make", [cases.lstm, cases.rnn])
+def test_the_bound_notices_one_wrong_number_of_each_gate(make, change):
+    program = Program((make(cases.rng(3), 19, 37),))
+    op = program.ops[0]
+    before = getattr(op, change)
+    for gate in range(op.gates):
+        array = (before.values if isinstance(before, sf.Dense) else before).copy()
+        array[gate * 37 + 5] += 0.01
+        wrong = replace(op, **{change: sf.Dense(array, op.gates) if isinstance(before, sf.Dense) else array})
+        with pytest.raises(AssertionError):
+            follow(program, sf.Engine(Program((wrong,))), 6)
 
 
 @pytest.mark.parametrize("change", ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "threshold"])
@@ -173,6 +203,27 @@ def test_interpret_is_the_equations_written_out():
     np.testing.assert_allclose(seen.outputs, [[(1 - z) * n + z * h]], rtol=1e-12)
 
 
+def test_interpret_is_the_equations_of_lstm_and_rnn_written_out():
+    w = lambda *v: np.array(v, F).reshape(-1, 1)  # noqa: E731
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    x, h, c = 1.5, -0.5, 0.75
+    op = LSTM(
+        sf.Dense(w(0.5, -0.25, 2, 0.75), 4), sf.Dense(w(1, 0.75, -1.5, -0.5), 4),
+        np.array([0.25, 0.5, -0.125, 0.375], F), np.array([-0.5, 0.125, 1, -0.25], F),
+    )  # fmt: skip
+    i, f = sigmoid(0.5 * x + 0.25 + h - 0.5), sigmoid(-0.25 * x + 0.5 + 0.75 * h + 0.125)
+    g, o = np.tanh(2 * x - 0.125 - 1.5 * h + 1), sigmoid(0.75 * x + 0.375 - 0.5 * h - 0.25)
+    seen = sf.interpret(Program((op,)), [[x]], {"0.h": np.array([h]), "0.c": np.array([c])})
+    np.testing.assert_allclose(seen.state["0.c"], [f * c + i * g], rtol=1e-12)
+    np.testing.assert_allclose(seen.outputs, [[o * np.tanh(f * c + i * g)]], rtol=1e-12)
+    np.testing.assert_array_equal(seen.state["0.h"], seen.outputs[0])
+    for form, expected in (("tanh", np.tanh), ("relu", lambda a: max(a, 0))):
+        for sign in (1, -1):
+            op = RNN(sf.Dense(w(sign * 2.0)), sf.Dense(w(0.5)), np.array([0.25], F), np.array([-0.125], F), form)
+            seen = sf.interpret(Program((op,)), [[x]], {"0.h": np.array([h])})
+            np.testing.assert_allclose(seen.outputs, [[expected(sign * 2 * x + 0.125 + 0.5 * h)]], rtol=1e-12)
+
+
 def test_interpret_plays_nothing_and_carries_on():
     program = network("three")
     x = cases.sequence(program, 9)
@@ -200,7 +251,7 @@ def test_step_run_and_run_traced_give_the_same_bits(name, isa):
     same_bits(a.save_state(), c.save_state())
     halves = engine.stream()
     same_bits(ran, np.concatenate([halves.run(x[:7]), halves.run(x[7:7]), halves.run(x[7:])]))
-    assert emitted.keys() == {i for i, op in enumerate(program.ops) if isinstance(op, EGRU)}
+    assert emitted.keys() == {i for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
     for i, flags in emitted.items():
         assert flags.shape == (20, program.ops[i].outputs) and flags.dtype == bool
         assert (flags.sum(0) == c.counters.events[i]).all()
@@ -239,7 +290,7 @@ def test_auto_folds_up_to_its_limit(monkeypatch):
 
 
 def test_isas_agree():
-    for name in ("three", "mixed-3", "csc", "tokens-overlay"):
+    for name in ("three", "mixed-3", "csc", "tokens-overlay", "lstm-of-events", "rnn-of-events"):
         program = network(name)
         x, engines = cases.sequence(program, 1), [sf.Engine(program, isa=isa) for isa in _native.available_isas()]
         outputs = [engine.stream().run(x) for engine in engines]
@@ -247,7 +298,7 @@ def test_isas_agree():
             np.testing.assert_allclose(outputs[0], other, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["tokens-2", "mixed-3", "gru-before"])
+@pytest.mark.parametrize("name", ["tokens-2", "mixed-3", "gru-before", "lstm-of-events"])
 def test_many_streams_equal_many_engines(name):
     program = network(name)
     shared = sf.Engine(program)
@@ -316,6 +367,7 @@ def test_state_keys_and_types():
     assert {key: (a.shape, a.dtype) for key, a in state.items()} == {
         "0.h": ((33,), F), "0.y": ((33,), F), "1.h": ((20,), F), "2.h": ((18,), F), "2.y": ((18,), F)
     }  # fmt: skip
+    assert set(sf.Engine(network("lstm-of-events")).stream().save_state()) == {"0.h", "0.y", "1.h", "1.c", "2.h", "2.y"}
     assert sf.Engine(network("linear")).stream().save_state() == {}
 
 
@@ -536,7 +588,23 @@ def test_an_out_that_cannot_be_filled_is_refused(out):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["egru-events", "egru-state-linear", "gru", "mixed-3", "linear"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "egru-events",
+        "egru-state-linear",
+        "gru",
+        "mixed-3",
+        "linear",
+        "lstm",
+        "lstm-of-events",
+        "rnn",
+        "rnn-of-events",
+        "relu",
+        "relu-recurrent",
+        "layer-norm-of-events",
+    ],
+)
 def test_what_is_not_finite_in_an_input_is_seen_at_the_end(name, bad, isa):
     program = network(name)
     stream = sf.Engine(program, isa=isa).stream()
@@ -549,9 +617,68 @@ def test_what_is_not_finite_in_an_input_is_seen_at_the_end(name, bad, isa):
         oracle = sf.interpret(program, x).outputs
     if np.isnan(bad):
         assert np.isnan(oracle).all() == np.isnan(out).all() is np.True_
-        assert np.isnan(stream.run(np.zeros_like(x))).all() or name == "linear"  # and stays: it is in the state
+        assert np.isnan(stream.run(np.zeros_like(x))).all() or name in (
+            "linear",
+            "relu",
+        )  # and stays: it is in the state
     else:
         assert (np.isnan(oracle) == np.isnan(out)).all()  # an infinite input saturates the gates
+
+
+def test_a_relu_speaks_where_it_is_above_zero_and_where_it_is_no_number(isa):
+    """The last op sums what the units said; a silent one costs nothing, a NaN must be heard of."""
+    x = np.array([1.5, -1, 0, -0.0, 1e-30, -1e-30, -3, -3] * 2 + [2], F)  # one unit in the second vector
+    units = len(x)
+    eye = cases.Linear(sf.Block.from_dense(np.eye(units), (1, 1)), Z(units, F))
+    linear = cases.Linear(sf.Dense(np.ones((1, units))), Z(1, F))
+    program = Program((eye, ReLU(units), linear))
+    stream = sf.Engine(program, isa=isa).stream()
+    out, emitted = stream.run_traced(x[None])
+    assert emitted[1][0].tolist() == (x > 0).tolist() and out[0, 0] == 2 * 1.5 + 2
+    assert stream.counters.events[1].tolist() == stream.counters.input_reads[2].tolist() == (x > 0).tolist()
+    assert stream.cost.parts[-1].macs_effective == (x > 0).sum()
+    assert stream.cost.bytes_state == 2 * 8 * (x > 0).sum() and stream.cost.unit_updates == units
+    for bad in (np.nan, np.inf):
+        x[16] = bad
+        out, emitted = stream.run_traced(x[None])
+        assert emitted[1][0, 16]
+        np.testing.assert_array_equal(out[0, 0], F(bad))
+        with np.errstate(all="ignore"):
+            oracle = sf.interpret(program, x[None])
+        assert oracle.events[1][0].tolist() == emitted[1][0].tolist()
+
+
+@pytest.mark.parametrize("field", ["weight", "bias", "epsilon"])
+def test_the_bound_notices_one_wrong_number_of_a_layer_norm(field):
+    right = cases.layer_norm(cases.rng(3), 37)
+    wrong = getattr(right, field) + F(1e-4) * (np.arange(37) == 5 if field != "epsilon" else 1)
+    wrong = replace(right, **{field: wrong if field == "epsilon" else wrong.astype(F)})
+    follow(Program((right,)), sf.Engine(Program((right,))), 6)
+    with pytest.raises(AssertionError):
+        follow(Program((right,)), sf.Engine(Program((replace(wrong, epsilon=float(wrong.epsilon)),))), 6)
+
+
+@pytest.mark.parametrize("units", [1, 15, 16, 17, 100])
+def test_layer_norm_of_values_far_from_zero_or_all_alike(units, isa):
+    op = cases.layer_norm(cases.rng(units), units)
+    stream = sf.Engine(Program((op,)), isa=isa).stream()
+    same_bits(stream.step(np.full(units, 3.0, F)), op.bias)  # nothing lies apart from the mean
+    x = cases.vector(cases.rng(units), units) + F(1e3)
+    value, bound = tolerances.layer_norm(op, x.astype(np.float64), Z(units))
+    assert (np.abs(stream.step(x) - value) <= bound).all()
+    for bad in (np.nan, np.inf):
+        x[-1] = bad
+        assert np.isnan(stream.step(x)).all()
+    same_bits(stream.step(np.full(units, 3.0, F)), op.bias)  # and is gone at the next step
+
+
+def test_a_relu_has_no_state_and_its_rate_is_in_the_report():
+    stream = sf.Engine(network("relu")).stream()
+    stream.run(cases.sequence(network("relu"), 5))
+    assert stream.save_state() == {}
+    assert f"\n1 relu{stream.counters.event_rate(1):>28.3f}\n" in stream.report()
+    with pytest.raises(ValueError, match="an op has no state 'y'"):
+        stream._core.write(1, "y", Z(33, F))
 
 
 @pytest.mark.parametrize("key", ["h", "y"])
@@ -578,7 +705,10 @@ def test_what_is_not_finite_in_a_state_is_seen_at_the_end(bad, key, isa):
 def test_padding_never_leaks(isa):
     """17 units fill one lane of their second vector: whatever the other 15 compute must stay there."""
     r = cases.rng(9)
-    program = Program((cases.egru(r, 17, 17, (16, 1)), cases.gru(r, 17, 17, (32, 32)), cases.egru(r, 17, 17)))
+    program = Program((
+        cases.egru(r, 17, 17, (16, 1)), cases.gru(r, 17, 17, (32, 32)), cases.lstm(r, 17, 17), cases.rnn(r, 17, 17),
+        cases.egru(r, 17, 17),
+    ))  # fmt: skip
     x = cases.sequence(program, 6)
     clean = sf.Engine(program, isa=isa).stream().run(x)
     stream = sf.Engine(program, isa=isa).stream()

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +77,12 @@ def check_matvec(isa, format, by_events):
                 check_product(case, matrix, size, packed, rate, by_events)
 
 
-def check_cell(isa, kind):
+def check_cell(isa, kind, *options):
     """One layer on its own, at sizes around the vector; test_engine.py goes through the options."""
     for units in (*cases.SMALL_SIZES, 100):
-        for after in (True, False):
+        for option in options:
             r = cases.rng(units)
-            program = sf.Program((getattr(cases, kind)(r, 5, units, reset_after=after),))
+            program = sf.Program((getattr(cases, kind)(r, 5, units, **option),))
             stream = sf.Engine(program, isa=isa).stream()
             state, x = cases.state(program, units), cases.sequence(program, 1, units)
             stream.load_state(state)
@@ -94,6 +95,26 @@ def check_cell(isa, kind):
                 assert ((out != 0) == (value > theta))[np.abs(value - theta) > bound].all()
 
 
+def check_relu(isa):
+    """Against numpy, bit by bit: it rounds nothing."""
+    for units in (*cases.SMALL_SIZES, 100):
+        r = cases.rng(units)
+        table = cases.vector(r, 4 * units).reshape(4, units) * (r.random((4, units)) < 0.8)
+        program = sf.Program((sf.program.Embedding(table.astype(np.float32)), sf.program.ReLU(units)))
+        out, emitted = sf.Engine(program, isa=isa).stream().run_traced(range(4))
+        np.testing.assert_array_equal(out, np.maximum(table, 0))
+        np.testing.assert_array_equal(emitted[1], table > 0)
+
+
+def check_layer_norm(isa):
+    for units in (*cases.SMALL_SIZES, 100, 257):
+        r = cases.rng(units)
+        op, x = cases.layer_norm(r, units), cases.vector(r, units, 3.0) + np.float32(2)
+        value, bound = tolerances.layer_norm(op, x.astype(np.float64), np.zeros(units))
+        out = sf.Engine(sf.Program((op,)), isa=isa).stream().step(x)
+        assert (np.abs(out - value) <= bound).all()
+
+
 CHECKS = {
     "matvec_dense_f32": lambda isa: check_matvec(isa, "dense", False),
     "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
@@ -101,8 +122,12 @@ CHECKS = {
     "matvec_events_block_f32": lambda isa: check_matvec(isa, "block", True),
     "matvec_complementary_f32": lambda isa: check_matvec(isa, "complementary", False),
     "matvec_events_complementary_f32": lambda isa: check_matvec(isa, "complementary", True),
-    "cell_gru": lambda isa: check_cell(isa, "gru"),
-    "cell_egru": lambda isa: check_cell(isa, "egru"),
+    "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
+    "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
+    "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
+    "cell_relu": check_relu,
+    "cell_layer_norm": check_layer_norm,
+    "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
 }
 
 
@@ -261,7 +286,7 @@ def test_many_lists_are_one_list_after_the_other(isa):
     start = np.array([0, 0, 7, 7, 29], np.uint32)  # the last event belongs to no list
     together, apart = np.zeros((2, packed.padded_rows), np.float32)
     packed.matvec_lists(index, value, start, together)
-    for first, last in zip(start[:-1], start[1:], strict=True):
+    for first, last in pairwise(start):
         packed.matvec_events(index[first:last], value[first:last], apart)
     np.testing.assert_array_equal(together, apart)
     assert together.any()
@@ -270,7 +295,7 @@ def test_many_lists_are_one_list_after_the_other(isa):
     for wrong in ([0, 31], [5, 3], [0, 2**32 - 1, 30]):
         with pytest.raises(ValueError, match="starts must rise and stay within the events"):
             packed.matvec_lists(index, value, np.array(wrong, np.uint32), together)
-    with pytest.raises(ValueError, match="event of input 20"):
+    with pytest.raises(ValueError, match="event of input 2"):
         packed.matvec_lists(index + np.uint32(20), value, start, together)
 
 

@@ -14,7 +14,20 @@ import cases
 import sparsefold as sf
 from sparsefold import program as program_module
 from sparsefold.formats import FORMATS, is_format
-from sparsefold.program import EGRU, GRU, OPS, Embedding, Linear, Program, ProgramError, matrices
+from sparsefold.program import (
+    EGRU,
+    GRU,
+    LSTM,
+    OPS,
+    RNN,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Program,
+    ProgramError,
+    ReLU,
+    matrices,
+)
 
 Z = np.zeros
 
@@ -64,11 +77,11 @@ def test_the_networks_hold_every_op_in_every_format():
         for op in cases.network(n).ops
         for name, m in matrices(op).items()
     }
-    assert {op for op, *_ in seen} | {Embedding} == set(OPS.values())
+    assert {type(op) for n in cases.NETWORKS for op in cases.network(n).ops} == set(OPS.values())
     assert seen == {
         (op, name, form)
-        for op, names in ((Linear, ["weight"]), (GRU, ["weight_ih", "weight_hh"]), (EGRU, ["weight_ih", "weight_hh"]))
-        for name in names
+        for op in (Linear, GRU, EGRU, LSTM, RNN)
+        for name in (["weight"] if op is Linear else ["weight_ih", "weight_hh"])
         for form in FORMATS.values()
     }
 
@@ -164,6 +177,9 @@ GRU_1 = GRU(D(np.ones((3, 2)), 3), D(np.ones((3, 1)), 3), Z(3, np.float32), Z(3,
 EGRU_1 = EGRU(
     D(np.ones((3, 2)), 3), D(np.ones((3, 1)), 3), Z(3, np.float32), Z(3, np.float32), threshold=Z(1, np.float32)
 )
+LSTM_1 = LSTM(D(np.ones((4, 2)), 4), D(np.ones((4, 1)), 4), Z(4, np.float32), Z(4, np.float32))
+RNN_1 = RNN(D(np.ones((1, 2))), D(np.ones((1, 1))), Z(1, np.float32), Z(1, np.float32))
+NORM = LayerNorm(Z(3, np.float32), Z(3, np.float32))
 TABLE = Embedding(np.ones((4, 3), np.float32))
 
 
@@ -207,6 +223,19 @@ def holding(value):
         ((replace(EGRU_1, reset="soft"),), "reset must be one of threshold, output, none, got 'soft'"),
         ((replace(EGRU_1, event="never"),), "event must be threshold or always"),
         ((replace(EGRU_1, output="y"),), "output must be events or state"),
+        ((replace(LSTM_1, weight_ih=D(np.ones((4, 2)))),), "1 units need matrices of 4 rows in 4 gates; got"),
+        ((replace(LSTM_1, weight_hh=D(np.ones((3, 1)), 3)),), "1 units need matrices of 4 rows in 4 gates"),
+        ((replace(LSTM_1, bias_hh=Z(3, np.float32)),), r"op 0 \(lstm\): bias_hh must be \(4,\), got \(3,\)"),
+        ((replace(RNN_1, weight_hh=D(np.ones((4, 1)), 4)),), "1 units need matrices of 1 rows in 1 gate; got"),
+        ((replace(RNN_1, nonlinearity="gelu"),), "nonlinearity must be tanh or relu"),
+        ((LayerNorm(Z((2, 2), np.float32), Z((2, 2), np.float32)),), r"weight has one axis; got \(2, 2\)"),
+        ((replace(NORM, bias=Z(2, np.float32)),), r"bias must be \(3,\), got \(2,\)"),
+        ((LayerNorm(Z(0, np.float32), Z(0, np.float32)),), "at least one input and one output"),
+        ((LayerNorm(np.array([np.nan], np.float32), Z(1, np.float32)),), "tensor 0.weight holds nan"),
+        *(((replace(NORM, epsilon=e),), r"epsilon must be in \[1e-12, 1\], got") for e in (0, -1, 1e-13, 2, np.nan)),
+        ((LINEAR, NORM), r"op 1 \(layer_norm\) reads 3 values"),
+        ((ReLU(3),), r"op 0 \(relu\): a relu cannot be the first op. Apply it to the input"),
+        ((LINEAR, ReLU(3)), r"op 1 \(relu\) reads 3 values, but op 0 \(linear\) gives 2"),
         ((replace(EGRU_1, zoneout=1.0),), r"zoneout must be in \[0, 1\), got 1.0"),
         ((replace(EGRU_1, zoneout=-0.1),), r"zoneout must be in \[0, 1\)"),
         ((replace(EGRU_1, zoneout=float("nan")),), r"zoneout must be in \[0, 1\)"),

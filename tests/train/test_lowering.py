@@ -32,6 +32,8 @@ def engine_state(model: Stack, state, program: sf.Program) -> dict[str, np.ndarr
         for k in range(layers):
             if isinstance(s, EGRUState):
                 out |= {f"{op + k}.h": s.h[k, 0].numpy(), f"{op + k}.y": s.y[k, 0].numpy()}
+            elif isinstance(s, tuple):
+                out |= {f"{op + k}.h": s[0][k, 0].numpy(), f"{op + k}.c": s[1][k, 0].numpy()}
             elif s is not None:
                 out[f"{op + k}.h"] = s[k, 0].numpy()
         op += layers
@@ -76,6 +78,113 @@ def test_gru_dropout_and_always_play_as_in_torch() -> None:
     always = EGRU(21, 17, event="always", threshold=0.0, reset="none")
     model = Stack(torch.nn.Embedding(5, 9), dense, torch.nn.Dropout(0.5), always, torch.nn.Linear(17, 5, bias=False))
     assert_plays_alike(model, np.random.default_rng(2).integers(0, 5, 40).tolist())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lstm_and_rnn_play_as_in_torch(bias) -> None:
+    torch.manual_seed(0)
+    model = Stack(
+        torch.nn.Embedding(5, 9), torch.nn.LSTM(9, 21, 2, dropout=0.3, bias=bias), EGRU(21, 17, threshold=0.05),
+        torch.nn.LSTM(17, 19, bias=bias), torch.nn.RNN(19, 18, 2, bias=bias), EGRU(18, 16, threshold=0.05),
+        torch.nn.RNN(16, 33, nonlinearity="relu", bias=bias), torch.nn.Linear(33, 5),
+    )  # fmt: skip
+    assert_plays_alike(model, np.random.default_rng(2).integers(0, 5, 40).tolist())
+
+
+def test_relu_plays_as_in_torch_and_hands_on_events() -> None:
+    torch.manual_seed(0)
+    model = Stack(
+        torch.nn.Embedding(5, 40), torch.nn.ReLU(), torch.nn.GRU(40, 21), torch.nn.ReLU(inplace=True),
+        torch.nn.Linear(21, 17), torch.nn.ReLU(), torch.nn.Dropout(0.3), torch.nn.Linear(17, 5),
+    )  # fmt: skip
+    program = sf.compile_model(model)
+    assert [i for i in range(len(program.ops)) if program.reads_events(i)] == [2, 4, 6]
+    x = np.random.default_rng(2).integers(0, 5, 40)
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(x)[:, None])[0][:, 0].numpy()
+    stream = sf.Engine(program).stream()
+    np.testing.assert_allclose(stream.run(x), expected, rtol=0, atol=FREE_RUNNING_F32)
+    assert 0.2 < stream.counters.event_rate() < 0.8
+    assert stream.cost.macs_effective < 0.8 * stream.cost.macs_weight
+
+
+def plays_as_in_torch(model: torch.nn.Module, x: torch.Tensor) -> sf.Program:
+    """Compiles a model without state and compares what it makes of (T, I) values or (T,) tokens."""
+    program = sf.compile_model(model.eval())
+    with torch.no_grad():
+        expected = model(x).numpy()
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(sf.Engine(program).stream().run(x.numpy()), expected, rtol=0, atol=FREE_RUNNING_F32)
+    return program
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}], ids=str)
+def test_layer_norm_plays_as_in_torch(options) -> None:
+    torch.manual_seed(0)
+    norms = torch.nn.LayerNorm(9, **options), torch.nn.LayerNorm([17], **options)
+    with torch.no_grad():
+        for p in (p for norm in norms for p in norm.parameters()):
+            p.normal_()
+    model = torch.nn.Sequential(norms[0], torch.nn.Linear(9, 17), norms[1], torch.nn.ReLU(), torch.nn.Linear(17, 5))
+    plays_as_in_torch(model, torch.randn(40, 9))
+
+
+def trained_norm(units: int, affine: bool = True) -> torch.nn.BatchNorm1d:
+    norm = torch.nn.BatchNorm1d(units, affine=affine, eps=0.01)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 3)
+    with torch.no_grad():
+        for p in norm.parameters():
+            p.normal_()
+    return norm
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_is_folded_and_plays_as_in_torch(affine) -> None:
+    torch.manual_seed(0)
+    layers = [
+        torch.nn.Linear(9, 17),
+        trained_norm(17, affine),
+        torch.nn.ReLU(),
+        trained_norm(17, affine),
+        torch.nn.Linear(17, 5),
+    ]
+    for model, kinds in (
+        (torch.nn.Sequential(*layers), ["linear", "relu", "linear"]),
+        (torch.nn.Sequential(trained_norm(9), *layers, trained_norm(5), trained_norm(5)), ["linear", "relu", "linear"]),
+        (torch.nn.Sequential(torch.nn.Embedding(6, 9), trained_norm(9), *layers[2:3], trained_norm(9)), None),
+        (torch.nn.Sequential(torch.nn.Embedding(6, 9), trained_norm(9), *layers[:2]), ["embedding", "linear"]),
+    ):
+        if kinds is None:  # nothing after it
+            with pytest.raises(ValueError, match="3: a BatchNorm1d is folded into a Linear or Embedding before it"):
+                sf.compile_model(model)
+            continue
+        x = torch.randint(0, 6, (40,)) if kinds[0] == "embedding" else torch.randn(40, 9)
+        assert [op.kind for op in plays_as_in_torch(model, x).ops] == kinds
+
+
+def test_batch_norm_is_folded_into_every_recurrent_layer_after_it_and_keeps_its_zeros() -> None:
+    torch.manual_seed(0)
+    for layer in (torch.nn.GRU(32, 16), torch.nn.LSTM(32, 16), torch.nn.RNN(32, 16), EGRU(32, 16, threshold=0.05)):
+        Pruner(Stack(layer), {"0.weight_ih_l0": BlockRule(0.2, (16, 1))}).step()
+        norm, x = trained_norm(32).eval(), torch.randn(20, 32)
+        program = sf.compile_model(torch.nn.Sequential(norm, layer))
+        assert program.ops[0].weight_ih.elements == sf.compile_model(layer).ops[0].weight_ih.elements
+        with torch.no_grad():
+            normed = norm(x).numpy()
+        expected = sf.Engine(sf.compile_model(layer)).stream().run(normed)
+        np.testing.assert_allclose(sf.Engine(program).stream().run(x.numpy()), expected, rtol=0, atol=FREE_RUNNING_F32)
+
+
+def test_pruned_lstm_is_stored_in_blocks_of_four_gates() -> None:
+    torch.manual_seed(0)
+    model = Stack(torch.nn.Embedding(13, 8), torch.nn.LSTM(8, 40), torch.nn.Linear(40, 13))
+    Pruner(model, {"1.weight_hh_l0": BlockRule(0.25, (8, 1))}).step()
+    stored = sf.compile_model(model).ops[1].weight_hh
+    assert isinstance(stored, Block)
+    assert stored.gates == 4
+    np.testing.assert_array_equal(stored.to_dense(), model[1].weight_hh_l0.detach().numpy())
+    assert_plays_alike(model, np.random.default_rng(3).integers(0, 13, 30).tolist())
 
 
 def test_pruned_model_compiles_to_its_blocks_and_plays_alike() -> None:
@@ -131,7 +240,23 @@ def test_metadata_reaches_the_file(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (Stack(torch.nn.Embedding(3, 4), torch.nn.LSTM(4, 5)), ["1 is a LSTM", "Supported", "EGRU"]),
+        (Stack(torch.nn.Embedding(3, 4), torch.nn.GELU()), ["1 is a GELU", "Supported", "EGRU", "LSTM"]),
+        (torch.nn.Sequential(torch.nn.Dropout(), torch.nn.ReLU()), ["1: a ReLU cannot be the first layer"]),
+        (torch.nn.LayerNorm((2, 3)), ["a LayerNorm over 2 axes"]),
+        (
+            torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3, track_running_stats=False)),
+            ["1: a BatchNorm1d without"],
+        ),
+        (torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(4)), ["1 normalises 4 values", "has 3"]),
+        (torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.GRU(3, 4)), ["0 normalises 4 values", "has 3"]),
+        (
+            torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.ReLU(), torch.nn.Linear(4, 2)),
+            ["0: a BatchNorm1d is folded"],
+        ),
+        (torch.nn.BatchNorm1d(4), ["the model: a BatchNorm1d is folded"]),
+        (Stack(torch.nn.LSTM(4, 5, proj_size=3)), ["0: an LSTM with proj_size cannot be compiled"]),
+        (Stack(torch.nn.LSTM(4, 5, bidirectional=True)), ["0: a bidirectional LSTM"]),
+        (Stack(torch.nn.RNN(4, 5, bidirectional=True)), ["0: a bidirectional RNN"]),
         (torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv1d(1, 1, 1))), ["0.0 is a Conv1d"]),
         (torch.nn.Conv1d(1, 1, 1), ["the model is a Conv1d"]),
         (Stack(EGRU(3, 4, bidirectional=True)), ["0: a bidirectional EGRU"]),
@@ -191,3 +316,20 @@ def test_third_party_gru_plays_as_in_torch(data_folder) -> None:
         expected = layer(torch.from_numpy(x)[:, None])[0][:, 0].numpy()
     got = sf.Engine(sf.compile_model(layer)).stream().run(x)
     np.testing.assert_allclose(got, expected, rtol=0, atol=FREE_RUNNING_F32)
+
+
+def test_third_party_lstm_plays_as_in_torch(data_folder) -> None:
+    """Silero's voice activity detector: its trained LSTM of 128 units, from the published weights."""
+    from safetensors.torch import load_file
+
+    weights = load_file(data_folder("models/silero_vad") / "silero_vad_16k.safetensors")
+    layer = torch.nn.LSTM(128, 128)
+    layer.load_state_dict(
+        {f"{name}_l0": weights[f"lstm_cell.{name}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+    )
+    x = np.random.default_rng(0).standard_normal((200, 128)).astype(np.float32)
+    with torch.no_grad():
+        expected, (_, c) = layer(torch.from_numpy(x)[:, None])
+    stream = sf.Engine(sf.compile_model(layer)).stream()
+    np.testing.assert_allclose(stream.run(x), expected[:, 0].numpy(), rtol=0, atol=FREE_RUNNING_F32)
+    np.testing.assert_allclose(stream.save_state()["0.c"], c[0, 0].numpy(), rtol=0, atol=FREE_RUNNING_F32)

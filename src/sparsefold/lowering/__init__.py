@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsefold import program as ops
@@ -16,22 +18,49 @@ from sparsefold.nn import EGRU, Stack
 from sparsefold.program import Op, Program
 
 
+@dataclass(frozen=True, eq=False)
+class _Affine:
+    """``y = scale * x + shift`` of the module ``name``, in float64, until a neighbour takes it."""
+
+    name: str
+    scale: NDArray[np.float64]
+    shift: NDArray[np.float64]
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.scale.size
+
+    def check(self, size: int) -> None:
+        """Refuses a neighbour of another size."""
+        if size != self.scale.size:
+            raise ValueError(f"{self.name} normalises {self.scale.size} values, but the layer beside it has {size}.")
+
+
+# (path, module, values that reach it or 0 where it is the first)
+Rule = Callable[[str, Any, int], Sequence[Op | _Affine]]
+
+
 def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = None) -> Program:
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
     Args:
-        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, Linear,
-            Dropout and Identity. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
+        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
+            Linear, ReLU, LayerNorm, BatchNorm1d (folded into a layer beside it), Dropout and Identity. Evaluation mode
+            is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
     """
-    lowered = [op for name, module in _flatten("", model) for op in _rule(name, module)(name, module)]
-    if not lowered:
+    lowered: list[Op | _Affine] = []
+    for name, module in _flatten("", model):
+        lowered += _rule(name, module)(name, module, lowered[-1].outputs if lowered else 0)
+    folded = _fold(lowered)
+    if not folded:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
-        return Program(tuple(lowered), dict(metadata or {}))
+        return Program(tuple(folded), dict(metadata or {}))
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
 
@@ -48,13 +77,13 @@ def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Mod
     return [(name or "the model", module)]
 
 
-def _embedding(name: str, module: Any) -> list[Op]:
+def _embedding(name: str, module: Any, width: int) -> list[Op]:
     if module.max_norm is not None:
         raise ValueError(f"{name}: an Embedding with max_norm changes its rows when read; set max_norm=None.")
     return [ops.Embedding(_array(module.weight))]
 
 
-def _linear(name: str, module: Any) -> list[Op]:
+def _linear(name: str, module: Any, width: int) -> list[Op]:
     return [ops.Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
 
 
@@ -65,25 +94,36 @@ def _refuse_bidirectional(name: str, module: Any) -> None:
         )
 
 
-def _gru_arrays(module: Any, suffix: str) -> tuple[Format, Format, Float, Float]:
-    rows = 3 * module.hidden_size
-    biases = (getattr(module, f"bias_{which}{suffix}", None) for which in ("ih", "hh"))
-    bias_ih, bias_hh = (_bias(b if module.bias else None, rows) for b in biases)
-    weights = (_matrix(getattr(module, f"weight_{which}{suffix}"), 3) for which in ("ih", "hh"))
-    weight_ih, weight_hh = weights
+def _arrays(module: Any, k: int, gates: int) -> tuple[Format, Format, Float, Float]:
+    """Weights and biases of layer ``k`` of anything that names them as ``torch.nn.RNNBase`` does."""
+    biases = (getattr(module, f"bias_{which}_l{k}", None) for which in ("ih", "hh"))
+    bias_ih, bias_hh = (_bias(b if module.bias else None, gates * module.hidden_size) for b in biases)
+    weight_ih, weight_hh = (_matrix(getattr(module, f"weight_{which}_l{k}"), gates) for which in ("ih", "hh"))
     return weight_ih, weight_hh, bias_ih, bias_hh
 
 
-def _gru(name: str, module: Any) -> list[Op]:
+def _gru(name: str, module: Any, width: int) -> list[Op]:
     _refuse_bidirectional(name, module)
-    return [ops.GRU(*_gru_arrays(module, f"_l{k}")) for k in range(module.num_layers)]
+    return [ops.GRU(*_arrays(module, k, 3)) for k in range(module.num_layers)]
 
 
-def _egru(name: str, module: Any) -> list[Op]:
+def _lstm(name: str, module: Any, width: int) -> list[Op]:
+    _refuse_bidirectional(name, module)
+    if module.proj_size:
+        raise ValueError(f"{name}: an LSTM with proj_size cannot be compiled. Train it with proj_size=0.")
+    return [ops.LSTM(*_arrays(module, k, 4)) for k in range(module.num_layers)]
+
+
+def _rnn(name: str, module: Any, width: int) -> list[Op]:
+    _refuse_bidirectional(name, module)
+    return [ops.RNN(*_arrays(module, k, 1), nonlinearity=module.nonlinearity) for k in range(module.num_layers)]
+
+
+def _egru(name: str, module: Any, width: int) -> list[Op]:
     _refuse_bidirectional(name, module)
     return [
         ops.EGRU(
-            *_gru_arrays(module, f"_l{k}"),
+            *_arrays(module, k, 3),
             reset_after=module.reset_after,
             threshold=np.maximum(_array(getattr(module, f"threshold_l{k}")), 0),
             reset=module.reset,
@@ -95,21 +135,94 @@ def _egru(name: str, module: Any) -> list[Op]:
     ]
 
 
-def _nothing(name: str, module: Any) -> list[Op]:
+def _relu(name: str, module: Any, width: int) -> list[Op]:
+    if not width:
+        raise ValueError(f"{name}: a ReLU cannot be the first layer. Apply it to the input before it is played.")
+    return [ops.ReLU(width)]
+
+
+def _layer_norm(name: str, module: Any, width: int) -> list[Op]:
+    if len(module.normalized_shape) != 1:
+        axes = len(module.normalized_shape)
+        raise ValueError(f"{name}: a LayerNorm over {axes} axes cannot be compiled, only one over the last.")
+    units = module.normalized_shape[0]
+    weight = np.ones(units, np.float32) if module.weight is None else _array(module.weight)
+    return [ops.LayerNorm(weight, _bias(module.bias, units), module.eps)]
+
+
+def _batch_norm(name: str, module: Any, width: int) -> list[_Affine]:
+    if module.running_mean is None:
+        raise ValueError(f"{name}: a BatchNorm1d without running statistics cannot be played one step at a time.")
+    weight, bias = (_array(module.weight), _array(module.bias)) if module.affine else (1.0, 0.0)
+    scale = weight / np.sqrt(_array(module.running_var).astype(np.float64) + module.eps)
+    return [_Affine(name, scale, bias - scale * _array(module.running_mean))]
+
+
+def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
+    """Every _Affine multiplied into the op before it, or else into the one after it."""
+    out: list[Op] = []
+    waiting: _Affine | None = None
+    for op in (*lowered, None):
+        if waiting is not None:
+            if not isinstance(op, ops.Linear | ops.Recurrent):
+                raise ValueError(
+                    f"{waiting.name}: a BatchNorm1d is folded into a Linear or Embedding before it, or into a Linear or "
+                    "recurrent layer after it; here is none. Put it beside one."
+                )
+            out.append(_scaled_inputs(op, waiting))
+            waiting = None
+        elif isinstance(op, _Affine):
+            if out and isinstance(out[-1], ops.Linear | ops.Embedding):
+                out[-1] = _scaled_outputs(out[-1], op)
+            else:
+                waiting = op
+        elif op is not None:
+            out.append(op)
+    return out
+
+
+def _scaled_outputs(op: ops.Linear | ops.Embedding, affine: _Affine) -> Op:
+    affine.check(op.outputs)
+    if isinstance(op, ops.Embedding):
+        return ops.Embedding(_rounded(op.weight * affine.scale + affine.shift))
+    weight = choose(_rounded(op.weight.to_dense() * affine.scale[:, None]))
+    return ops.Linear(weight, _rounded(op.bias * affine.scale + affine.shift))
+
+
+def _scaled_inputs(op: ops.Linear | ops.Recurrent, affine: _Affine) -> Op:
+    affine.check(op.inputs)
+    old, bias = (op.weight, op.bias) if isinstance(op, ops.Linear) else (op.weight_ih, op.bias_ih)
+    weight = choose(_rounded(old.to_dense() * affine.scale), old.gates)
+    bias = _rounded(bias + old.to_dense() @ affine.shift)
+    if isinstance(op, ops.Linear):
+        return ops.Linear(weight, bias)
+    return replace(op, weight_ih=weight, bias_ih=bias)
+
+
+def _rounded(values: NDArray[np.float64]) -> Float:
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _nothing(name: str, module: Any, width: int) -> list[Op]:
     return []
 
 
-_RULES: dict[type[torch.nn.Module], Callable[[str, Any], list[Op]]] = {
+_RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.Embedding: _embedding,
     torch.nn.Linear: _linear,
     torch.nn.GRU: _gru,
+    torch.nn.LSTM: _lstm,
+    torch.nn.RNN: _rnn,
     EGRU: _egru,
+    torch.nn.ReLU: _relu,
+    torch.nn.LayerNorm: _layer_norm,
+    torch.nn.BatchNorm1d: _batch_norm,
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,
 }
 
 
-def _rule(name: str, module: torch.nn.Module) -> Callable[[str, Any], list[Op]]:
+def _rule(name: str, module: torch.nn.Module) -> Rule:
     rule = _RULES.get(type(module))
     if rule is None:
         supported: list[type[torch.nn.Module]] = [Stack, torch.nn.Sequential, *_RULES]
