@@ -94,7 +94,8 @@ void play(const std::shared_ptr<const Engine>& engine, int steps) {
     for (int t = 0; t < steps; ++t) stream.step(t % engine->program.inputs(), nullptr, out.data(), trace.data());
     for (float v : out)
         if (!std::isfinite(v)) throw std::runtime_error("a sound network gave a value that is not finite");
-    const std::vector<float> all(engine->program.ops()[1].outputs, 1.0f);
+    // NaN is an event and spreads to every unit and to the padding behind them, which must not speak.
+    const std::vector<float> all(engine->program.ops()[1].outputs, NAN);
     stream.set_emitted(1, all.data());
     stream.step(0, nullptr, out.data());
     stream.reset();

@@ -707,7 +707,7 @@ def test_padding_never_leaks(isa):
     r = cases.rng(9)
     program = Program((
         cases.egru(r, 17, 17, (16, 1)), cases.gru(r, 17, 17, (32, 32)), cases.lstm(r, 17, 17), cases.rnn(r, 17, 17),
-        cases.egru(r, 17, 17),
+        cases.layer_norm(r, 17), ReLU(17), cases.egru(r, 17, 17),
     ))  # fmt: skip
     x = cases.sequence(program, 6)
     clean = sf.Engine(program, isa=isa).stream().run(x)
