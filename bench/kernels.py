@@ -65,11 +65,11 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
     lines: list[dict[str, Any]] = []
     x32 = random.standard_normal(units).astype(np.float32)
     for density in shapes["density"]:
-        for name, height in [["dense", 16]] if density == 1 else shapes["formats"]:
-            matrix = stored(name, height, density, units, random)
+        for name, height, precision in shapes["dense" if density == 1 else "formats"]:
+            matrix = stored(name, height, density, units, random).rounded(precision)
             packed = _native.Packed(native_matrix(matrix))
             exact = matrix.to_dense().astype(np.float64)
-            about = {"format": name, "height": height, "density": density}
+            about = {"format": name, "height": height, "precision": precision, "density": density}
             for rate in shapes["event_rate"]:
                 events = max(round(rate * units), 1)
                 sets = [np.sort(random.choice(units, events, replace=False)).astype(np.uint32) for _ in range(64)]
@@ -91,11 +91,12 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
                 lines.append({"x": "events", **about, "event_rate": rate, "us": us, "macs": macs})
             us = microseconds(partial(packed.matvec, x32, out, 16), 16)
             lines.append({"x": "dense", **about, "event_rate": 1.0, "us": us, "macs": matrix.elements})
-            if name == "dense":
+            if name == "dense" and precision == "f32":
                 us = microseconds(lambda w=matrix.values: [w @ x32 for _ in range(16)], 16)
-                about["format"] = "numpy"
-                lines.append({"x": "dense", **about, "event_rate": 1.0, "us": us, "macs": matrix.elements})
-    yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["format"] == "dense")
+                lines.append(
+                    {"x": "dense", **about, "format": "numpy", "event_rate": 1.0, "us": us, "macs": matrix.elements}
+                )
+    yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["format"] == "dense" and e["precision"] == "f32")
     for e in lines:
         e["macs_per_ns"], e["speedup"] = e["macs"] / e["us"] / 1e3, yardstick / e["us"]
         e["realised"] = e["speedup"] * e["density"] * (e["event_rate"] if e["x"] == "events" else 1.0)
@@ -118,7 +119,7 @@ def main() -> None:
             progress.update(i + 1, f"H = {units}")
     for e in lines:
         print(
-            f"H {e['units']:>5} {e['format']:>13} {e['height']:>2}  x {e['x']:<7} density {e['density']:<5} "
+            f"H {e['units']:>5} {e['format']:>13} {e['height']:>2} {e['precision']:<4} x {e['x']:<7} density {e['density']:<5} "
             f"rate {e['event_rate']:<5}{e['us']:>9.2f} us {e['macs_per_ns']:>6.1f} MAC/ns {e['speedup']:>6.1f}x "
             f"realised {e['realised']:.2f}"
         )

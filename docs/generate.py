@@ -63,6 +63,7 @@ def kernels() -> str:
             continue
         shape = f" {r['height']}x1" if r["format"] == "block" else f", group {r['height']}"
         name = r["format"] + (shape if r["format"] in ("block", "complementary") else "")
+        name += "" if r["precision"] == "f32" else f", {r['precision']}"
         figures = f"{r['us']:.2f} | {r['macs_per_ns']:.1f} | {r['speedup']:.1f}x | {r['realised']:.2f}"
         x = "10 % events" if events else "dense"
         lines.append(f"| {r['units']} | {name} | {r['density']:g} | {x} | {figures} |")

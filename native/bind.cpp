@@ -30,7 +30,7 @@ uint32_t size32(size_t n) {
 /// A matrix of the file format, keeping the arrays it borrows alive.
 struct PyMatrix {
     MatrixView view;
-    nb::object values, index, start;
+    nb::object values, index, start, scale;
 
     static PyMatrix dense(Array<float, 2> values, uint32_t gates) {
         PyMatrix m;
@@ -68,6 +68,20 @@ struct PyMatrix {
         m.index = nb::find(block_row);
         m.start = nb::find(start);
         return m;
+    }
+
+    /// The same matrix, packed at another precision; `scale` (rows) for int8, empty otherwise.
+    void set_precision(const std::string& precision, Vector row_scale) {
+        const bool i8 = precision == "i8";
+        if (!i8 && precision != "f32" && precision != "bf16")
+            throw std::invalid_argument("precision '" + precision + "' is not one of f32, bf16, i8.");
+        if (row_scale.shape(0) != (i8 ? view.rows : 0))
+            throw std::invalid_argument("int8 weights need one scale for each row, others none.");
+        view.precision = i8                    ? MatrixView::Precision::i8
+                         : precision == "bf16" ? MatrixView::Precision::bf16
+                                               : MatrixView::Precision::f32;
+        view.scale = row_scale.data();
+        scale = nb::find(row_scale);
     }
 
     static PyMatrix complementary(uint32_t rows, uint32_t gates, uint32_t overlay, Array<float, 3> values,
@@ -401,6 +415,7 @@ NB_MODULE(_native, m) {
     nb::class_<PyMatrix>(m, "Matrix")
         .def_static("dense", &PyMatrix::dense, "values"_a, "gates"_a = 1)
         .def_static("block", &PyMatrix::block, "rows"_a, "cols"_a, "gates"_a, "values"_a, "block_row"_a, "start"_a)
+        .def("set_precision", &PyMatrix::set_precision, "precision"_a, "scale"_a)
         .def_static("complementary", &PyMatrix::complementary, "rows"_a, "gates"_a, "overlay"_a, "values"_a, "live"_a);
 
     nb::class_<PyPacked>(m, "Packed")

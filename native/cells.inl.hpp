@@ -118,6 +118,6 @@ const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_CELL
-    SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
+    SPARSEFOLD_ISA::scale, SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
 
 }  // namespace sparsefold

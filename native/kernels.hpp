@@ -11,10 +11,18 @@ constexpr uint32_t kPanel = 128;  // rows of one panel of a packed dense matrix
 
 constexpr uint32_t pad(uint32_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
+/// A weight as the upper half of a float32.
+struct bf16 {
+    uint16_t bits;
+};
+
+// Packed matrices, by the type of their values: float, bf16, or int8_t, whose product the caller scales by row.
+
 /// Packed dense matrix: panels of kPanel rows (the last one narrower), each holding its part of column 0, of column 1,
 /// ...
-struct DenseF32 {
-    const float* values;
+template <class Value>
+struct Dense {
+    const Value* values;
     uint32_t rows;  // padded to kLanes
     uint32_t cols;
 };
@@ -23,8 +31,9 @@ struct DenseF32 {
 /// consecutive outputs beginning at row[s]. Blocks of 16·k rows are cut into segments of 16 at load, so that `height`
 /// is 16 for them; a height of 1 is a compressed sparse column. Heights that divide 16 never reach over the padding of
 /// a gate, so that only the others need to know how many of their rows exist.
-struct BlockF32 {
-    const float* values;     // (segments, height)
+template <class Value>
+struct Block {
+    const Value* values;     // (segments, height)
     const uint16_t* row16;   // (segments) where every row fits 16 bits, else null
     const uint32_t* row32;   // (segments) otherwise
     const uint32_t* length;  // (segments) rows that exist; null for heights 1, 4, 8 and 16
@@ -35,8 +44,9 @@ struct BlockF32 {
 
 /// Packed complementary matrix of groups of one row: in every column each of a gate's `sets` has one live row among
 /// `overlay`, row q * sets + s of the gate. By gate and by tile of kLanes sets, each tile column after column.
-struct ComplementaryF32 {
-    const float* values;  // (gates, tiles, cols, kLanes)
+template <class Value>
+struct Complementary {
+    const Value* values;  // (gates, tiles, cols, kLanes)
     const uint8_t* live;  // (gates, tiles, cols, kLanes) q of each set, kNoGroup where no row lives
     uint32_t gates, units, cols, sets, overlay;
 };
@@ -91,6 +101,7 @@ struct Kernels {
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_CELL
+    void (*scale)(float* y, const float* s, uint32_t n);                           // y *= s, n padded
     void (*reset_gate)(const CellArgs&);                                           // r = sigmoid(gi_r + gh_r)
     void (*activations)(const float* x, float* sigmoid, float* tanh, uint32_t n);  // n padded; for the accuracy test
 };

@@ -22,8 +22,8 @@ struct EventColumns {
 
 /// `Groups` vectors of rows at `w`, columns `stride` floats apart, the sums in registers over all columns. Narrow
 /// strips keep `Chains` independent sums per vector, so that the latency of the multiply-add is hidden.
-template <uint32_t Groups, uint32_t Chains, class Columns>
-SF_INLINE void strip(const float* w, uint32_t stride, const Columns& x, float* y) {
+template <uint32_t Groups, uint32_t Chains, class Value, class Columns>
+SF_INLINE void strip(const Value* w, uint32_t stride, const Columns& x, float* y) {
     F16 sum[Chains][Groups];
     for (uint32_t g = 0; g < Groups; ++g) sum[0][g] = load(y + g * kLanes);
     for (uint32_t c = 1; c < Chains; ++c)
@@ -31,12 +31,12 @@ SF_INLINE void strip(const float* w, uint32_t stride, const Columns& x, float* y
     uint32_t k = 0;
     for (; k + Chains <= x.count; k += Chains)
         for (uint32_t c = 0; c < Chains; ++c) {
-            const float* column = w + static_cast<size_t>(x.column(k + c)) * stride;
+            const Value* column = w + static_cast<size_t>(x.column(k + c)) * stride;
             const F16 value = set1(x.value(k + c));
             for (uint32_t g = 0; g < Groups; ++g) sum[c][g] = fma(load(column + g * kLanes), value, sum[c][g]);
         }
     for (; k < x.count; ++k) {
-        const float* column = w + static_cast<size_t>(x.column(k)) * stride;
+        const Value* column = w + static_cast<size_t>(x.column(k)) * stride;
         const F16 value = set1(x.value(k));
         for (uint32_t g = 0; g < Groups; ++g) sum[0][g] = fma(load(column + g * kLanes), value, sum[0][g]);
     }
@@ -45,19 +45,19 @@ SF_INLINE void strip(const float* w, uint32_t stride, const Columns& x, float* y
     for (uint32_t g = 0; g < Groups; ++g) store(y + g * kLanes, sum[0][g]);
 }
 
-template <uint32_t Groups, class Columns>
-SF_INLINE void strips(uint32_t groups, const float* w, uint32_t stride, const Columns& x, float* y) {
+template <uint32_t Groups, class Value, class Columns>
+SF_INLINE void strips(uint32_t groups, const Value* w, uint32_t stride, const Columns& x, float* y) {
     if constexpr (Groups > 0) {
         if (groups == Groups) return strip<Groups, (kAccumulators + Groups - 1) / Groups>(w, stride, x, y);
         strips<Groups - 1>(groups, w, stride, x, y);
     }
 }
 
-template <class Columns>
-SF_INLINE void matvec(const DenseF32& w, const Columns& x, float* y) {
+template <class Value, class Columns>
+SF_INLINE void matvec(const Dense<Value>& w, const Columns& x, float* y) {
     for (uint32_t row = 0; row < w.rows; row += kPanel) {
         const uint32_t width = w.rows - row < kPanel ? w.rows - row : kPanel;
-        const float* panel = w.values + static_cast<size_t>(row) * w.cols;
+        const Value* panel = w.values + static_cast<size_t>(row) * w.cols;
         for (uint32_t g = 0; g < width; g += kAccumulators * kLanes) {
             const uint32_t left = (width - g) / kLanes;
             strips<kAccumulators>(left < kAccumulators ? left : kAccumulators, panel + g, width, x, y + row + g);
@@ -66,8 +66,8 @@ SF_INLINE void matvec(const DenseF32& w, const Columns& x, float* y) {
 }
 
 /// Height 0: any height, `length` rows of each segment exist.
-template <uint32_t Height, class Row, class Columns>
-SF_INLINE void segments(const BlockF32& w, const Row* row, const Columns& x, float* y) {
+template <uint32_t Height, class Value, class Row, class Columns>
+SF_INLINE void segments(const Block<Value>& w, const Row* row, const Columns& x, float* y) {
     for (uint32_t k = 0; k < x.count; ++k) {
         const uint32_t column = x.column(k);
         const uint32_t first = w.start[column], last = w.start[column + 1];
@@ -75,18 +75,18 @@ SF_INLINE void segments(const BlockF32& w, const Row* row, const Columns& x, flo
         if constexpr (Height == 1) {
             add_at(y, row + first, w.values + first, value, last - first);
         } else if constexpr (Height != 0) {
-            const float* values = w.values + static_cast<size_t>(first) * Height;
+            const Value* values = w.values + static_cast<size_t>(first) * Height;
             for (uint32_t s = first; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
         } else {
-            const float* values = w.values + static_cast<size_t>(first) * w.height;
+            const Value* values = w.values + static_cast<size_t>(first) * w.height;
             for (uint32_t s = first; s < last; ++s, values += w.height)
-                for (uint32_t i = 0; i < w.length[s]; ++i) y[row[s] + i] += values[i] * value;
+                for (uint32_t i = 0; i < w.length[s]; ++i) y[row[s] + i] += widen(values[i]) * value;
         }
     }
 }
 
-template <class Row, class Columns>
-SF_INLINE void by_height(const BlockF32& w, const Row* row, const Columns& x, float* y) {
+template <class Value, class Row, class Columns>
+SF_INLINE void by_height(const Block<Value>& w, const Row* row, const Columns& x, float* y) {
     switch (w.height) {
         case 16:
             return segments<16>(w, row, x, y);
@@ -101,8 +101,8 @@ SF_INLINE void by_height(const BlockF32& w, const Row* row, const Columns& x, fl
     }
 }
 
-template <class Columns>
-SF_INLINE void matvec(const BlockF32& w, const Columns& x, float* y) {
+template <class Value, class Columns>
+SF_INLINE void matvec(const Block<Value>& w, const Columns& x, float* y) {
     if (w.row16)
         by_height(w, w.row16, x, y);
     else
@@ -111,8 +111,8 @@ SF_INLINE void matvec(const BlockF32& w, const Columns& x, float* y) {
 
 /// One tile of sets against `Groups` groups from `first` on, whose sums stay in registers over all columns: a set's
 /// value goes to the one group that lives. `rows(q)` says where group q begins and how many of its lanes exist.
-template <uint32_t Groups, class Columns, class RowsOf>
-SF_INLINE void tile(const float* values, const uint8_t* live, uint32_t first, const Columns& x, const RowsOf& rows,
+template <uint32_t Groups, class Value, class Columns, class RowsOf>
+SF_INLINE void tile(const Value* values, const uint8_t* live, uint32_t first, const Columns& x, const RowsOf& rows,
                     float* y) {
     F16 sum[Groups];
     for (uint32_t q = 0; q < Groups; ++q) sum[q] = set1(0.0f);
@@ -129,8 +129,8 @@ SF_INLINE void tile(const float* values, const uint8_t* live, uint32_t first, co
     }
 }
 
-template <uint32_t Groups, class Columns, class RowsOf>
-SF_INLINE void tiles(uint32_t groups, const float* values, const uint8_t* live, uint32_t first, const Columns& x,
+template <uint32_t Groups, class Value, class Columns, class RowsOf>
+SF_INLINE void tiles(uint32_t groups, const Value* values, const uint8_t* live, uint32_t first, const Columns& x,
                      const RowsOf& rows, float* y) {
     if constexpr (Groups > 0) {
         if (groups == Groups) return tile<Groups>(values, live, first, x, rows, y);
@@ -138,9 +138,9 @@ SF_INLINE void tiles(uint32_t groups, const float* values, const uint8_t* live, 
     }
 }
 
-template <class Columns>
-SF_INLINE void matvec(const ComplementaryF32& w, const Columns& x, float* y) {
-    const float* values = w.values;
+template <class Value, class Columns>
+SF_INLINE void matvec(const Complementary<Value>& w, const Columns& x, float* y) {
+    const Value* values = w.values;
     const uint8_t* live = w.live;
     for (uint32_t gate = 0; gate < w.gates; ++gate, y += pad(w.units))
         for (uint32_t set = 0; set < w.sets; set += kLanes) {
@@ -156,6 +156,11 @@ SF_INLINE void matvec(const ComplementaryF32& w, const Columns& x, float* y) {
             values += static_cast<size_t>(w.cols) * kLanes;
             live += static_cast<size_t>(w.cols) * kLanes;
         }
+}
+
+/// y *= s, `n` a multiple of kLanes.
+static void scale(float* y, const float* s, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += kLanes) store(y + i, mul(load(y + i), load(s + i)));
 }
 
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                               \

@@ -1,5 +1,6 @@
 #include "program.hpp"
 
+#include <cmath>
 #include <limits>
 #include <stdexcept>
 #include <type_traits>
@@ -11,6 +12,11 @@ namespace {
 std::string number(uint64_t n) { return std::to_string(n); }
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+/// 1 over the scale of a row, so that what is packed is its codes.
+float unscaled(const MatrixView& view, uint32_t row) {
+    return view.precision == MatrixView::Precision::i8 ? 1.0f / view.scale[row] : 1.0f;
+}
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
 
@@ -25,7 +31,7 @@ Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
 }  // namespace
 
 Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
-    : format_(view.format), cols_(view.cols) {
+    : format_(view.format), cols_(view.cols), precision_(view.precision) {
     constexpr uint32_t limit = 1u << 28;
     if (view.gates == 0 || view.rows % view.gates)
         refuse("a matrix of " + number(view.rows) + " rows cannot have " + number(view.gates) +
@@ -34,6 +40,10 @@ Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
         refuse("a matrix of " + number(view.rows) + " x " + number(view.cols) +
                " is larger than 2^28 rows or columns.");
     if (first_gate >= last_gate || last_gate > view.gates) refuse("gate range out of bounds.");
+    if (precision_ == MatrixView::Precision::i8)
+        for (uint32_t row = 0; row < view.rows; ++row)
+            if (!(view.scale[row] > 0 && std::isfinite(view.scale[row])))
+                refuse("the scale of row " + number(row) + " is not a positive number.");
     if (uint64_t{view.gates} * pad(view.rows / view.gates) > uint64_t{limit} * 3)
         refuse("a matrix of " + number(view.gates) + " gates is too large once every gate is padded to whole vectors.");
     gates_ = last_gate - first_gate;
@@ -49,6 +59,7 @@ Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
             pack_complementary(view, first_gate);
             break;
     }
+    narrow(view, first_gate);
 }
 
 void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
@@ -60,7 +71,8 @@ void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
             const uint32_t row = g * pad(units) + i, panel = row / kPanel * kPanel;
             const uint32_t width = total - panel < kPanel ? total - panel : kPanel;
             float* target = values_.data() + size_t{panel} * cols_ + (row - panel);
-            for (uint32_t c = 0; c < cols_; ++c) target[size_t{c} * width] = source[c];
+            const float unscale = unscaled(view, (first_gate + g) * units + i);
+            for (uint32_t c = 0; c < cols_; ++c) target[size_t{c} * width] = source[c] * unscale;
         }
 }
 
@@ -126,7 +138,8 @@ void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
             row32_[s] = row;
         if (length_.size()) length_[s] = length;
         const float* source = view.values + (size_t{k} * bc + sub) * br + piece * kLanes;
-        std::memcpy(values_.data() + s * height_, source, length * sizeof(float));
+        const uint32_t gate = row / pad(units), first = (first_gate + gate) * units + row % pad(units);
+        for (uint32_t i = 0; i < length; ++i) values_[s * height_ + i] = source[i] * unscaled(view, first + i);
         ++s;
     });
 }
@@ -149,32 +162,78 @@ void Matrix::pack_complementary(const MatrixView& view, uint32_t first_gate) {
                            number(overlay_) + ".");
                 if (uint64_t{view.live[from]} * sets_ + s >= units) continue;  // beyond the gate: nothing is there
                 const size_t to = ((size_t{g} * tiles + s / kLanes) * cols_ + c) * kLanes + s % kLanes;
-                values_[to] = view.values[from];
+                const uint32_t row = view.live[from] * sets_ + s;
+                values_[to] = view.values[from] * unscaled(view, (first_gate + g) * units + row);
                 live_[to] = view.live[from];
             }
 }
 
+void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
+    if (precision_ == MatrixView::Precision::bf16) {
+        halves_ = Buffer<bf16>(values_.size());
+        for (size_t i = 0; i < values_.size(); ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, &values_[i], sizeof bits);
+            halves_[i].bits = static_cast<uint16_t>(bits >> 16);
+        }
+        values_ = Buffer<float>();
+    } else if (precision_ == MatrixView::Precision::i8) {
+        codes_ = Buffer<int8_t>(values_.size());
+        for (size_t i = 0; i < values_.size(); ++i) {
+            const float code = std::nearbyint(values_[i]);
+            if (!(code >= -127 && code <= 127)) refuse("a weight is more than 127 times the scale of its row.");
+            codes_[i] = static_cast<int8_t>(code);
+        }
+        values_ = Buffer<float>();
+        const uint32_t units = rows_ / gates_;
+        scale_ = Buffer<float>(padded_rows());
+        inverse_ = Buffer<float>(padded_rows());
+        for (uint32_t row = 0; row < padded_rows(); ++row) {
+            const uint32_t g = row / pad(units), i = row % pad(units);
+            scale_[row] = i < units ? view.scale[(first_gate + g) * units + i] : 1.0f;
+            inverse_[row] = 1.0f / scale_[row];
+        }
+    }
+}
+
 template <class X>
 void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
-    constexpr bool events = std::is_same_v<X, Events>;
     const auto call = [&](auto dense_x, auto event_x, const auto& packed) {
-        if constexpr (events)
+        if constexpr (std::is_same_v<X, Events>)
             event_x(packed, x, y);
         else
             dense_x(packed, x, y);
     };
-    switch (format_) {
-        case MatrixView::Format::dense:
-            return call(kernels.matvec_dense_f32, kernels.matvec_events_dense_f32,
-                        DenseF32{values_.data(), padded_rows(), cols_});
-        case MatrixView::Format::block:
-            return call(kernels.matvec_block_f32, kernels.matvec_events_block_f32,
-                        BlockF32{values_.data(), row32_.size() ? nullptr : row16_.data(), row32_.data(),
-                                 length_.size() ? length_.data() : nullptr, start_.data(), height_, cols_});
-        case MatrixView::Format::complementary:
-            return call(kernels.matvec_complementary_f32, kernels.matvec_events_complementary_f32,
-                        ComplementaryF32{values_.data(), live_.data(), gates_, rows_ / gates_, cols_, sets_, overlay_});
+    const auto by_format = [&](const auto* values, auto dense, auto events_dense, auto block, auto events_block,
+                               auto complementary, auto events_complementary) {
+        using Value = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
+        switch (format_) {
+            case MatrixView::Format::dense:
+                return call(dense, events_dense, Dense<Value>{values, padded_rows(), cols_});
+            case MatrixView::Format::block:
+                return call(block, events_block,
+                            Block<Value>{values, row32_.size() ? nullptr : row16_.data(), row32_.data(),
+                                         length_.size() ? length_.data() : nullptr, start_.data(), height_, cols_});
+            case MatrixView::Format::complementary:
+                return call(complementary, events_complementary,
+                            Complementary<Value>{values, live_.data(), gates_, rows_ / gates_, cols_, sets_, overlay_});
+        }
+    };
+#define SPARSEFOLD_SLOTS(dtype)                                                                      \
+    kernels.matvec_dense_##dtype, kernels.matvec_events_dense_##dtype, kernels.matvec_block_##dtype, \
+        kernels.matvec_events_block_##dtype, kernels.matvec_complementary_##dtype,                   \
+        kernels.matvec_events_complementary_##dtype
+    switch (precision_) {
+        case MatrixView::Precision::f32:
+            return by_format(values_.data(), SPARSEFOLD_SLOTS(f32));
+        case MatrixView::Precision::bf16:
+            return by_format(halves_.data(), SPARSEFOLD_SLOTS(bf16));
+        case MatrixView::Precision::i8:  // sums of codes: y in units of each row's scale, and back
+            kernels.scale(y, inverse_.data(), padded_rows());
+            by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
+            return kernels.scale(y, scale_.data(), padded_rows());
     }
+#undef SPARSEFOLD_SLOTS
 }
 
 void Matrix::matvec(const Kernels& kernels, const float* x, float* y) const { product(kernels, x, y); }
@@ -182,7 +241,8 @@ void Matrix::matvec(const Kernels& kernels, const float* x, float* y) const { pr
 void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { product(kernels, x, y); }
 
 size_t Matrix::nbytes() const {
-    return values_.size() * sizeof(float) + (row32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
+    return (values_.size() + scale_.size() + inverse_.size()) * sizeof(float) + halves_.size() * sizeof(bf16) +
+           codes_.size() + (row32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
            row16_.size() * sizeof(uint16_t) + live_.size();
 }
 

@@ -61,7 +61,11 @@ struct MatrixView {
     const uint32_t* block_row = nullptr;  // (blocks) counted over gates * ceil(rows / gates / block_rows)
     const uint32_t* start = nullptr;      // (ceil(cols / block_cols) + 1)
     uint64_t blocks = 0;
-    uint32_t overlay = 0;           // complementary, groups of one row: sets = ceil(rows / gates / overlay)
+    uint32_t overlay = 0;  // complementary, groups of one row: sets = ceil(rows / gates / overlay)
+    // `values` are always floats; where they are codes times a scale, or halves, they are packed as what they came
+    // from.
+    enum class Precision { f32, bf16, i8 } precision = Precision::f32;
+    const float* scale = nullptr;   // i8: (rows), positive
     const uint8_t* live = nullptr;  // (cols, gates, sets) which of `overlay` rows each set keeps
 };
 
@@ -85,11 +89,16 @@ class Matrix {
     void pack_dense(const MatrixView& view, uint32_t first_gate);
     void pack_block(const MatrixView& view, uint32_t first_gate);
     void pack_complementary(const MatrixView& view, uint32_t first_gate);
+    void narrow(const MatrixView& view, uint32_t first_gate);
     template <class X>
     void product(const Kernels& kernels, const X& x, float* y) const;
     MatrixView::Format format_ = MatrixView::Format::dense;
     uint32_t rows_ = 0, cols_ = 0, gates_ = 0;
-    Buffer<float> values_;
+    MatrixView::Precision precision_ = MatrixView::Precision::f32;
+    Buffer<float> values_;  // one of these three
+    Buffer<bf16> halves_;
+    Buffer<int8_t> codes_;
+    Buffer<float> scale_, inverse_;  // i8: by padded row
     Buffer<uint16_t> row16_;
     Buffer<uint32_t> row32_, length_, start_;
     Buffer<uint8_t> live_;

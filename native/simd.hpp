@@ -16,6 +16,15 @@
 namespace sparsefold {
 namespace SPARSEFOLD_ISA {
 
+SF_INLINE float widen(float a) { return a; }
+SF_INLINE float widen(int8_t a) { return a; }
+SF_INLINE float widen(bf16 a) {
+    const uint32_t bits = static_cast<uint32_t>(a.bits) << 16;
+    float out;
+    __builtin_memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
 #if defined(__AVX512F__)
 
 constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers and hide the latency
@@ -26,6 +35,13 @@ struct F16 {
 };
 SF_INLINE F16 set1(float a) { return {_mm512_set1_ps(a)}; }
 SF_INLINE F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SF_INLINE F16 load(const bf16* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+SF_INLINE F16 load(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 SF_INLINE void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
 SF_INLINE F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 SF_INLINE F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -89,6 +105,15 @@ struct F16 {
 };
 SF_INLINE F16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 SF_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SF_INLINE __m256 load_half(const bf16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+SF_INLINE __m256 load_half(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+SF_INLINE F16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
+SF_INLINE F16 load(const int8_t* p) { return {load_half(p), load_half(p + 8)}; }
 SF_INLINE void store(float* p, F16 x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
@@ -143,6 +168,8 @@ struct F16 {
     return out
 SF_INLINE F16 set1(float a) { SF_LANES(a); }
 SF_INLINE F16 load(const float* p) { SF_LANES(p[i]); }
+SF_INLINE F16 load(const bf16* p) { SF_LANES(widen(p[i])); }
+SF_INLINE F16 load(const int8_t* p) { SF_LANES(widen(p[i])); }
 SF_INLINE void store(float* p, const F16& a) {
     for (uint32_t i = 0; i < kLanes; ++i) p[i] = a.v[i];
 }
@@ -177,21 +204,22 @@ SF_INLINE F16 keep(uint32_t bits, const F16& a) { SF_LANES((bits >> i & 1) ? a.v
 
 #endif
 
-#if defined(__AVX2__) || defined(__AVX512F__)
-/// y[0 .. Height) += w * x for the heights that have a vector of their own.
-template <uint32_t Height>
-SF_INLINE void axpy(float* y, const float* w, float x) {
-    if constexpr (Height == 4)
-        _mm_storeu_ps(y, _mm_fmadd_ps(_mm_loadu_ps(w), _mm_set1_ps(x), _mm_loadu_ps(y)));
-    else if constexpr (Height == 8)
-        _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_loadu_ps(w), _mm256_set1_ps(x), _mm256_loadu_ps(y)));
-    else
+/// y[0 .. Height) += w * x; whole vectors, and the heights that have a vector of their own.
+template <uint32_t Height, class Value>
+SF_INLINE void axpy(float* y, const Value* w, float x) {
+    if constexpr (Height == kLanes)
         store(y, fma(load(w), set1(x), load(y)));
+    else
+        for (uint32_t i = 0; i < Height; ++i) y[i] += widen(w[i]) * x;
 }
-#else
-template <uint32_t Height>
-SF_INLINE void axpy(float* y, const float* w, float x) {
-    for (uint32_t i = 0; i < Height; ++i) y[i] += w[i] * x;
+#if defined(__AVX2__) || defined(__AVX512F__)
+template <>
+SF_INLINE void axpy<4>(float* y, const float* w, float x) {
+    _mm_storeu_ps(y, _mm_fmadd_ps(_mm_loadu_ps(w), _mm_set1_ps(x), _mm_loadu_ps(y)));
+}
+template <>
+SF_INLINE void axpy<8>(float* y, const float* w, float x) {
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_loadu_ps(w), _mm256_set1_ps(x), _mm256_loadu_ps(y)));
 }
 #endif
 
@@ -228,15 +256,15 @@ SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_
 #endif
 
 /// y[row[i]] += w[i] * x for i < n, all rows different: four sums are under way before the first is stored.
-template <class Row>
-SF_INLINE void add_at(float* y, const Row* row, const float* w, float x, uint32_t n) {
+template <class Row, class Value>
+SF_INLINE void add_at(float* y, const Row* row, const Value* w, float x, uint32_t n) {
     uint32_t i = 0;
     for (; i + 4 <= n; i += 4) {
         float sum[4];
-        for (uint32_t k = 0; k < 4; ++k) sum[k] = y[row[i + k]] + w[i + k] * x;
+        for (uint32_t k = 0; k < 4; ++k) sum[k] = y[row[i + k]] + widen(w[i + k]) * x;
         for (uint32_t k = 0; k < 4; ++k) y[row[i + k]] = sum[k];
     }
-    for (; i < n; ++i) y[row[i]] += w[i] * x;
+    for (; i < n; ++i) y[row[i]] += widen(w[i]) * x;
 }
 
 /// Sum of all lanes.

@@ -29,6 +29,11 @@ class Matrix:
         block_row: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         start: Annotated[NDArray[numpy.uint32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     ) -> Matrix: ...
+    def set_precision(
+        self,
+        precision: str,
+        scale: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+    ) -> None: ...
     @staticmethod
     def complementary(
         rows: int,

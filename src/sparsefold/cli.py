@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sparsefold.bench import Latency, pinned, time_calls
 from sparsefold.engine import Engine, Stream
+from sparsefold.formats import VALUE_TYPES
 from sparsefold.program import Embedding, Program, ProgramError, matrices
 from sparsefold.progress import Progress
 
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
     compile_.add_argument("checkpoint", type=Path)
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    compile_.add_argument("--weights", choices=list(VALUE_TYPES), default="f32", help="precision of the matrices")
 
     run = add("run", _run, "Generate text with a compiled model, as a stream.")
     run.add_argument("file", type=Path)
@@ -179,7 +181,7 @@ def _compile(args: argparse.Namespace) -> None:
     best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     _, facts = read_checkpoint(best)
     model, facts = _recipe(facts["about"]["recipe"]).load(best)
-    program = compile_model(model, facts["about"] | {"training": facts["progress"]})
+    program = compile_model(model, facts["about"] | {"training": facts["progress"]}, args.weights)
     program.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
     print(_ops_table(program))

@@ -184,7 +184,9 @@ def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | No
         counted = np.asarray(reads).astype(np.int64)
         executed, index_bytes = int(counted @ matrix.column_elements), int(counted @ index)
     density = elements / (rows * cols)
-    return Part(i, role, rows * cols * steps, elements * steps, executed, 4 * executed, index_bytes, density)
+    return Part(
+        i, role, rows * cols * steps, elements * steps, executed, matrix.value_bytes * executed, index_bytes, density
+    )
 
 
 def _state_bytes(i: int, op: Op, counts: Counts) -> int:

@@ -251,17 +251,23 @@ class Stream:
 
 def native_matrix(matrix: Format) -> _native.Matrix:
     """The matrix as the extension reads it: the arrays are borrowed; where a format is packed like another, converted."""
+    if isinstance(matrix, Complementary) and matrix.group > 1:
+        return native_matrix(matrix.to_block())  # a live group of several rows is a block of one column
     if isinstance(matrix, Dense):
-        return _native.Matrix.dense(matrix.values, matrix.gates)
-    if isinstance(matrix, CSC):
-        values, row = matrix.values.reshape(-1, 1, 1), matrix.row.astype(np.uint32)
-        return _native.Matrix.block(matrix.rows, matrix.cols, matrix.gates, values, row, matrix.start)
-    if isinstance(matrix, Complementary):
-        if matrix.group == 1:
-            values = matrix.values[..., 0]
-            return _native.Matrix.complementary(matrix.rows, matrix.gates, matrix.overlay, values, matrix.live)
-        matrix = matrix.to_block()  # a live group of several rows is a block of one column
-    return _native.Matrix.block(matrix.rows, matrix.cols, matrix.gates, matrix.values, matrix.block_row, matrix.start)
+        native = _native.Matrix.dense(matrix.values, matrix.gates)
+    elif isinstance(matrix, Complementary):
+        values = matrix.values[..., 0]
+        native = _native.Matrix.complementary(matrix.rows, matrix.gates, matrix.overlay, values, matrix.live)
+    else:
+        shape = matrix.rows, matrix.cols, matrix.gates
+        if isinstance(matrix, CSC):
+            values, row = matrix.values.reshape(-1, 1, 1), matrix.row.astype(np.uint32)
+        else:
+            values, row = matrix.values, matrix.block_row
+        native = _native.Matrix.block(*shape, values, row, matrix.start)
+    if matrix.precision != "f32":
+        native.set_precision(matrix.precision, np.zeros(0, np.float32) if matrix.scale is None else matrix.scale)
+    return native
 
 
 def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:

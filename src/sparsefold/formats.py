@@ -6,9 +6,9 @@ in the rows (3 for a GRU, 1 for a decoder); a block never reaches over the edge 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, Literal, Self, TypeGuard, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,10 @@ Index = NDArray[np.uint32]
 # Rows and columns of a block. It also bounds what the engine's index of every column can take beside the file's index of
 # every block column.
 MAX_BLOCK = 64
+
+
+Precision = Literal["f32", "bf16", "i8"]
+VALUE_TYPES: dict[str, tuple[str, int]] = {"f32": ("F32", 4), "bf16": ("BF16", 2), "i8": ("I8", 1)}  # file type, bytes
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -37,8 +41,90 @@ def _finite_matrix(weight: Any, gates: int) -> Float:
     return matrix
 
 
+class _Values:
+    """What every format shares: values that may be rounded.
+
+    ``values`` are float32 always, and exactly what the file's codes stand for: ``precision`` "bf16" keeps the upper half of each,
+    "i8" a code in [-127, 127] times the ``scale`` (rows,) of its row.
+    """
+
+    values: Float
+    precision: Precision
+    scale: Float | None
+    kind: ClassVar[str]
+    arrays: ClassVar[dict[str, str]]
+
+    @property
+    def _value_rows(self) -> NDArray[np.int64]:
+        """Row of each value, broadcastable to ``values``; where a value is padding, any row."""
+        raise NotImplementedError
+
+    def rounded(self, precision: Precision) -> Self:
+        """The same matrix with values rounded to nearest: bfloat16, or int8 with one scale a row (largest value / 127)."""
+        if precision not in VALUE_TYPES:
+            raise ValueError(f"precision must be one of {', '.join(VALUE_TYPES)}, got {precision!r}.")
+        if precision == "f32":
+            return self
+        if precision == "bf16":
+            bits = np.ascontiguousarray(self.values).view(np.uint32)
+            even = bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))
+            return self._with((even & np.uint32(0xFFFF0000)).view(np.float32), "bf16", None)
+        rows = np.broadcast_to(self._value_rows, self.values.shape)
+        scale = np.zeros(self.shape[0], np.float32)
+        np.maximum.at(scale, rows, np.abs(self.values))
+        scale = np.where(scale > 0, scale / np.float32(127), np.float32(1)).astype(np.float32)
+        codes = np.rint(self.values / scale[rows]).clip(-127, 127).astype(np.float32)
+        return self._with(codes * scale[rows], "i8", scale)
+
+    def restored(self, precision: Any, scale: Float | None) -> Self:
+        """The matrix that is meant where ``values`` are a file's codes as floats."""
+        if scale is None:
+            return self._with(self.values, precision, None)
+        if scale.shape != self.shape[:1] or not (np.isfinite(scale) & (scale > 0)).all():
+            raise ValueError(f"int8 weights need a positive scale for each of {self.shape[0]} rows.")
+        if (np.abs(self.values) > 127).any():
+            raise ValueError("the code of an int8 weight lies between -127 and 127.")
+        return self._with(self.values * scale[self._value_rows], precision, scale)
+
+    def _with(self, values: Float, precision: Precision, scale: Float | None) -> Self:
+        return cast(Self, replace(cast(Any, self), values=values, precision=precision, scale=scale))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        raise NotImplementedError
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of one stored value."""
+        return VALUE_TYPES[self.precision][1]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes, indices and scales included."""
+        return sum(array.nbytes for array in self.tensors().values())
+
+    def types(self) -> dict[str, str]:
+        """Type of each array in the file, by its name there."""
+        own = self.arrays | {"values": VALUE_TYPES[self.precision][0]}
+        return own | {"scale": "F32"} if self.precision == "i8" else own
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """Arrays of the file, by the name they get there."""
+        found: dict[str, NDArray[Any]] = {name: getattr(self, name) for name in self.arrays}
+        if self.precision == "bf16":
+            found["values"] = (np.ascontiguousarray(self.values).view(np.uint32) >> 16).astype(np.uint16)
+        elif self.scale is not None:
+            found["values"] = np.rint(self.values / self.scale[self._value_rows]).astype(np.int8)
+            found["scale"] = self.scale
+        return found
+
+    def _described(self, words: str) -> str:
+        return words if self.precision == "f32" else f"{words}, {self.precision}"
+
+
 @dataclass(frozen=True, eq=False)
-class Dense:
+class Dense(_Values):
     """Every element stored, row after row.
 
     ::
@@ -48,6 +134,8 @@ class Dense:
 
     values: Float
     gates: int = 1
+    precision: Precision = field(default="f32", kw_only=True)
+    scale: Float | None = field(default=None, kw_only=True)
     kind: ClassVar[str] = "dense"
     arrays: ClassVar[dict[str, str]] = {"values": "F32"}
 
@@ -89,33 +177,29 @@ class Dense:
         return np.zeros(self.shape[1], np.int64)
 
     @property
-    def nbytes(self) -> int:
-        """Stored size in bytes."""
-        return self.values.nbytes
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """Arrays of the file, by the name they get there."""
-        return {"values": self.values}
+    def _value_rows(self) -> NDArray[np.int64]:
+        return np.arange(self.shape[0])[:, None]
 
     def layout(self) -> dict[str, Any]:
         """What the file's op list says of this matrix."""
-        return {"format": self.kind, "rows": self.shape[0], "cols": self.shape[1], "gates": self.gates}
+        rounded = {} if self.precision == "f32" else {"precision": self.precision}
+        return {"format": self.kind, "rows": self.shape[0], "cols": self.shape[1], "gates": self.gates} | rounded
 
     @property
     def description(self) -> str:
         """One phrase for tables."""
-        return "dense"
+        return self._described("dense")
 
 
 @dataclass(frozen=True, eq=False)
-class _Sparse:
+class _Sparse(_Values):
     """What the formats that leave zeros out have in common; ``arrays`` names what the file stores, and its types."""
 
     rows: int
     cols: int
     gates: int
-    kind: ClassVar[str]
-    arrays: ClassVar[dict[str, str]]
+    precision: Precision = field(default="f32", kw_only=True)
+    scale: Float | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -137,18 +221,10 @@ class _Sparse:
         """Share of elements stored."""
         return self.elements / max(self.rows * self.cols, 1)
 
-    @property
-    def nbytes(self) -> int:
-        """Stored size in bytes, indices included."""
-        return sum(array.nbytes for array in self.tensors().values())
-
-    def tensors(self) -> dict[str, NDArray[Any]]:
-        """Arrays of the file, by the name they get there."""
-        return {name: getattr(self, name) for name in self.arrays}
-
     def layout(self) -> dict[str, Any]:
         """What the file's op list says of this matrix."""
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in self.arrays}
+        left_out = {*self.arrays, "scale", *(["precision"] if self.precision == "f32" else [])}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         return {"format": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in numbers.items()}
 
     def _check_gates(self) -> None:
@@ -222,6 +298,13 @@ class Block(_Sparse):
         padded[:, :units, :cols] = matrix.reshape(gates, units, cols)
         return padded.reshape(gates * r, br, c, bc).transpose(0, 2, 1, 3)
 
+    @property
+    def _value_rows(self) -> NDArray[np.int64]:
+        gate, within = np.divmod(self.block_row.astype(np.int64), self.blocks_per_gate)
+        first: NDArray[np.int64] = gate * (self.rows // self.gates) + within * self.block[0]
+        rows: NDArray[np.int64] = first[:, None, None] + np.arange(self.block[0])
+        return rows.clip(max=self.rows - 1)
+
     @cached_property
     def _blocks_per_column(self) -> NDArray[np.int64]:
         start = self.start.astype(np.int64)
@@ -273,7 +356,7 @@ class Block(_Sparse):
     @property
     def description(self) -> str:
         """One phrase for tables."""
-        return f"blocks {self.block[0]}x{self.block[1]}, density {self.density:.3f}"
+        return self._described(f"blocks {self.block[0]}x{self.block[1]}, density {self.density:.3f}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,6 +400,10 @@ class CSC(_Sparse):
             raise ValueError(f"a CSC matrix has at most 65536 rows, got {matrix.shape[0]}.")
         return cls(matrix.shape[0], matrix.shape[1], gates, values, row.astype(np.uint16), start)
 
+    @property
+    def _value_rows(self) -> NDArray[np.int64]:
+        return self.row.astype(np.int64)
+
     @cached_property
     def _column(self) -> NDArray[np.int64]:
         return np.repeat(np.arange(self.cols), self.column_elements)
@@ -347,7 +434,7 @@ class CSC(_Sparse):
     @property
     def description(self) -> str:
         """One phrase for tables."""
-        return f"csc, density {self.density:.3f}"
+        return self._described(f"csc, density {self.density:.3f}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,6 +506,13 @@ class Complementary(_Sparse):
         values = np.take_along_axis(grouped, live[:, :, None, :, None], axis=2)[:, :, 0]
         return cls(rows, cols, gates, overlay, group, np.ascontiguousarray(values), live.astype(np.uint8))
 
+    @property
+    def _value_rows(self) -> NDArray[np.int64]:
+        group = self.live.astype(np.int64) * self.sets + np.arange(self.sets)
+        first = group * self.group + (self.rows // self.gates) * np.arange(self.gates)[None, :, None]
+        rows: NDArray[np.int64] = first[..., None] + np.arange(self.group)
+        return rows.clip(max=self.rows - 1)
+
     @cached_property
     def _heights(self) -> NDArray[np.int64]:
         """(cols, gates, S) rows of each live group that exist."""
@@ -445,8 +539,9 @@ class Complementary(_Sparse):
         start = np.searchsorted(column[exists][order], np.arange(self.cols + 1)).astype(np.uint32)
         values = np.ascontiguousarray(self.values[exists][order][:, None])
         return Block(
-            self.rows, self.cols, self.gates, (self.group, 1), values, row[exists][order].astype(np.uint32), start
-        )
+            self.rows, self.cols, self.gates, (self.group, 1), values, row[exists][order].astype(np.uint32), start,
+            precision=self.precision, scale=self.scale,
+        )  # fmt: skip
 
     def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
         """``W x`` in the precision of ``x``: the readable definition of the kernel."""
@@ -470,7 +565,7 @@ class Complementary(_Sparse):
     @property
     def description(self) -> str:
         """One phrase for tables."""
-        return f"complementary, overlay {self.overlay}, group {self.group}"
+        return self._described(f"complementary, overlay {self.overlay}, group {self.group}")
 
 
 Format = Dense | CSC | Block | Complementary

@@ -13,15 +13,15 @@ import re
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefold.formats import FORMATS, Float, Format, is_format
+from sparsefold.formats import FORMATS, VALUE_TYPES, Float, Format, Precision, is_format
 
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
@@ -252,13 +252,22 @@ class Program:
         """Stored size of all arrays in bytes; the file adds a header."""
         return sum(array.nbytes for array in _tensors(self.ops).values())
 
+    def rounded(self, precision: Precision) -> Program:
+        """The same program with every weight matrix rounded to "bf16" or "i8" (one scale a row); biases and tables stay."""
+
+        def of(op: Any) -> Op:
+            changed: Op = replace(op, **{name: matrix.rounded(precision) for name, matrix in matrices(op).items()})
+            return changed
+
+        return Program(tuple(of(op) for op in self.ops), self.metadata)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to ``path``, all of it or nothing."""
         write_atomically(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """The file as bytes."""
-        tensors = _tensors(self.ops)
+        tensors, types = _tensors(self.ops), _file_types(self.ops)
         data = b"".join(a.tobytes() for a in tensors.values())
         header: dict[str, Any] = {
             "__metadata__": {
@@ -272,7 +281,7 @@ class Program:
         for name, array in tensors.items():
             start, end = end, end + array.nbytes
             header[name] = {
-                "dtype": _DTYPE_NAMES[array.dtype.str],
+                "dtype": types.get(name, "F32"),
                 "shape": list(array.shape),
                 "data_offsets": [start, end],
             }
@@ -353,8 +362,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "U32": np.dtype("<u4"),
     "U16": np.dtype("<u2"),
     "U8": np.dtype("|u1"),
+    "BF16": np.dtype("<u2"),  # as raw bits
+    "I8": np.dtype("|i1"),
 }
-_DTYPE_NAMES = {dtype.str: name for name, dtype in _DTYPES.items()}
 
 
 def _tensors(ops: Iterable[Op]) -> dict[str, NDArray[Any]]:
@@ -367,6 +377,16 @@ def _tensors(ops: Iterable[Op]) -> dict[str, NDArray[Any]]:
             elif isinstance(value, np.ndarray):
                 out[f"{i}.{f.name}"] = value
     return out
+
+
+def _file_types(ops: Iterable[Op]) -> dict[str, str]:
+    """Type of every array of a matrix in the file; all others are F32."""
+    return {
+        f"{i}.{field}.{name}": dtype
+        for i, op in enumerate(ops)
+        for field, matrix in matrices(op).items()
+        for name, dtype in matrix.types().items()
+    }
 
 
 def _describe(op: Op) -> dict[str, Any]:
@@ -417,7 +437,7 @@ def _build_matrix(i: int, name: str, layout: Any, take: Any) -> Format:
     cls = FORMATS.get(str(layout.get("format"))) if isinstance(layout, dict) else None
     if cls is None:
         raise ProgramError(f"{where} is not stored as one of {', '.join(FORMATS)}", 8)
-    numbers = {f.name: layout.get(f.name) for f in fields(cls) if f.name not in cls.arrays}
+    numbers = {f.name: layout.get(f.name) for f in fields(cls) if f.name not in (*cls.arrays, "precision", "scale")}
     if "block" in numbers:
         if not isinstance(numbers["block"], list) or len(numbers["block"]) != 2:
             raise ProgramError(f"{where} needs block = [rows, cols]", 8)
@@ -425,8 +445,17 @@ def _build_matrix(i: int, name: str, layout: Any, take: Any) -> Format:
     sizes = [layout.get("rows"), layout.get("cols"), *numbers.values(), *numbers.get("block", ())]
     if not all(type(n) is int and 0 < n < 2**28 for n in sizes if not isinstance(n, tuple)):
         raise ProgramError(f"{where} needs whole numbers between 1 and 2^28 for its sizes", 8)
-    arrays = {array: take(f"{name}.{array}", dtype) for array, dtype in cls.arrays.items()}
+    precision = layout.get("precision", "f32")
+    if not isinstance(precision, str) or precision not in VALUE_TYPES:
+        raise ProgramError(f"{where}: precision must be one of {', '.join(VALUE_TYPES)}", 8)
+    types = cls.arrays | {"values": VALUE_TYPES[precision][0]}
+    arrays = {array: take(f"{name}.{array}", dtype) for array, dtype in types.items()}
+    if precision == "bf16":
+        arrays["values"] = (arrays["values"].astype(np.uint32) << 16).view(np.float32)
+    arrays["values"] = arrays["values"].astype(np.float32, copy=False)
     matrix: Format = cls(**numbers, **arrays)
+    if precision != "f32":
+        matrix = matrix.restored(precision, take(f"{name}.scale", "F32") if precision == "i8" else None)
     if matrix.shape != (layout["rows"], layout["cols"]):
         raise ProgramError(f"{where} says {layout['rows']}x{layout['cols']} but stores {matrix.shape}", 8)
     return matrix
@@ -476,14 +505,7 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"{where} reads {op.inputs} values, but op {i - 1} ({ops[i - 1].kind}) gives {ops[i - 1].outputs}.",
             )
         _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
-    types = {
-        f"{i}.{field}.{n}": t
-        for i, op in enumerate(ops)
-        for field, m in matrices(op).items()
-        for n, t in m.arrays.items()
-    }
-    for name, array in _tensors(ops).items():
-        wanted = _DTYPES[types.get(name, "F32")]
+    for name, array, wanted in _arrays(ops):
         _check(array.dtype == wanted, f"tensor {name} must be {wanted.name}, got {array.dtype}. Convert it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             where = np.argwhere(~np.isfinite(array))[0].tolist()
@@ -491,6 +513,18 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"every weight must be finite, but tensor {name} holds {array[tuple(where)]} at {where}. "
                 "Training probably diverged: lower the learning rate, or load an earlier checkpoint."
             )
+
+
+def _arrays(ops: Iterable[Op]) -> Iterator[tuple[str, NDArray[Any], np.dtype[Any]]]:
+    """Every array as it is in memory, by the name it gets in the file, and the type it must have."""
+    for i, op in enumerate(ops):
+        for f in fields(op):
+            value = getattr(op, f.name)
+            if is_format(value):
+                for name, dtype in value.arrays.items():
+                    yield f"{i}.{f.name}.{name}", getattr(value, name), _DTYPES[dtype]
+            elif isinstance(value, np.ndarray):
+                yield f"{i}.{f.name}", value, _DTYPES["F32"]
 
 
 def _check(holds: bool, sentence: str) -> None:

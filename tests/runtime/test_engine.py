@@ -100,6 +100,21 @@ def test_every_network_follows_the_oracle(name, fold, isa):
     assert (worst > 0) == (name != "embedding")  # float32 is not float64: the comparison sees the difference
 
 
+ROUNDED = ["tokens-2", "mixed-3", "csc", "gru-overlay", "egru-overlay-16", "lstm-block-2"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "i8"])
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_rounded_network_follows_the_oracle(name, precision, isa):
+    program = network(name).rounded(precision)
+    spoken, close, _ = follow(program, sf.Engine(program, isa=isa), 12)
+    assert close <= spoken // 10 + 1
+    folded, unfolded = (
+        sf.Engine(program, isa=isa, fold=f).stream().run(cases.sequence(program, 5)) for f in (True, False)
+    )
+    same_bits(folded, unfolded)
+
+
 @pytest.mark.parametrize("storage", [None, (8, 1), (16, 1), "csc", cases.Overlay(4), cases.Overlay(2, 16)], ids=str)
 @pytest.mark.parametrize("options", cases.EGRU_OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_every_option_follows_the_oracle(options, storage, isa):

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cases
 from sparsefold.formats import CSC, FORMATS, Block, Complementary, Dense
 
 
@@ -374,3 +375,41 @@ def test_a_complementary_that_contradicts_itself_is_refused(changed, sentence):
     assert sound.elements == 2 + 2 + 1 + 0
     with pytest.raises(ValueError, match=sentence):
         Complementary(**packing(**changed))
+
+
+# --- rounded values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
+@pytest.mark.parametrize("precision", ["bf16", "i8"])
+def test_rounded_values_are_the_nearest_that_can_be_stored(storage, precision):
+    matrix = cases.matrix(cases.rng(3), 37, 21, 3, storage, 0.6)
+    rounded, exact = matrix.rounded(precision), matrix.to_dense().astype(np.float64)
+    error = np.abs(rounded.to_dense() - exact)
+    if precision == "bf16":
+        assert (error <= np.abs(exact) * 2.0**-8).all()  # half a unit in the last of eight bits
+        assert not (rounded.to_dense().view(np.uint32) & 0xFFFF).any()
+        assert rounded.scale is None
+    else:
+        largest = np.abs(exact).max(axis=1, initial=0)
+        np.testing.assert_allclose(rounded.scale, np.where(largest > 0, largest / 127, 1), rtol=1e-6)
+        assert (error <= rounded.scale[:, None] * 0.5001).all()
+        codes = rounded.tensors()["values"]
+        assert codes.dtype == np.int8
+        assert np.abs(codes.astype(int)).max(initial=0) == (127 if exact.any() else 0)
+    assert rounded.precision == precision
+    assert rounded.elements == matrix.elements
+    again = rounded.rounded(precision)
+    np.testing.assert_allclose(again.to_dense(), rounded.to_dense(), rtol=1e-6)
+    assert rounded.value_bytes * matrix.values.size == rounded.tensors()["values"].nbytes
+    assert rounded.description.endswith(f", {precision}")
+
+
+def test_rounding_half_goes_to_even():
+    halves = np.array([[1 + 2.0**-8, 1 + 3 * 2.0**-8]], np.float32)
+    assert Dense(halves).rounded("bf16").values.tolist() == [[1.0, 1 + 2.0**-6]]
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision must be one of f32, bf16, i8"):
+        Dense(np.ones((2, 2))).rounded("int4")

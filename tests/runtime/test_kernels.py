@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import sparsefold as sf
 import tolerances
 from sparsefold import _native
 from sparsefold.engine import native_matrix
+from sparsefold.formats import VALUE_TYPES
 
 ISAS = _native.available_isas()
 # What is packed in which way: single elements and groups of several rows are blocks to the kernels.
@@ -27,8 +28,8 @@ FORMATS = {
 
 
 @cache
-def made(case):
-    matrix = case.make()
+def made(case, precision="f32"):
+    matrix = case.make().rounded(precision)
     return matrix, np.abs(matrix.to_dense().astype(np.float64)), native_matrix(matrix)
 
 
@@ -68,10 +69,10 @@ def check_product(case, matrix, size, packed, rate, by_events):
     assert (out[~real] == 7.5).all(), (case, rate, "padding was written")
 
 
-def check_matvec(isa, format, by_events):
+def check_matvec(isa, format, precision, by_events):
     for storage in FORMATS[format]:
         for case in cases.matrix_cases(storage):
-            matrix, size, borrowed = made(case)
+            matrix, size, borrowed = made(case, precision)
             packed = _native.Packed(borrowed, isa)
             for rate in cases.EVENT_RATES if by_events else (1.0,):
                 check_product(case, matrix, size, packed, rate, by_events)
@@ -116,12 +117,13 @@ def check_layer_norm(isa):
 
 
 CHECKS = {
-    "matvec_dense_f32": lambda isa: check_matvec(isa, "dense", False),
-    "matvec_events_dense_f32": lambda isa: check_matvec(isa, "dense", True),
-    "matvec_block_f32": lambda isa: check_matvec(isa, "block", False),
-    "matvec_events_block_f32": lambda isa: check_matvec(isa, "block", True),
-    "matvec_complementary_f32": lambda isa: check_matvec(isa, "complementary", False),
-    "matvec_events_complementary_f32": lambda isa: check_matvec(isa, "complementary", True),
+    f"matvec_{'events_' if by_events else ''}{format}_{precision}": partial(
+        check_matvec, format=format, precision=precision, by_events=by_events
+    )
+    for format in FORMATS
+    for precision in VALUE_TYPES
+    for by_events in (False, True)
+} | {
     "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
     "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
     "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),

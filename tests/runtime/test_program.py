@@ -4,6 +4,7 @@ import json
 import os
 import stat
 import struct
+import zlib
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -341,3 +342,72 @@ def test_a_path_may_be_a_string_and_relative(tmp_path, monkeypatch):
 def test_a_missing_file_is_the_usual_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         Program.load(tmp_path / "none.sfold")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "i8"])
+@pytest.mark.parametrize("name", ["mixed-3", "csc", "gru-overlay", "egru-overlay-16", "lstm-block-2"])
+def test_a_rounded_program_goes_through_the_file(name, precision):
+    exact = cases.network(name)
+    program = exact.rounded(precision)
+    raw = program.to_bytes()
+    again = Program.from_bytes(raw)
+    assert again.to_bytes() == raw
+    assert len(raw) < len(exact.to_bytes())
+    for mine, theirs in zip(program.ops, again.ops, strict=True):
+        for field, matrix in matrices(mine).items():
+            np.testing.assert_array_equal(matrix.to_dense(), matrices(theirs)[field].to_dense())
+            assert matrices(theirs)[field].precision == precision
+
+
+def remade(raw, change):
+    """The file after ``change(ops, tensors)``: described ops, and {name: [dtype, shape, bytes]}; with a checksum that agrees."""
+    (size,) = struct.unpack_from("<Q", raw)
+    header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    meta = header.pop("__metadata__")
+    ops = json.loads(meta["ops"])
+    tensors = {name: [e["dtype"], e["shape"], data[slice(*e["data_offsets"])]] for name, e in header.items()}
+    change(ops, tensors)
+    joined, out = b"".join(t[2] for t in tensors.values()), {}
+    for name, (dtype, shape, content) in tensors.items():
+        start = sum(len(tensors[n][2]) for n in out)
+        out[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + len(content)]}
+    meta |= {"ops": json.dumps(ops), "crc32": f"{zlib.crc32(joined):08x}"}
+    text = json.dumps({"__metadata__": meta, **out}).encode()
+    return struct.pack("<Q", len(text)) + text + joined
+
+
+def _scale(value):
+    def change(ops, tensors):
+        tensors["1.weight.scale"][2] = struct.pack("<f", value) + tensors["1.weight.scale"][2][4:]
+
+    return change
+
+
+def _code(ops, tensors):
+    tensors["1.weight.values"][2] = b"\x80" + tensors["1.weight.values"][2][1:]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda ops, t: ops[1]["weight"].update(precision="i4"), "precision must be one of"),
+        (lambda ops, t: ops[1]["weight"].update(precision=8), "precision must be one of"),
+        (lambda ops, t: ops[1]["weight"].pop("precision"), "needs a F32 tensor 1.weight.values"),
+        (lambda ops, t: ops[1]["weight"].update(precision="bf16"), "needs a BF16 tensor 1.weight.values"),
+        (lambda ops, t: t.pop("1.weight.scale"), "needs a F32 tensor 1.weight.scale"),
+        (
+            lambda ops, t: t["1.weight.scale"].__setitem__(1, [1, len(t["1.weight.scale"][2]) // 4]),
+            "positive scale for each of",
+        ),
+        (_scale(0.0), "positive scale"),
+        (_scale(-1.0), "positive scale"),
+        (_scale(float("nan")), "positive scale"),
+        (_scale(float("inf")), "positive scale"),
+        (_code, "between -127 and 127"),
+    ],
+)
+def test_broken_int8_weights_are_refused(change, sentence):
+    raw = cases.network("gru-overlay").rounded("i8").to_bytes()
+    assert Program.from_bytes(remade(raw, lambda *_: None)).ops[1].weight.precision == "i8"
+    with pytest.raises(ProgramError, match=sentence):
+        Program.from_bytes(remade(raw, change))

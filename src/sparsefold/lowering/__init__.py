@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsefold import program as ops
-from sparsefold.formats import Float, Format
+from sparsefold.formats import Float, Format, Precision
 from sparsefold.lowering.choose import choose
 from sparsefold.nn import EGRU, Stack
 from sparsefold.program import Op, Program
@@ -41,7 +41,9 @@ class _Affine:
 Rule = Callable[[str, Any, int], Sequence[Op | _Affine]]
 
 
-def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = None) -> Program:
+def compile_model(
+    model: torch.nn.Module, metadata: Mapping[str, Any] | None = None, weights: Precision = "f32"
+) -> Program:
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
     Args:
@@ -49,6 +51,7 @@ def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = N
             Linear, ReLU, LayerNorm, BatchNorm1d (folded into a layer beside it), Dropout and Identity. Evaluation mode
             is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
+        weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32.
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
@@ -60,7 +63,7 @@ def compile_model(model: torch.nn.Module, metadata: Mapping[str, Any] | None = N
     if not folded:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
-        return Program(tuple(folded), dict(metadata or {}))
+        return Program(tuple(folded), dict(metadata or {})).rounded(weights)
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
 
