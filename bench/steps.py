@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from sparsefold.bench import pinned, provenance, race
 from sparsefold.cost import cost
 from sparsefold.engine import Engine, interpret
-from sparsefold.formats import Block, Dense, Format
+from sparsefold.formats import Block, Dense, Format, Precision
 from sparsefold.nn import Stack
 from sparsefold.program import EGRU, Program, write_atomically
 from sparsefold.recipes import rivals
@@ -28,6 +28,7 @@ from sparsefold.recipes import rivals
 # units, layers, density, event rate wanted, steps timed
 NETWORKS = [(128, 1, 0.1, 0.1, 5000), (256, 1, 0.1, 0.1, 5000), (512, 1, 0.1, 0.1, 3000), (1350, 3, 0.1, 0.1, 1000)]
 PARITY_STEPS = 20
+PRECISIONS: tuple[Precision, ...] = ("f32", "bf16", "i8")
 
 
 def matrix(units: int, density: float, random: np.random.Generator) -> Format:
@@ -95,32 +96,29 @@ def measure(units: int, layers: int, density: float, rate: float, steps: int) ->
     random = np.random.default_rng(units)
     program = network(units, layers, density, rate, random)
     inputs = list(random.standard_normal((steps, units)).astype(np.float32))
-    error = check(program, inputs)
+    ours = {f"ours, {p}": program.rounded(p) for p in PRECISIONS}
+    errors = {name: check(rounded, inputs) for name, rounded in ours.items()}
+    streams = {name: Engine(rounded).stream() for name, rounded in ours.items()}
     against = opponents(units, layers)
-    stream = Engine(program).stream()
+    players = {n: s.step for n, s in streams.items()} | {n: r.call for n, r in against.items()}
     with pinned():
-        times = race({"ours": stream.step, **{n: r.call for n, r in against.items()}}, inputs, rounds=10, warmup=50)
-    total = cost(program, stream.counters)
-    shape = {"units": units, "layers": layers, "density": density, "event_rate": stream.counters.event_rate()}
+        times = race(players, inputs, rounds=10, warmup=50)
+    yardsticks = {
+        "ratio_to_fastest_f32": min(t.p50 for n, t in times.items() if n in against and "int8" not in n),
+        "ratio_to_fastest_int8": min(t.p50 for n, t in times.items() if n in against and "int8" in n),
+    }
     lines = []
     for name, latency in times.items():
-        settings = (
-            against[name].settings
-            if name in against
-            else f"float32, {stream.engine.isa}, 1 thread, max error {error:.1e}"
-        )
-        ours = {"cost": total.to_dict()} if name == "ours" else {}
-        ratio = latency.p50 / times["ours"].p50
-        lines.append(
-            {
-                **shape,
-                "engine": name,
-                "latency_us": latency.to_dict(),
-                "ours_is_faster": ratio,
-                "settings": settings,
-                **ours,
-            }
-        )
+        line: dict[str, Any] = {"units": units, "layers": layers, "engine": name, "latency_us": latency.to_dict()}
+        line |= {key: fastest / latency.p50 for key, fastest in yardsticks.items()}
+        if name in ours:
+            stream = streams[name]
+            total = cost(ours[name], stream.counters)
+            line |= {"density": density, "event_rate": stream.counters.event_rate(), "cost": total.to_dict()}
+            line["settings"] = f"{stream.engine.isa}, 1 thread, largest error of a step {errors[name]:.1e}"
+        else:
+            line["settings"] = against[name].settings
+        lines.append(line)
     return lines
 
 
@@ -137,13 +135,14 @@ def main() -> None:
         for shape in NETWORKS:
             if args.units in (None, shape[0]):
                 lines += measure(*shape)
-                for e in lines[-10:]:
-                    latency = e["latency_us"]
-                    print(
-                        f"H {e['units']} x{e['layers']} rate {e['event_rate']:.3f}  {e['engine']:<26}"
-                        f"{latency['p50']:>10.2f} us p99 {latency['p99']:>10.2f}  {e['ours_is_faster']:>8.1f}x",
-                        flush=True,
-                    )
+                for e in lines:
+                    if e["units"] == shape[0]:
+                        latency, float32, int8 = e["latency_us"], e["ratio_to_fastest_f32"], e["ratio_to_fastest_int8"]
+                        print(
+                            f"H {e['units']} x{e['layers']}  {e['engine']:<26}{latency['p50']:>10.2f} us "
+                            f"p99 {latency['p99']:>10.2f}  {float32:>7.1f}x of float32, {int8:>6.1f}x of int8",
+                            flush=True,
+                        )
     name = f"steps-{datetime.now(UTC):%Y-%m-%d}-{(about['commit'] or 'none').rstrip('+')}.jsonl"
     machine = "".join(c if c.isalnum() else "-" for c in f"{about['processor']} {about['isa']}".lower())
     out = args.out or Path(__file__).parent / "results" / machine / name
