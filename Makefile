@@ -35,6 +35,7 @@ check: .venv/.built
 
 bench: .venv/.built
 	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/steps.py
 
 # The tables in README and docs, from the committed results; a test compares them.
 docs: .venv/.built

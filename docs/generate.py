@@ -75,9 +75,28 @@ def kernels() -> str:
     )
 
 
+def steps() -> str:
+    """Time of a whole step of networks of several sizes, ours in three precisions and every rival."""
+    path = newest("bench/results", "*/steps-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        "| units x layers | engine | µs p50 | µs p99 | against the fastest float32 rival | against the fastest int8 rival |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        ours = "ours" in r["engine"]
+        name = f"**{r['engine']}**, {r['density']:.0%} of blocks, {r['event_rate']:.1%} events" if ours else r["engine"]
+        times = f"{r['latency_us']['p50']:.2f} | {r['latency_us']['p99']:.2f}"
+        ratios = f"{r['ratio_to_fastest_f32']:.1f}x | {r['ratio_to_fastest_int8']:.1f}x"
+        lines.append(f"| {r['units']} x {r['layers']} | {name} | {times} | {ratios} |")
+    about = rows[0]
+    where = f"{about['processor']}, {about['isa']}, one thread, pinned, Python call included."
+    return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
+
+
 SECTIONS = {
     "README.md": {"demo": demo_table},
-    "docs/benchmarks.md": {"learning-rates": learning_rates, "kernels": kernels},
+    "docs/benchmarks.md": {"learning-rates": learning_rates, "steps": steps, "kernels": kernels},
 }
 
 
