@@ -1,11 +1,9 @@
 """Broken files, kept and made up: each is a ProgramError in a moment, or a sound program. Nothing else ever happens."""
 
-import importlib.util
 import json
 import struct
 import time
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +13,12 @@ from hypothesis import strategies as st
 
 import cases
 import sparsefold as sf
+from attacks import make
 from sparsefold import _native
 from sparsefold.engine import native_matrix
 from sparsefold.program import Program, ProgramError
 
-FOLDER = Path(__file__).parents[1] / "attacks"
-spec = importlib.util.spec_from_file_location("attacks_make", FOLDER / "make.py")
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
+FOLDER = Path(make.__file__).parent
 
 
 def refusal(raw):
@@ -91,18 +87,8 @@ def test_many_tensors_of_nothing_are_refused_in_a_moment():
 
 # --- made up ----------------------------------------------------------------------------------------------------------
 
-CHECKSUM = make.File().header()["__metadata__"]["crc32"].encode()
 HEADER = 8 + struct.unpack_from("<Q", make.SOUND)[0]
 DIGITS = [i for i in range(8, HEADER) if make.SOUND[i : i + 1].isdigit()]
-
-
-def resealed(raw):
-    """The file with the checksum of what its data is now, where the checksum's place was not touched."""
-    at = raw.find(CHECKSUM)
-    if len(raw) < 8 or at < 0:
-        return raw
-    (size,) = struct.unpack_from("<Q", raw)
-    return raw[:at] + f"{zlib.crc32(raw[8 + size :]):08x}".encode() + raw[at + 8 :]
 
 
 positions = st.one_of(
@@ -120,7 +106,7 @@ def test_a_damaged_file_is_refused_or_plays(changed, also, at, reseal):
     raw = bytes(raw)
     raw = {None: raw, "cut": raw[:at], "double": raw[:at] + raw, "insert": raw[:at] + b"0" + raw[at:]}[also]
     if reseal:
-        raw = resealed(raw)
+        raw = make.resealed(raw)
     try:
         program = Program.from_bytes(raw)
     except ProgramError:
@@ -136,7 +122,7 @@ def test_a_damaged_file_is_refused_or_plays(changed, also, at, reseal):
 def test_damage_that_keeps_the_file_sound_is_played():
     raw = bytearray(make.SOUND)
     raw[-4:] = struct.pack("<f", 5.0)  # the last bias
-    program = Program.from_bytes(resealed(bytes(raw)))
+    program = Program.from_bytes(make.resealed(bytes(raw)))
     assert program.ops[2].bias[2] == 5.0
     with pytest.raises(ProgramError, match="checksum"):
         Program.from_bytes(bytes(raw))
