@@ -1,6 +1,5 @@
 """Broken files, kept and made up: each is a ProgramError in a moment, or a sound program. Nothing else ever happens."""
 
-import importlib.util
 import json
 import struct
 import time
@@ -15,14 +14,12 @@ from hypothesis import strategies as st
 
 import cases
 import sparsefold as sf
+from attacks import make
 from sparsefold import _native
 from sparsefold.engine import native_matrix
 from sparsefold.program import Program, ProgramError, matrices
 
-FOLDER = Path(__file__).parents[1] / "attacks"
-spec = importlib.util.spec_from_file_location("attacks_make", FOLDER / "make.py")
-make = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(make)
+FOLDER = Path(make.__file__).parent
 
 
 def refusal(raw):
