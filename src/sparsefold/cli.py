@@ -100,6 +100,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "What a .sfold file holds: ops, formats, sizes, where it comes from.")
     inspect.add_argument("file", type=Path)
 
+    export = add("export-c", _export_c, "Write a .sfold file as one self-contained C99 file and its header.")
+    export.add_argument("file", type=Path)
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="made when it is missing")
+    export.add_argument("--name", default=None, help="prefix of all names (default: the file's name)")
+    export.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one table instead of embedding and first input product (default: where it is smaller)",
+    )
+
     bench = add("bench", _bench, "Latency of one step of a compiled model: p50 and p99, on every instruction set.")
     bench.add_argument("file", type=Path)
     bench.add_argument("--steps", type=int, default=5000)
@@ -319,6 +330,14 @@ def _inspect(args: argparse.Namespace) -> None:
     for key, value in program.metadata.items():
         text = json.dumps(value)
         print(f"{key}: {text if len(text) <= 400 else text[:400] + ' ...'}")
+
+
+def _export_c(args: argparse.Namespace) -> None:
+    from sparsefold.export_c import write_c
+
+    program = _load(args.file)
+    for path in write_c(program, args.output, args.file.stem if args.name is None else args.name, args.fold):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def _bench(args: argparse.Namespace) -> None:

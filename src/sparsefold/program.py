@@ -26,6 +26,7 @@ from sparsefold.formats import FORMATS, VALUE_TYPES, Float, Format, Precision, i
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
 MAX_OPS = 1024
+MAX_DEPTH = 64  # of lists and objects inside one another
 RESETS = ("threshold", "output", "none")
 
 
@@ -407,7 +408,7 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
         raise ProgramError(f"op {i} is not one of {', '.join(OPS)}", 8)
     known = {f.name: f for f in fields(cls)}
     values: dict[str, Any] = {k: v for k, v in described.items() if k != "op"}
-    if unknown := set(values) - set(known):
+    if unknown := set(values) - {name for name, f in known.items() if f.type != "Float"}:  # arrays are not described
         raise ProgramError(f"op {i} ({cls.kind}) has an unknown field {sorted(unknown)[0]!r}", 8)
 
     def take(name: str, dtype: str) -> NDArray[Any]:
@@ -547,8 +548,15 @@ def _json(text: str, what: str, offset: int) -> Any:
             raise ValueError("a key occurs twice")
         return dict(pairs)
 
+    def depth(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
     try:
-        return json.loads(text, object_pairs_hook=unique)
+        value = json.loads(text, object_pairs_hook=unique)
+        if depth(value) > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        return value
     except (ValueError, RecursionError) as error:
         raise ProgramError(f"{what} is not valid JSON: {error}", offset) from error
 

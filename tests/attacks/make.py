@@ -72,6 +72,17 @@ class File:
 SOUND = File().bytes()
 
 
+def checksum(raw: bytes) -> bytes:
+    """What the header of these bytes should say of the data."""
+    return f"{zlib.crc32(raw[8 + struct.unpack_from('<Q', raw)[0] :]):08x}".encode()
+
+
+def resealed(raw: bytes, sound: bytes = SOUND) -> bytes:
+    """The file with the checksum of what its data is now, where the place of that of ``sound`` was not touched."""
+    at = raw.find(checksum(sound))
+    return raw if len(raw) < 8 or at < 0 else raw[:at] + checksum(raw) + raw[at + 8 :]
+
+
 def packed() -> File:
     """The same network with its recurrent matrix stored as csc and its decoder complementary."""
     file = File()
@@ -306,6 +317,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "ops_empty": (_file(lambda f: f.meta.update(ops="[]")), "must hold 1 to 1024 ops"),
     "ops_nested": (_file(lambda f: f.meta.update(ops="[" * 2000)), "the op list is not valid JSON"),
     "ops_too_many": (_file(lambda f: f.meta.update(ops="[" + "1," * 1024 + "1]")), "must hold 1 to 1024 ops"),
+    "free_metadata_nested": (_file(lambda f: f.meta.update(metadata='{"a":' + "[" * 64 + "]" * 64 + "}")), "nested too deeply"),
     "free_metadata_a_list": (_file(lambda f: f.meta.update(metadata="[]")), "metadata must be an object"),
     "free_metadata_not_json": (_file(lambda f: f.meta.update(metadata="{")), "the metadata is not valid JSON"),
     # the tensors
@@ -348,6 +360,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
     "field_unknown": (_file(_set(1, "bias", True)), "op 1 (egru) has an unknown field 'bias'"),
+    "field_of_an_array": (_file(_set(2, "bias", 0)), "op 2 (linear) has an unknown field 'bias'"),
     "field_missing": (_file(lambda f: f.ops[1].pop("reset")), "op 1 (egru) lacks reset"),
     "field_twice": (_file(lambda f: f.meta.update(ops='[{"op": "linear", "op": "gru"}]')), "a key occurs twice"),
     "lstm_of_three_gates": (_file(_cell("lstm")), "2 units need matrices of 8 rows in 4 gates"),

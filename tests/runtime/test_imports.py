@@ -16,7 +16,19 @@ HEAVY = ["torch", "safetensors", "onnx", "onnxruntime", "matplotlib"]
 TRAINING = [f"sparsefold.{name}" for name in ("nn", "sparsify", "lowering", "recipes", "data")]
 RUNTIME = [
     name
-    for name in ("formats", "program", "engine", "cost", "bench", "report", "_figures", "_summary", "progress", "cli")
+    for name in (
+        "formats",
+        "program",
+        "engine",
+        "cost",
+        "export_c",
+        "bench",
+        "report",
+        "_figures",
+        "_summary",
+        "progress",
+        "cli",
+    )
     if find_spec(f"sparsefold.{name}")
 ]
 

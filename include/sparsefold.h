@@ -1,0 +1,93 @@
+/* Playing a compiled program (.sfold) from C. See docs/c-api.md.
+ *
+ * Ownership: what a function named _load or _new gives is yours; give it back to the function named _free. A stream keeps
+ * what it needs of its engine, so that either may be freed first. Nothing that you pass in is kept.
+ *
+ * Threads: an engine never changes; any number of threads and streams share it. A stream is used by one thread at a time; a
+ * second thread gets SPARSEFOLD_ERROR_BUSY. There is no global state.
+ *
+ * Errors: a status other than SPARSEFOLD_OK means that nothing was done. No exception leaves the library.
+ */
+#ifndef SPARSEFOLD_H
+#define SPARSEFOLD_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define SPARSEFOLD_API __attribute__((visibility("default")))
+#else
+#define SPARSEFOLD_API
+#endif
+
+/* Changes when a program compiled against an older header would no longer work. */
+#define SPARSEFOLD_ABI_VERSION 1u
+SPARSEFOLD_API uint32_t sparsefold_abi_version(void);
+
+typedef enum {
+    SPARSEFOLD_OK = 0,
+    SPARSEFOLD_ERROR_READ = 1,     /* the file cannot be read */
+    SPARSEFOLD_ERROR_PROGRAM = 2,  /* it is not a program that this version plays */
+    SPARSEFOLD_ERROR_ARGUMENT = 3, /* a null pointer, an unknown instruction set, op or counter, the other kind of step */
+    SPARSEFOLD_ERROR_TOKEN = 4,    /* the token is outside the vocabulary */
+    SPARSEFOLD_ERROR_BUSY = 5,     /* another thread is using this stream */
+    SPARSEFOLD_ERROR_MEMORY = 6
+} sparsefold_status;
+
+/* What a status means: one sentence, never null, never to be freed. */
+SPARSEFOLD_API const char *sparsefold_status_text(sparsefold_status status);
+
+/* Weights packed for this processor. */
+typedef struct sparsefold_engine sparsefold_engine;
+
+/* Reads a program from memory or from a file. The program is untrusted: whatever is wrong with it is an error.
+ * isa: "avx512", "avx2" or "generic"; null: the environment's SPARSEFOLD_ISA if set, else the best of this processor.
+ * message: receives at most message_size bytes of one sentence that says what was wrong, always terminated; may be null. */
+SPARSEFOLD_API sparsefold_status sparsefold_load(const void *data, size_t size, const char *isa,
+                                                 sparsefold_engine **engine, char *message, size_t message_size);
+SPARSEFOLD_API sparsefold_status sparsefold_load_file(const char *path, const char *isa, sparsefold_engine **engine,
+                                                      char *message, size_t message_size);
+SPARSEFOLD_API void sparsefold_free(sparsefold_engine *engine); /* null is allowed */
+
+typedef struct {
+    size_t inputs;    /* tokens known, or values read per step */
+    size_t outputs;   /* values given per step */
+    size_t ops;       /* numbered from 0 in the order they are played */
+    int takes_tokens; /* 1: sparsefold_step_token; 0: sparsefold_step_values */
+    const char *isa;  /* the instruction set in use */
+} sparsefold_info;
+
+/* Lives as long as the engine. Later versions add fields at the end. */
+SPARSEFOLD_API const sparsefold_info *sparsefold_describe(const sparsefold_engine *engine);
+
+/* One sequence being played: its own state, all zero at first, and its own counters. */
+typedef struct sparsefold_stream sparsefold_stream;
+
+SPARSEFOLD_API sparsefold_stream *sparsefold_stream_new(const sparsefold_engine *engine); /* null: no memory left */
+SPARSEFOLD_API void sparsefold_stream_free(sparsefold_stream *stream);                    /* null is allowed */
+SPARSEFOLD_API sparsefold_status sparsefold_stream_reset(sparsefold_stream *stream);      /* state to zero; counters go on */
+
+/* One step; y receives `outputs` values. Neither allocates. */
+SPARSEFOLD_API sparsefold_status sparsefold_step_token(sparsefold_stream *stream, int64_t token, float *y);
+SPARSEFOLD_API sparsefold_status sparsefold_step_values(sparsefold_stream *stream, const float *x, float *y);
+
+typedef enum {
+    SPARSEFOLD_STEPS = 0,       /* one value: steps played; op is not read */
+    SPARSEFOLD_EVENTS = 1,      /* one value per unit of an egru or relu: events it emitted */
+    SPARSEFOLD_INPUT_READS = 2, /* one per input column of an op that reads their events: how often one read it */
+    SPARSEFOLD_HIDDEN_READS = 3 /* one per unit of an egru: how often its event was read by its own recurrent matrix */
+} sparsefold_counter;
+
+/* Copies a counter of one op. *count: in, the room in values; out, how many values there are (0 where the op does not count
+ * this). Less room than that is SPARSEFOLD_ERROR_ARGUMENT with *count set; null values and no room ask for the count. */
+SPARSEFOLD_API sparsefold_status sparsefold_counters(sparsefold_stream *stream, size_t op, sparsefold_counter counter,
+                                                     uint64_t *values, size_t *count);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,437 @@
+"""The C library: examples/embed.c built as a user would, its outputs bit for bit those of Python, and every refusal."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import threading
+import zlib
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cases
+import sparsefold as sf
+import tolerances
+from attacks import make
+from sparsefold.program import EGRU, Program, ProgramError
+
+ROOT = Path(__file__).resolve().parents[2]
+OK, READ, PROGRAM, ARGUMENT, TOKEN, BUSY = range(6)
+STEPS, EVENTS, INPUT_READS, HIDDEN_READS = range(4)
+network = cache(cases.network)
+
+
+class Info(ctypes.Structure):
+    """``sparsefold_info``."""
+
+    _fields_ = (
+        ("inputs", c_size_t), ("outputs", c_size_t), ("ops", c_size_t), ("takes_tokens", c_int), ("isa", c_char_p)
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def lib(c_build):
+    """The shared library through ctypes."""
+    library = ctypes.CDLL(str(c_build / "libsparsefold.so"))
+    handle, message = [POINTER(c_void_p)], [c_char_p, c_size_t]
+    for name, result, arguments in [
+        ("abi_version", c_uint32, []),
+        ("status_text", c_char_p, [c_int]),
+        ("load", c_int, [c_char_p, c_size_t, c_char_p, *handle, *message]),
+        ("load_file", c_int, [c_char_p, c_char_p, *handle, *message]),
+        ("free", None, [c_void_p]),
+        ("describe", POINTER(Info), [c_void_p]),
+        ("stream_new", c_void_p, [c_void_p]),
+        ("stream_free", None, [c_void_p]),
+        ("stream_reset", c_int, [c_void_p]),
+        ("step_token", c_int, [c_void_p, c_int64, POINTER(c_float)]),
+        ("step_values", c_int, [c_void_p, POINTER(c_float), POINTER(c_float)]),
+        ("counters", c_int, [c_void_p, c_size_t, c_int, POINTER(c_uint64), POINTER(c_size_t)]),
+    ]:
+        function = getattr(library, f"sparsefold_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def load(lib, raw: bytes, isa: bytes | None = None):
+    """(status, engine or None, message)."""
+    engine, message = c_void_p(), ctypes.create_string_buffer(400)
+    status = lib.sparsefold_load(raw, len(raw), isa, byref(engine), message, 400)
+    assert (engine.value is not None) == (status == OK) == (message.value == b"")
+    return status, engine, message.value.decode()
+
+
+def floats(array):
+    return np.ascontiguousarray(array, np.float32).ctypes.data_as(POINTER(c_float))
+
+
+def play(lib, raw: bytes, sequence, isa: bytes | None = None):
+    """(outputs, {(op, counter): values}) of a new stream, whose engine is freed before the first step."""
+    status, engine, message = load(lib, raw, isa)
+    assert status == OK, message
+    info = Info.from_buffer_copy(lib.sparsefold_describe(engine).contents)
+    stream = lib.sparsefold_stream_new(engine)
+    lib.sparsefold_free(engine)
+    out = np.empty((len(sequence), info.outputs), np.float32)
+    for x, y in zip(sequence, out, strict=True):
+        if info.takes_tokens:
+            assert lib.sparsefold_step_token(stream, int(x), floats(y)) == OK
+        else:
+            assert lib.sparsefold_step_values(stream, floats(x), floats(y)) == OK
+    counted = {}
+    for op in range(info.ops):
+        for counter in (STEPS, EVENTS, INPUT_READS, HIDDEN_READS):
+            count = c_size_t(0)
+            assert lib.sparsefold_counters(stream, op, counter, None, byref(count)) == OK
+            values = np.zeros(count.value, np.uint64)
+            pointer = values.ctypes.data_as(POINTER(c_uint64))
+            assert lib.sparsefold_counters(stream, op, counter, pointer, byref(count)) == OK
+            counted[op, counter] = values
+    lib.sparsefold_stream_free(stream)
+    return out, counted
+
+
+@pytest.mark.parametrize("name", cases.NETWORKS)
+def test_every_network_gives_the_bits_and_counts_of_python(name, lib, isa):
+    program = network(name)
+    x = cases.sequence(program, 20)
+    stream = sf.Engine(program, isa=isa).stream()
+    expected = stream.run(x)
+    out, counted = play(lib, program.to_bytes(), x, isa.encode())
+    assert out.tobytes() == expected.tobytes()
+    counts, nothing = stream.counters, np.zeros(0)
+    for op in range(len(program.ops)):
+        assert counted[op, STEPS].tolist() == [20]
+        np.testing.assert_array_equal(counted[op, EVENTS], counts.events.get(op, nothing))
+        np.testing.assert_array_equal(counted[op, INPUT_READS], counts.input_reads.get(op, nothing))
+        np.testing.assert_array_equal(counted[op, HIDDEN_READS], counts.hidden_reads.get(op, nothing))
+
+
+@pytest.mark.parametrize("options", cases.EGRU_OPTIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
+def test_every_option_of_an_egru_is_read(options, lib):
+    r = cases.rng(7)
+    program = Program((cases.egru(r, 19, 37, (8, 1), 0.5, **options), cases.linear(r, 37, 3)))
+    x = cases.sequence(program, 8)
+    assert play(lib, program.to_bytes(), x)[0].tobytes() == sf.Engine(program).stream().run(x).tobytes()
+
+
+# --- the reader against Python's -----------------------------------------------------------------------------------------
+
+
+def verdicts(lib, raw: bytes):
+    """(accepted by Python, accepted by C, what C said)."""
+    status, engine, message = load(lib, raw)
+    assert status in (OK, PROGRAM)
+    lib.sparsefold_free(engine)
+    try:
+        Program.from_bytes(raw)
+    except ProgramError:
+        return False, status == OK, message
+    return True, status == OK, message
+
+
+@pytest.mark.parametrize("name", make.ATTACKS)
+def test_an_attack_is_refused_with_a_sentence(name, lib):
+    raw = (ROOT / f"tests/attacks/{name}.sfold").read_bytes()
+    python, c, message = verdicts(lib, raw)
+    assert not python and not c
+    assert message.isprintable() and message.endswith(").") and len(message) > 30
+    assert 0 <= int(message.rpartition("at byte ")[2].rstrip(").")) <= len(raw)
+
+
+def _meta(text: str) -> bytes:
+    return make._file(lambda f: f.meta.update(metadata=text))
+
+
+def _header(change) -> bytes:
+    return make._header(change)
+
+
+def _moved(file: make.File) -> None:
+    """The bytes of ``live`` first, two of them: all that follows lies between two words."""
+    live = {"2.weight.live": file.tensors.pop("2.weight.live")}
+    file.tensors = live | file.tensors
+    file.ops[2]["weight"]["rows"] = 1
+    file.tensors["2.bias"] = ["F32", [1], b"\0" * 4]
+    file.tensors["2.weight.values"] = ["F32", [2, 1, 1, 1], b"\0" * 8]
+    file.tensors["2.weight.live"] = ["U8", [2, 1, 1], bytes([0, 1])]
+
+
+CORNERS = {
+    "sound": make.SOUND,
+    "metadata, none": make._header(lambda h: h["__metadata__"].pop("metadata")),
+    "metadata, numbers of Python": _meta('{"a": [NaN, -Infinity, Infinity, -0, 1e999, 1E-999, -1.5e+3]}'),
+    "metadata, other numbers": _meta('{"a": 01}'),
+    "metadata, plus": _meta('{"a": +1}'),
+    "metadata, point": _meta('{"a": 1.}'),
+    "metadata, no digit": _meta('{"a": .5}'),
+    "metadata, exponent": _meta('{"a": 1e}'),
+    "metadata, minus": _meta('{"a": -}'),
+    "metadata, word": _meta('{"a": nul}'),
+    "metadata, long whole number": _meta('{"a": ' + "9" * 4300 + "}"),
+    "metadata, longer whole number": _meta('{"a": ' + "9" * 4301 + "}"),
+    "metadata, long fraction": _meta('{"a": ' + "9" * 5000 + ".0}"),
+    "metadata, 64 deep": _meta('{"a":' + "[" * 63 + "]" * 63 + "}"),
+    "metadata, 65 deep": _meta('{"a":' + "[" * 64 + "]" * 64 + "}"),
+    "metadata, escapes": _meta(r'{"\ud83d\ude00": "\"\\\/\b\f\n\r\t\u00e9", "\ud83d": "\ud83dx\ud83d\u0041"}'),
+    "metadata, unknown escape": _meta(r'{"a": "\x41"}'),
+    "metadata, short escape": _meta(r'{"a": "\u00g0"}'),
+    "metadata, half an escape": _meta('{"a": "\\u00'),
+    "metadata, pair with half an escape": _meta('{"a": "\\ud83d\\u00"}'),
+    "metadata, one key written twice": _meta(r'{"a": 1, "\u0061": 2}'),
+    "metadata, pair written twice": _meta('{"\U0001f600": 1, "\\ud83d\\ude00": 2}'),
+    "metadata, a key twice inside": _meta('{"a": [{"b": 1, "b": 2}]}'),
+    "metadata, control character": _meta('{"a": "\n"}'),
+    "metadata, spaces": _meta(' \t\r\n{ "a" : [ ] , "b" : { } } \n'),
+    "metadata, other space": _meta('\u00a0{"a": 1}'),
+    "metadata, byte order mark": _meta("\ufeff{}"),
+    "metadata, comma": _meta('{"a": 1,}'),
+    "metadata, comma in a list": _meta('{"a": [1,]}'),
+    "metadata, no colon": _meta('{"a" 1}'),
+    "metadata, a key that is none": _meta("{1: 2}"),
+    "metadata, two values": _meta("{} {}"),
+    "metadata, comment": _meta("{} // yes"),
+    "header, utf-8": make._text(lambda t: t.replace(b'"metadata": "{}"', '"metadata": "{}", "x": "é😀"'.encode())),
+    "header, overlong": make._text(lambda t: t.replace(b'"metadata": "{}"', b'"metadata": "{}", "x": "\xc0\xaf"')),
+    "header, surrogate": make._text(lambda t: t.replace(b'"metadata": "{}"', b'"metadata": "{}", "x": "\xed\xa0\x80"')),
+    "header, beyond": make._text(
+        lambda t: t.replace(b'"metadata": "{}"', b'"metadata": "{}", "x": "\xf4\x90\x80\x80"')
+    ),
+    "header, spaces": make._text(lambda t: b"  " + t + b" \n\t "),
+    "header, zero behind": make._text(lambda t: t + b"\0"),
+    "header, one byte more": make._text(lambda t: t + b" "),
+    "header, two bytes more": make._text(lambda t: t + b"  "),
+    "entry, unknown field": _header(lambda h: h["0.weight"].update(more=float("nan"))),
+    "entry, minus zero": make._text(lambda t: t.replace(b'"data_offsets": [0, ', b'"data_offsets": [-0, ', 1)),
+    "entry, exponent": make._text(lambda t: t.replace(b'"data_offsets": [0, ', b'"data_offsets": [0e0, ', 1)),
+    "entry, offsets a string": _header(lambda h: h["0.weight"].update(data_offsets="ab")),
+    "entry, offsets an object": _header(lambda h: h["0.weight"].update(data_offsets={"0": 0, "24": 24})),
+    "layout, unknown field": make._file(make._set(1, "weight_ih", "block", "none")),
+    "zoneout, a whole number": make._file(make._set(1, "zoneout", 0)),
+    "zoneout, minus zero": make._file(make._set(1, "zoneout", -0.0)),
+    "zoneout, one": make._file(make._set(1, "zoneout", 1)),
+    "zoneout, nearly one": make._file(make._set(1, "zoneout", 1 - 2.0**-53)),
+    "zoneout, small": make._file(make._set(1, "zoneout", 1e-300)),
+    "op, a key with an escape": make._file(
+        lambda f: f.meta.update(ops=json.dumps(f.ops).replace('"op"', r'"\u006fp"'))
+    ),
+    "version, a number like": make._file(lambda f: f.meta.update(sparsefold="1 ")),
+    "checksum, capital": make._file(lambda f: f.meta.update(crc32=f"{zlib.crc32(f.data()):08X}")),
+    "packed": make.packed().bytes(),
+    "packed, at odd places": make._packed(_moved),
+    "packed, minus zero beyond the gate": make._packed(
+        lambda f: f.tensors.update(
+            {
+                "2.weight.live": ["U8", [2, 1, 2], bytes([0, 1, 1, 0])],
+                "2.weight.values": ["F32", [2, 1, 2, 1], make._f32(0.5, -0.0, 1.0, 0.75)],
+            }
+        )
+    ),
+    "norm, epsilon one": make._file(make._norm(epsilon=1)),
+    "norm, least epsilon": make._file(make._norm(epsilon=1e-12)),
+    "norm, less epsilon": make._file(make._norm(epsilon=9.999999999999999e-13)),
+    "norm, epsilon true": make._file(make._norm(epsilon=True)),
+    "relu, minus zero": make._file(
+        lambda f: f.meta.update(ops=json.dumps([*f.ops, {"op": "relu", "units": -1}]).replace("-1", "-0"))
+    ),
+    "relu": make._file(make._relu(3, units=3)),
+    "lstm": make._file(lambda f: (make._lstm(f), f.tensors.update({"1.bias_hh": ["F32", [8], b"\0" * 32]}))),
+    "rnn": make._file(make._rnn(nonlinearity="relu")),
+    "rnn, another field": make._file(make._rnn(nonlinearity="relu", units=2)),
+    "no ops at all": make._file(lambda f: f.tensors.clear()),
+}
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_both_readers_give_one_verdict_in_the_corners(name, lib):
+    python, c, message = verdicts(lib, CORNERS[name])
+    assert python == c, message
+
+
+def test_both_verdicts_occur_in_the_corners(lib):
+    accepted = [name for name, raw in CORNERS.items() if verdicts(lib, raw)[0]]
+    assert len(CORNERS) / 4 < len(accepted) < len(CORNERS) * 3 / 4
+
+
+@pytest.mark.parametrize("sound", [make.SOUND, make.packed().bytes()], ids=["sound", "packed"])
+def test_every_changed_byte_gets_one_verdict(sound, lib):
+    """Each byte of a sound file in turn is another one, and the checksum is right again."""
+    r = cases.rng(11)
+    accepted = 0
+    for place in range(8, len(sound)):
+        raw = bytearray(sound)
+        raw[place] = int(r.choice(np.frombuffer(b'0123456789"[]{},:.-eE\\untrueflas \xff', np.uint8)))
+        python, c, message = verdicts(lib, make.resealed(bytes(raw), sound))
+        assert python == c, (place, bytes(raw[place - 10 : place + 10]), message)
+        accepted += python
+    assert 100 < accepted < len(sound) / 2
+
+
+@pytest.mark.parametrize(
+    "storage", ["csc", cases.Overlay(4), cases.Overlay(4, 5), cases.Overlay(33, 5), cases.Overlay(2, 64)], ids=str
+)
+def test_a_packed_matrix_at_an_odd_address_gives_the_bits_of_python(storage, lib):
+    """Three bytes of ``live`` before it shift its arrays, and the file itself lies at every remainder of four."""
+    r = cases.rng(23)
+    program = Program(
+        (cases.linear(r, 3, 1, cases.Overlay(1)), cases.linear(r, 1, 1), cases.gru(r, 1, 147, storage, 0.6))
+    )
+    x, raw = cases.sequence(program, 5), program.to_bytes()
+    expected = sf.Engine(program).stream().run(x)
+    buffer = ctypes.create_string_buffer(len(raw) + 4)
+    for shift in range(4):
+        ctypes.memmove(ctypes.addressof(buffer) + shift, raw, len(raw))
+        engine, out = c_void_p(), np.empty(147, np.float32)
+        at = ctypes.cast(ctypes.addressof(buffer) + shift, c_char_p)
+        assert lib.sparsefold_load(at, len(raw), None, byref(engine), None, 0) == OK
+        stream = lib.sparsefold_stream_new(engine)
+        for values, wanted in zip(x, expected, strict=True):
+            assert lib.sparsefold_step_values(stream, floats(values), floats(out)) == OK
+            assert out.tobytes() == wanted.tobytes()
+        lib.sparsefold_stream_free(stream)
+        lib.sparsefold_free(engine)
+
+
+def test_every_cut_is_refused_by_both(lib):
+    for size in range(len(make.SOUND)):
+        assert verdicts(lib, make.SOUND[:size])[:2] == (False, False)
+
+
+# --- what a caller can do wrong ------------------------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_statuses(lib):
+    assert lib.sparsefold_abi_version() == 1
+    texts = [lib.sparsefold_status_text(status).decode() for status in range(8)]
+    assert len(set(texts)) == 8 and all(t.endswith(".") for t in texts)
+    engine, message = c_void_p(), ctypes.create_string_buffer(400)
+    status, _, said = load(lib, make.SOUND, b"sse9")
+    assert status == ARGUMENT and "'sse9' is not available" in said
+    assert lib.sparsefold_load(None, 5, None, byref(engine), message, 400) == ARGUMENT
+    assert lib.sparsefold_load(None, 0, None, byref(engine), message, 400) == PROGRAM
+    assert lib.sparsefold_load(make.SOUND, len(make.SOUND), None, None, message, 400) == ARGUMENT
+    assert lib.sparsefold_load(b"", 0, None, byref(engine), None, 0) == PROGRAM
+    assert lib.sparsefold_load(b"", 0, None, byref(engine), message, 10) == PROGRAM and message.value == b"the file "
+    assert lib.sparsefold_load_file(None, None, byref(engine), message, 400) == ARGUMENT
+    assert lib.sparsefold_load_file(b"/nowhere/a.sfold", None, byref(engine), message, 400) == READ
+    assert message.value == b"cannot read /nowhere/a.sfold: No such file or directory."
+    assert lib.sparsefold_load_file(b"/", None, byref(engine), message, 400) == READ
+    assert message.value == b"cannot read /: Is a directory."
+    assert not lib.sparsefold_describe(None) and not lib.sparsefold_stream_new(None)
+    lib.sparsefold_free(None)
+    lib.sparsefold_stream_free(None)
+    assert lib.sparsefold_stream_reset(None) == ARGUMENT
+
+
+def test_a_refused_step_changes_nothing(lib):
+    _, engine, _ = load(lib, make.SOUND)
+    stream, y = lib.sparsefold_stream_new(engine), np.full(3, 7, np.float32)
+    for token in (-1, 3, 2**62, -(2**63)):
+        assert lib.sparsefold_step_token(stream, token, floats(y)) == TOKEN
+    assert lib.sparsefold_step_token(None, 0, floats(y)) == ARGUMENT
+    assert lib.sparsefold_step_token(stream, 0, None) == ARGUMENT
+    assert lib.sparsefold_step_values(stream, floats(np.zeros(3)), floats(y)) == ARGUMENT
+    assert (y == 7).all()
+    count, values = c_size_t(1), (c_uint64 * 1)()
+    assert lib.sparsefold_counters(stream, 1, EVENTS, values, byref(count)) == ARGUMENT and count.value == 2
+    assert lib.sparsefold_counters(stream, 3, EVENTS, values, byref(count)) == ARGUMENT
+    assert lib.sparsefold_counters(stream, 0, 4, values, byref(count)) == ARGUMENT
+    assert lib.sparsefold_counters(stream, 0, STEPS, values, None) == ARGUMENT
+    count.value = 1
+    assert lib.sparsefold_counters(stream, 0, STEPS, values, byref(count)) == OK and values[0] == 0
+    first = np.empty(3, np.float32)
+    for _ in range(2):  # a reset is a new beginning
+        assert lib.sparsefold_step_token(stream, 1, floats(first)) == OK
+        assert first.tobytes() == sf.Engine(Program.from_bytes(make.SOUND)).stream().step(1).tobytes()
+        assert lib.sparsefold_stream_reset(stream) == OK
+    lib.sparsefold_stream_free(stream)
+    lib.sparsefold_free(engine)
+
+
+def test_two_threads_on_one_stream_are_told(lib):
+    program = Program((cases.egru(cases.rng(1), 600, 600, output="state"),))
+    _, engine, _ = load(lib, program.to_bytes())
+    stream = lib.sparsefold_stream_new(engine)
+    seen = set()
+
+    def work():
+        x, y = np.ones(600, np.float32), np.empty(600, np.float32)
+        for _ in range(200):
+            seen.add(lib.sparsefold_step_values(stream, floats(x), floats(y)))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert seen <= {OK, BUSY} and OK in seen
+    lib.sparsefold_stream_free(stream)
+    lib.sparsefold_free(engine)
+
+
+# --- the example ---------------------------------------------------------------------------------------------------------
+
+
+def run(embed, *words, given=""):
+    return subprocess.run([embed, *map(str, words)], input=given, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["tokens-block", "mixed-3", "three"])
+def test_the_example_prints_what_python_computes(name, embed, tmp_path, request):
+    program = network(name)
+    program.save(tmp_path / "a.sfold")
+    x = cases.sequence(program, 25)
+    done = run(embed, tmp_path / "a.sfold", given="\n".join(" ".join(map(str, np.atleast_1d(v))) for v in x))
+    assert done.returncode == 0, done.stderr
+    out = np.array([[float(v) for v in line.split()] for line in done.stdout.splitlines()], np.float32)
+    expected = sf.Engine(program).stream().run(x)
+    if (
+        request.node.callspec.params["embed"] == "address,undefined"
+    ):  # other flags contract other products to one rounding
+        np.testing.assert_allclose(out, expected, rtol=0, atol=tolerances.FREE_RUNNING_F32)
+    else:
+        assert out.tobytes() == expected.tobytes()
+    assert done.stderr.startswith("25 steps, ") and "us each" in done.stderr
+    assert any(isinstance(op, EGRU) for op in program.ops)
+
+
+def test_the_example_generates(embed, tmp_path):
+    program = network("tokens")
+    program.save(tmp_path / "a.sfold")
+    lines = run(embed, tmp_path / "a.sfold", 5).stdout.splitlines()
+    stream, token = sf.Engine(program).stream(), 0
+    for line in lines:
+        out = stream.step(token)
+        np.testing.assert_allclose([float(v) for v in line.split()], out, rtol=0, atol=tolerances.FREE_RUNNING_F32)
+        token = int(out.argmax())
+    assert len(lines) == 5
+
+
+def test_the_example_says_what_is_wrong(embed, tmp_path):
+    sound, damaged = tmp_path / "a.sfold", tmp_path / "b.sfold"
+    sound.write_bytes(make.SOUND)
+    damaged.write_bytes(make.ATTACKS["data_flipped"][0])
+    for words, given, said in [
+        ((), "", "usage: embed FILE [STEPS]"),
+        ((sound, "-3"), "", "usage"),
+        ((sound, "x"), "", "usage"),
+        ((tmp_path / "none.sfold",), "", "No such file"),
+        ((tmp_path,), "", "Is a directory"),
+        ((damaged,), "", "does not match its checksum: the file is damaged. Copy it again (at byte "),
+        ((sound,), "1 3", "outside the vocabulary"),
+        ((sound,), "1 b", "not a list of numbers"),
+    ]:
+        done = run(embed, *words, given=given)
+        assert done.returncode == 2 and said in done.stderr and "Sanitizer" not in done.stderr, done.stderr
+    assert run(embed, sound, given="").returncode == 0
+
+
+def test_the_reader_under_the_sanitizers(embed):
+    for path in sorted((ROOT / "tests/attacks").glob("*.sfold")):
+        done = run(embed, path, 3)
+        assert done.returncode == 2 and done.stderr.startswith("embed: "), (path, done.stderr)
