@@ -77,8 +77,8 @@ SPARSEFOLD_API sparsefold_status sparsefold_step_values(sparsefold_stream *strea
 
 typedef enum {
     SPARSEFOLD_STEPS = 0,       /* one value: steps played; op is not read */
-    SPARSEFOLD_EVENTS = 1,      /* one value per unit of an egru: events it emitted */
-    SPARSEFOLD_INPUT_READS = 2, /* one per input column of the op behind such an egru: how often an event read it */
+    SPARSEFOLD_EVENTS = 1,      /* one value per unit of an egru or relu: events it emitted */
+    SPARSEFOLD_INPUT_READS = 2, /* one per input column of an op that reads their events: how often one read it */
     SPARSEFOLD_HIDDEN_READS = 3 /* one per unit of an egru: how often its event was read by its own recurrent matrix */
 } sparsefold_counter;
 

@@ -282,10 +282,19 @@ size_t not_utf8(std::string_view text) {
 
 // --- the file -------------------------------------------------------------------------------------------------------
 
+enum class Type { f32, u32, u16, u8 };
+struct TypeInfo {
+    const char* name;
+    uint64_t size;
+};
+constexpr TypeInfo kTypes[] = {{"F32", 4}, {"U32", 4}, {"U16", 2}, {"U8", 1}};
+constexpr const TypeInfo& info(Type type) { return kTypes[static_cast<size_t>(type)]; }
+
 struct Tensor {
-    bool is_float = false;
+    Type type = Type::f32;
     std::vector<uint64_t> shape;
-    uint64_t first = 0, last = 0;  // bytes of the data
+    uint64_t first = 0, last = 0;         // bytes of the data
+    const unsigned char* data = nullptr;  // once an op has taken it: aligned for its type
 };
 
 using Tensors = std::map<std::string, Tensor>;
@@ -325,9 +334,11 @@ Tensor read_entry(const std::string& name, const Json& entry) {
         !whole_numbers(find(members, "data_offsets"), 2, limit, offsets) || offsets.size() != 2)
         throw LoadError("tensor " + name + " needs dtype, shape and data_offsets", kHeader);
     const std::string type = dtype->string();
-    if (type != "F32" && type != "U32")
-        throw LoadError("tensor " + name + " has a dtype other than F32 and U32", kHeader);
-    t.is_float = type == "F32";
+    const auto known =
+        std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& k) { return type == k.name; });
+    if (known == std::end(kTypes))
+        throw LoadError("tensor " + name + " has a dtype other than F32, U32, U16 and U8", kHeader);
+    t.type = static_cast<Type>(known - kTypes);
     t.first = offsets[0];
     t.last = offsets[1];
     return t;
@@ -343,7 +354,7 @@ void check_places(const Tensors& tensors, uint64_t data_start, uint64_t data_siz
     uint64_t end = 0;
     for (const auto* each : order) {
         const Tensor& t = each->second;
-        uint64_t bytes = sizeof(float);
+        uint64_t bytes = info(t.type).size;
         for (uint64_t n : t.shape) bytes = n && bytes > UINT64_MAX / n ? UINT64_MAX : bytes * n;
         if (std::find(t.shape.begin(), t.shape.end(), 0u) != t.shape.end()) bytes = 0;
         if (t.first != end || t.last < t.first || t.last - t.first != bytes)
@@ -365,6 +376,7 @@ class Builder {
 
     void add(size_t index, const Json& described) {
         fields_.clear();
+        made_.clear();
         if (described.is('{'))
             for (auto& [key, value] : described.members()) fields_.emplace(std::move(key), value);
         prefix_ = std::to_string(index) + ".";
@@ -376,10 +388,14 @@ class Builder {
                 embedding();
             else if (name == "linear")
                 linear();
-            else if (name == "gru" || name == "egru")
-                recurrent(name == "egru");
+            else if (name == "gru" || name == "egru" || name == "lstm" || name == "rnn")
+                recurrent(name);
+            else if (name == "relu")
+                relu();
+            else if (name == "layer_norm")
+                layer_norm();
             else
-                refuse("is not one of embedding, linear, gru, egru");
+                refuse("is not one of embedding, linear, gru, egru, lstm, rnn, relu, layer_norm");
         } catch (const std::invalid_argument& error) {  // what the program itself finds wrong
             std::string why = error.what();
             if (!why.empty() && why.back() == '.') why.pop_back();
@@ -396,22 +412,25 @@ class Builder {
 
   private:
     void embedding() {
-        const Tensor weight = tensor("weight", true);
+        const Tensor weight = tensor("weight", Type::f32);
         if (weight.shape.size() != 2) refuse("weight has two axes, (tokens, width); got " + shown(weight.shape));
         for (uint64_t n : weight.shape)
             if (n > kMaxAxis) refuse("weight has an axis longer than 2^28");
-        program_.add_embedding(floats(weight), static_cast<uint32_t>(weight.shape[0]),
+        program_.add_embedding(array<float>(weight), static_cast<uint32_t>(weight.shape[0]),
                                static_cast<uint32_t>(weight.shape[1]));
     }
     void linear() {
         const MatrixView weight = matrix("weight");
         program_.add_linear(weight, vector("bias", weight.rows));
     }
-    void recurrent(bool egru) {
+    void recurrent(const std::string& kind) {
         const MatrixView ih = matrix("weight_ih"), hh = matrix("weight_hh");
         const float *bias_ih = vector("bias_ih", ih.rows), *bias_hh = vector("bias_hh", hh.rows);
+        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh);
+        if (kind == "rnn")
+            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1);
         const bool reset_after = boolean("reset_after");
-        if (!egru) return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after);
+        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after);
         const float* threshold = vector("threshold", hh.cols);
         for (uint32_t j = 0; j < hh.cols; ++j)
             if (!(threshold[j] >= 0)) refuse("every threshold must be a number >= 0");
@@ -419,11 +438,29 @@ class Builder {
         const Reset reset = resets[choice("reset", {"threshold", "output", "none"})];
         const bool always = choice("event", {"threshold", "always"}) == 1;
         const bool events = choice("output", {"events", "state"}) == 0;
-        const std::optional<Json> zoneout = field("zoneout");
-        const std::optional<double> q = zoneout ? zoneout->number() : std::nullopt;
-        if (!q || !(*q >= 0 && *q < 1)) refuse("zoneout must be a number in [0, 1)");
+        const double zoneout = number("zoneout");
+        if (!(zoneout >= 0 && zoneout < 1)) refuse("zoneout must be in [0, 1)");
         program_.add_egru(ih, hh, bias_ih, bias_hh, threshold, reset_after, reset, always, events,
-                          static_cast<float>(*q));
+                          static_cast<float>(zoneout));
+    }
+    void relu() {
+        const std::optional<Json> said = field("units");
+        const std::optional<uint64_t> units = said ? said->whole() : std::nullopt;
+        if (!units || *units == 0 || *units >= kMaxAxis) refuse("units must be a whole number between 1 and 2^28");
+        if (!program_.ops().empty() && program_.outputs() != *units)
+            refuse("reads " + std::to_string(*units) + " values, but the op before it gives " +
+                   std::to_string(program_.outputs()));
+        program_.add_relu();
+    }
+    void layer_norm() {
+        const Tensor weight = tensor("weight", Type::f32);
+        if (weight.shape.size() != 1) refuse("weight has one axis; got " + shown(weight.shape));
+        if (weight.shape[0] > kMaxAxis) refuse("weight has an axis longer than 2^28");
+        const float* bias = vector("bias", weight.shape[0]);
+        const double epsilon = number("epsilon");
+        if (!(epsilon >= 1e-12 && epsilon <= 1)) refuse("epsilon must be in [1e-12, 1]");
+        program_.add_layer_norm(array<float>(weight), bias, static_cast<uint32_t>(weight.shape[0]),
+                                static_cast<float>(epsilon));
     }
 
     /// Shapes are checked here, so that no pointer reaches past its tensor; indices by the program when it packs them.
@@ -433,40 +470,117 @@ class Builder {
             layout && layout->is('{') ? layout->members() : std::vector<std::pair<std::string, Json>>();
         const Json* format = find(members, "format");
         const std::string kind = format && format->is('"') ? format->string() : "";
-        const auto number = [&](const Json* json) {
+        const auto size = [&](const Json* json) {
             const std::optional<uint64_t> n = json ? json->whole() : std::nullopt;
             if (!n || *n == 0 || *n >= kMaxAxis)
-                refuse("matrix " + name + " needs whole numbers between 1 and 2^28 for its layout");
+                refuse("matrix " + name + " needs whole numbers between 1 and 2^28 for its sizes");
             return static_cast<uint32_t>(*n);
         };
+        if (kind != "dense" && kind != "csc" && kind != "block" && kind != "complementary")
+            refuse("matrix " + name + " is not stored as one of dense, csc, block, complementary");
         MatrixView view;
+        view.rows = size(find(members, "rows"));
+        view.cols = size(find(members, "cols"));
+        view.gates = size(find(members, "gates"));
+        if (view.rows % view.gates)
+            refuse("matrix " + name + " of " + std::to_string(view.rows) + " rows cannot hold " +
+                   std::to_string(view.gates) + " gates of equal height");
         if (kind == "dense") {
-            view.format = MatrixView::Format::dense;
+            view.values = array<float>(shaped(name + ".values", Type::f32, {view.rows, view.cols}));
+        } else if (kind == "csc") {
+            csc(name, view);
         } else if (kind == "block") {
-            view.format = MatrixView::Format::block;
+            const Json* block = find(members, "block");
+            const std::vector<Json> sizes = block && block->is('[') ? block->items(2) : std::vector<Json>();
+            if (sizes.size() != 2) refuse("matrix " + name + " needs block = [rows, cols]");
+            view.block_rows = size(&sizes[0]);
+            view.block_cols = size(&sizes[1]);
+            block_matrix(name, view);
         } else {
-            refuse("matrix " + name + " is not stored as one of dense, block");
+            view.overlay = size(find(members, "overlay"));
+            complementary(name, view, size(find(members, "group")));
         }
-        view.rows = number(find(members, "rows"));
-        view.cols = number(find(members, "cols"));
-        view.gates = number(find(members, "gates"));
-        if (view.format == MatrixView::Format::dense) {
-            view.values = floats(shaped(name + ".values", true, {view.rows, view.cols}));
-            return view;
-        }
-        const Json* block = find(members, "block");
-        const std::vector<Json> sizes = block && block->is('[') ? block->items(2) : std::vector<Json>();
-        if (sizes.size() != 2) refuse("matrix " + name + " needs block = [rows, cols]");
-        view.block_rows = number(&sizes[0]);
-        view.block_cols = number(&sizes[1]);
-        const Tensor block_row = tensor(name + ".block_row", false);
+        return view;
+    }
+    void block_matrix(const std::string& name, MatrixView& view) {
+        view.format = MatrixView::Format::block;
+        const Tensor block_row = tensor(name + ".block_row", Type::u32);
         if (block_row.shape.size() != 1) refuse("matrix " + name + ": block_row has one axis");
         view.blocks = block_row.shape[0];
-        view.block_row = indices(block_row);
-        view.values = floats(shaped(name + ".values", true, {view.blocks, view.block_cols, view.block_rows}));
+        view.block_row = array<uint32_t>(block_row);
+        view.values =
+            array<float>(shaped(name + ".values", Type::f32, {view.blocks, view.block_cols, view.block_rows}));
         const uint64_t columns = (uint64_t{view.cols} + view.block_cols - 1) / view.block_cols;
-        view.start = indices(shaped(name + ".start", false, {columns + 1}));
-        return view;
+        view.start = array<uint32_t>(shaped(name + ".start", Type::u32, {columns + 1}));
+    }
+    /// Single elements are blocks of one; a row counted over all gates is a block row.
+    void csc(const std::string& name, MatrixView& view) {
+        view.format = MatrixView::Format::block;
+        if (view.rows > 1u << 16)
+            refuse("matrix " + name + ": a CSC matrix has at most 65536 rows, got " + std::to_string(view.rows));
+        const Tensor row = tensor(name + ".row", Type::u16);
+        if (row.shape.size() != 1) refuse("matrix " + name + ": row has one axis");
+        view.blocks = row.shape[0];
+        view.values = array<float>(shaped(name + ".values", Type::f32, {view.blocks}));
+        view.start = array<uint32_t>(shaped(name + ".start", Type::u32, {uint64_t{view.cols} + 1}));
+        uint32_t* const wide = make<uint32_t>(view.blocks);
+        std::copy_n(array<uint16_t>(row), view.blocks, wide);
+        view.block_row = wide;
+    }
+    void complementary(const std::string& name, MatrixView& view, uint32_t group) {
+        for (const auto& [what, n] : {std::pair("overlay", view.overlay), std::pair("group", group)})
+            if (n > 64) refuse("matrix " + name + ": " + what + " must lie between 1 and 64, got " + std::to_string(n));
+        const uint32_t units = view.rows / view.gates, height = view.overlay * group;
+        const uint32_t sets = units / height + (units % height != 0);
+        const Tensor live = shaped(name + ".live", Type::u8, {view.cols, view.gates, sets});
+        const Tensor values = shaped(name + ".values", Type::f32, {view.cols, view.gates, sets, group});
+        view.format = MatrixView::Format::complementary;
+        view.live = array<uint8_t>(live);
+        view.values = array<float>(values);
+        const uint64_t groups = live.last - live.first;
+        for (uint64_t k = 0; k < groups; ++k) {
+            if (view.live[k] >= view.overlay)
+                throw LoadError(where_ + ": matrix " + name + ": group " + std::to_string(view.live[k]) +
+                                    " is out of range; a set has " + std::to_string(view.overlay) + " groups",
+                                data_start_ + live.first + k);
+            const uint64_t first = (uint64_t{view.live[k]} * sets + k % sets) * group;
+            for (uint64_t j = first < units ? units - first : 0; j < group; ++j)
+                if (view.values[k * group + j] != 0)
+                    throw LoadError(where_ + ": matrix " + name + ": rows beyond the end of a gate must be zero",
+                                    data_start_ + values.first + (k * group + j) * sizeof(float));
+        }
+        if (group > 1) to_block(view, group, sets, groups);
+    }
+    /// A live group of several rows is a block of one column; groups beyond the end of a gate are left out.
+    void to_block(MatrixView& view, uint32_t group, uint32_t sets, uint64_t groups) {
+        if (groups > std::numeric_limits<uint32_t>::max()) refuse("has a matrix of more than 2^32 groups");
+        const uint32_t units = view.rows / view.gates, per_gate = units / group + (units % group != 0);
+        uint32_t *const start = make<uint32_t>(uint64_t{view.cols} + 1), *const row = make<uint32_t>(groups);
+        float* const values = make<float>(groups * group);
+        std::vector<uint32_t> order(sets);
+        uint32_t blocks = 0;
+        for (uint32_t c = 0; c < view.cols; ++c) {
+            for (uint32_t g = 0; g < view.gates; ++g) {
+                const uint64_t at = (uint64_t{c} * view.gates + g) * sets;
+                const auto within = [&](uint32_t s) { return view.live[at + s] * sets + s; };
+                for (uint32_t s = 0; s < sets; ++s) order[s] = s;
+                std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return within(a) < within(b); });
+                for (uint32_t s : order) {
+                    if (within(s) >= per_gate) break;
+                    row[blocks] = g * per_gate + within(s);
+                    std::copy_n(view.values + (at + s) * group, group, values + uint64_t{blocks} * group);
+                    ++blocks;
+                }
+            }
+            start[c + 1] = blocks;
+        }
+        view.format = MatrixView::Format::block;
+        view.block_rows = group;
+        view.block_cols = 1;
+        view.blocks = blocks;
+        view.values = values;
+        view.block_row = row;
+        view.start = start;
     }
 
     std::optional<Json> field(const char* name) {
@@ -481,6 +595,12 @@ class Builder {
         if (!value || !(value->is('t') || value->is('f'))) refuse(std::string(name) + " must be true or false");
         return value->is('t');
     }
+    double number(const char* name) {
+        const std::optional<Json> value = field(name);
+        const std::optional<double> found = value ? value->number() : std::nullopt;
+        if (!found) refuse(std::string(name) + " must be a number");
+        return *found;
+    }
     size_t choice(const char* name, std::initializer_list<const char*> words) {
         const std::optional<Json> value = field(name);
         const std::string said = value && value->is('"') ? value->string() : "";
@@ -490,31 +610,47 @@ class Builder {
         if (found == words.end()) refuse(std::string(name) + " must be one of " + all);
         return static_cast<size_t>(found - words.begin());
     }
-    Tensor tensor(const std::string& name, bool is_float) {
+    Tensor tensor(const std::string& name, Type type) {
         const auto found = tensors_.find(prefix_ + name);
-        if (found == tensors_.end() || found->second.is_float != is_float)
-            refuse("needs a" + std::string(is_float ? "n F32" : " U32") + " tensor " + prefix_ + name);
+        if (found == tensors_.end() || found->second.type != type)
+            refuse("needs a " + std::string(info(type).name) + " tensor " + prefix_ + name);
         Tensor taken = std::move(found->second);
         tensors_.erase(found);
-        if (is_float)
-            for (const float *v = floats(taken), *end = v + (taken.last - taken.first) / sizeof(float); v != end; ++v)
-                if (!std::isfinite(*v))
-                    throw LoadError(
-                        "every weight must be finite, but tensor " + prefix_ + name + " holds " +
-                            (std::isnan(*v) ? "a number that is none" : "an infinite number"),
-                        data_start_ + static_cast<uint64_t>(reinterpret_cast<const unsigned char*>(v) - data_));
+        taken.data = data_ + taken.first;
+        const uint64_t bytes = taken.last - taken.first;
+        if (reinterpret_cast<uintptr_t>(taken.data) % info(type).size) {
+            unsigned char* const aligned = make<unsigned char>(bytes);
+            std::memcpy(aligned, taken.data, bytes);
+            taken.data = aligned;
+        }
+        if (type != Type::f32) return taken;
+        const float* const values = array<float>(taken);
+        for (uint64_t k = 0; k < bytes / sizeof(float); ++k)
+            if (!std::isfinite(values[k]))
+                throw LoadError("every weight must be finite, but tensor " + prefix_ + name + " holds " +
+                                    (std::isnan(values[k]) ? "a number that is none" : "an infinite number"),
+                                data_start_ + taken.first + k * sizeof(float));
         return taken;
     }
-    Tensor shaped(const std::string& name, bool is_float, const std::vector<uint64_t>& shape) {
-        Tensor taken = tensor(name, is_float);
+    Tensor shaped(const std::string& name, Type type, const std::vector<uint64_t>& shape) {
+        Tensor taken = tensor(name, type);
         if (taken.shape != shape)
             throw LoadError(where_ + ": " + name + " must be " + shown(shape) + ", got " + shown(taken.shape),
                             data_start_ + taken.first);
         return taken;
     }
-    const float* vector(const char* name, uint64_t size) { return floats(shaped(name, true, {size})); }
-    const float* floats(const Tensor& t) const { return reinterpret_cast<const float*>(data_ + t.first); }
-    const uint32_t* indices(const Tensor& t) const { return reinterpret_cast<const uint32_t*>(data_ + t.first); }
+    const float* vector(const char* name, uint64_t size) { return array<float>(shaped(name, Type::f32, {size})); }
+    template <class T>
+    static const T* array(const Tensor& t) {
+        return reinterpret_cast<const T*>(t.data);
+    }
+    /// Memory until the next op.
+    template <class T>
+    T* make(uint64_t size) {
+        if (size > SIZE_MAX / sizeof(T)) throw std::bad_alloc();
+        made_.emplace_back(static_cast<size_t>(size) * sizeof(T));
+        return reinterpret_cast<T*>(made_.back().data());
+    }
     [[noreturn]] void refuse(const std::string& why) const { throw LoadError(where_ + " " + why, ops_at_); }
 
     Program program_;
@@ -522,6 +658,7 @@ class Builder {
     const unsigned char* data_;
     uint64_t data_start_, ops_at_;
     std::map<std::string, Json> fields_;
+    std::vector<Buffer<unsigned char>> made_;
     std::string prefix_, where_;
 };
 
@@ -599,14 +736,7 @@ Program load_program(const void* file, size_t size) {
     if (described.empty() || described.size() > kMaxOps)
         throw LoadError("the op list must hold 1 to " + std::to_string(kMaxOps) + " ops", meta_at);
 
-    const unsigned char* data = raw + data_start;
-    Buffer<float> aligned;
-    if (reinterpret_cast<uintptr_t>(data) % alignof(float)) {
-        aligned = Buffer<float>((data_size + sizeof(float) - 1) / sizeof(float));
-        std::memcpy(static_cast<void*>(aligned.data()), data, data_size);
-        data = reinterpret_cast<const unsigned char*>(aligned.data());
-    }
-    Builder builder(std::move(tensors), data, data_start, meta_at);
+    Builder builder(std::move(tensors), raw + data_start, data_start, meta_at);
     for (size_t i = 0; i < described.size(); ++i) builder.add(i, described[i]);
     return builder.finish();
 }

@@ -15,8 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefold.formats import Block, Dense, Float, Format
-from sparsefold.program import EGRU, GRU, Embedding, Linear, Program, write_atomically
+from sparsefold.formats import CSC, Block, Complementary, Dense, Float, Format
+from sparsefold.program import (
+    EGRU,
+    GRU,
+    LSTM,
+    RNN,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Program,
+    Recurrent,
+    ReLU,
+    write_atomically,
+)
 
 # (column, value, target) in C -> the statement target += W[:, column] * value
 _AddColumn = Callable[[str, str, str], str]
@@ -53,10 +65,58 @@ static void add_block(const block_matrix *w, uint32_t column, float x, float *y)
     }
 }
 """,
+    "add_csc": """
+/* Single elements: those of a column are start[column] to start[column + 1]. */
+typedef struct {
+    const float *values;
+    const uint32_t *start;
+    const uint16_t *row;
+} csc_matrix;
+
+/* y += column of W * x. */
+static void add_csc(const csc_matrix *w, uint32_t column, float x, float *y)
+{
+    uint32_t k;
+    for (k = w->start[column]; k < w->start[column + 1]; ++k) y[w->row[k]] += w->values[k] * x;
+}
+""",
+    "add_complementary": """
+/* Of each set of groups of rows one lives in every column; group q of set s is rows (q sets + s) group and on of its gate. */
+typedef struct {
+    const float *values; /* (columns, gates, sets, group) */
+    const uint8_t *live; /* (columns, gates, sets) */
+    uint32_t gates, units, sets, group;
+} complementary_matrix;
+
+/* y += column of W * x. */
+static void add_complementary(const complementary_matrix *w, uint32_t column, float x, float *y)
+{
+    size_t at = (size_t)column * w->gates * w->sets;
+    uint32_t gate, set, j;
+    for (gate = 0; gate < w->gates; ++gate, y += w->units)
+        for (set = 0; set < w->sets; ++set, ++at) {
+            const float *values = w->values + at * w->group;
+            const uint32_t first = (w->live[at] * w->sets + set) * w->group;
+            for (j = 0; j < w->group && first + j < w->units; ++j) y[first + j] += values[j] * x;
+        }
+}
+""",
     "sigmoid": """
 static float sigmoid(float x)
 {
     return 1.0f / (1.0f + expf(-x));
+}
+""",
+    "layer_norm": """
+static void layer_norm(const float *x, uint32_t n, float epsilon, const float *weight, const float *bias, float *y)
+{
+    float mean = 0.0f, variance = 0.0f, scale;
+    uint32_t j;
+    for (j = 0; j < n; ++j) mean += x[j];
+    mean /= (float)n;
+    for (j = 0; j < n; ++j) variance += (x[j] - mean) * (x[j] - mean);
+    scale = 1.0f / sqrtf(variance / (float)n + epsilon);
+    for (j = 0; j < n; ++j) y[j] = (x[j] - mean) * scale * weight[j] + bias[j];
 }
 """,
 }
@@ -111,11 +171,15 @@ class _Writer:
         self.scratch = 0
         ops, value = program.ops, "x"  # what the next op reads: a C expression, or the op whose events it reads
         for i, op in enumerate(ops):
-            events_of = i - 1 if i and isinstance(e := ops[i - 1], EGRU) and e.output == "events" else None
+            events_of = i - 1 if program.reads_events(i) else None
             if isinstance(op, Embedding):
                 value = self._embedding(i, op)
             elif isinstance(op, Linear):
                 value = self._linear(i, op, value, events_of)
+            elif isinstance(op, ReLU):
+                value = self._relu(i, op, value)
+            elif isinstance(op, LayerNorm):
+                value = self._layer_norm(i, op, value)
             else:
                 value = self._recurrent(i, op, value, events_of)
         if value != "y":
@@ -124,9 +188,9 @@ class _Writer:
     # --- constants ----------------------------------------------------------------------------------------------------
 
     def _table(self, fold: bool | None) -> Float | None:
-        """(tokens, 3H): W_ih x + b_ih of every token; None where the embedding is played as it is."""
+        """(tokens, gates H): W_ih x + b_ih of every token; None where the embedding is played as it is."""
         ops = self.program.ops
-        if len(ops) < 2 or not isinstance(ops[0], Embedding) or not isinstance(ops[1], GRU):
+        if len(ops) < 2 or not isinstance(ops[0], Embedding) or not isinstance(ops[1], Recurrent):
             if fold:
                 raise ValueError(
                     "only an embedding in front of a recurrent layer can be folded; this program has none."
@@ -134,7 +198,7 @@ class _Writer:
             return None
         embedding, layer = ops[0].weight, ops[1]
         if fold is None:
-            fold = 4 * len(embedding) * 3 * layer.outputs <= embedding.nbytes + layer.weight_ih.nbytes
+            fold = 4 * len(embedding) * layer.gates * layer.outputs <= embedding.nbytes + layer.weight_ih.nbytes
         if not fold:
             return None
         product = embedding.astype(np.float64) @ layer.weight_ih.to_dense().T.astype(np.float64)
@@ -160,6 +224,18 @@ class _Writer:
             self.used.add("add_dense")
             self._array(name, matrix.values.T, comment=f"{rows} x {cols}, column after column")
             return lambda column, value, to: f"add_dense({name}, {rows}, {column}, {value}, {to});"
+        if isinstance(matrix, CSC):
+            self.used.add("add_csc")
+            self._array(f"{name}_values", matrix.values, comment=f"{rows} x {cols}, {matrix.description}")
+            self._array(f"{name}_start", matrix.start, "uint32_t")
+            self._array(f"{name}_row", matrix.row, "uint16_t")
+            return self._struct("csc", name, "values", "start", "row")
+        if isinstance(matrix, Complementary):
+            self.used.add("add_complementary")
+            self._array(f"{name}_values", matrix.values, comment=f"{rows} x {cols}, {matrix.description}")
+            self._array(f"{name}_live", matrix.live, "uint8_t")
+            numbers = matrix.gates, rows // matrix.gates, matrix.sets, matrix.group
+            return self._struct("complementary", name, "values", "live", numbers=numbers)
         self.used.add("add_block")
         (br, bc), units, per_gate = matrix.block, rows // matrix.gates, matrix.blocks_per_gate
         gate, inside = np.divmod(matrix.block_row.astype(np.int64), per_gate)
@@ -167,15 +243,30 @@ class _Writer:
         self._array(f"{name}_start", matrix.start, "uint32_t")
         self._array(f"{name}_row", (gate * units + inside * br).astype(np.uint32), "uint32_t")
         self._array(f"{name}_height", np.minimum(br, units - inside * br).astype(np.uint8), "uint8_t")
-        fields = ", ".join(f"{name}_{part}" for part in ("values", "start", "row", "height"))
-        self.data += [f"static const block_matrix {name} = {{{fields}, {br}, {bc}}};", ""]
-        return lambda column, value, to: f"add_block(&{name}, {column}, {value}, {to});"
+        return self._struct("block", name, "values", "start", "row", "height", numbers=(br, bc))
+
+    def _struct(self, kind: str, name: str, *arrays: str, numbers: tuple[int, ...] = ()) -> _AddColumn:
+        members = [*(f"{name}_{array}" for array in arrays), *map(str, numbers)]
+        self.data += [f"static const {kind}_matrix {name} = {{{', '.join(members)}}};", ""]
+        return lambda column, value, to: f"add_{kind}(&{name}, {column}, {value}, {to});"
 
     # --- ops ----------------------------------------------------------------------------------------------------------
 
     def _member(self, kind: str, name: str, size: int, comment: str) -> str:
         self.state.append(f"    {kind} {name}[{size}]; /* {comment} */")
         return f"s->{name}"
+
+    def _output(self, i: int, op: Any) -> str:
+        """Where an op without a state of its own writes: the caller's y where it is the last."""
+        return "y" if i == len(self.program.ops) - 1 else self._member("float", f"out_{i}", op.outputs, f"op {i}")
+
+    def _event_list(self, i: int, units: int) -> str:
+        """The statement that enters unit j into the event list of op ``i``, which it makes."""
+        index = "uint16_t" if units < 2**16 else "uint32_t"
+        self._member(index, f"event_{i}", units, f"op {i}: units that spoke, ascending")
+        self.state.append(f"    uint32_t count_{i}; /* how many of them */")
+        self.clear.append(f"    s->count_{i} = 0;")
+        return f"s->event_{i}[s->count_{i}++] = ({index})j;"
 
     def _product(self, add: _AddColumn, cols: int, x: str, events_of: int | None, target: str) -> list[str]:
         """C that adds W x to ``target``: all columns of a dense x, or those of the units of an op that spoke."""
@@ -211,8 +302,7 @@ class _Writer:
     def _linear(self, i: int, op: Linear, x: str, events_of: int | None) -> str:
         add = self._matrix(f"weight_{i}", op.weight)
         bias = self._array(f"bias_{i}", op.bias)
-        last = i == len(self.program.ops) - 1
-        out = "y" if last else self._member("float", f"out_{i}", op.outputs, f"op {i}")
+        out = self._output(i, op)
         body = [
             f"    for (j = 0; j < {op.outputs}; ++j) y[j] = {bias}[j];",
             *self._product(add, op.inputs, "x" if events_of is None else x, events_of, "y"),
@@ -224,26 +314,50 @@ class _Writer:
         self.calls.append(f"    {call}({', '.join(arguments)});")
         return out
 
-    def _recurrent(self, i: int, op: GRU, x: str, events_of: int | None) -> str:
-        H, egru, folded = op.outputs, isinstance(op, EGRU), i == 1 and self.table is not None
-        self.used.add("sigmoid")
-        self.scratch = max(self.scratch, 3 * H)
-        h = self._member("float", f"h_{i}", H, f"op {i}: carried state")
-        seen, own = h, None  # what the recurrent products read
-        if egru:
-            seen, own = self._member("float", f"y_{i}", H, f"op {i}: what other units see, 0 where silent"), i
-            index = "uint16_t" if H < 2**16 else "uint32_t"
-            self._member(index, f"event_{i}", H, f"op {i}: units that spoke, ascending")
-            self.state.append(f"    uint32_t count_{i}; /* how many of them */")
-            self.clear.append(f"    s->count_{i} = 0;")
-        self.clear.append(f"    for (j = 0; j < {H}; ++j) {h}[j] = {f'{seen}[j] = ' if egru else ''}0.0f;")
+    def _relu(self, i: int, op: ReLU, x: str) -> str:
+        out, state, argument = self._output(i, op), "", ""
+        body = [f"    for (j = 0; j < {op.units}; ++j) y[j] = x[j] <= 0.0f ? 0.0f : x[j];"]
+        if i + 1 < len(self.program.ops) and self.program.reads_events(i + 1):
+            speak, state, argument = self._event_list(i, op.units), f"{self.name}_state *s, ", "s, "
+            body += [
+                f"    s->count_{i} = 0;",
+                f"    for (j = 0; j < {op.units}; ++j)",
+                f"        if (!(x[j] <= 0.0f)) {speak} /* a NaN must reach whoever listens */",
+            ]
+        call = self._function(i, op, f"{state}const float *x, float *y", body)
+        self.calls.append(f"    {call}({argument}{x}, {out});")
+        return out
 
-        body = ["    float *gi = s->gi, *gh = s->gh; /* W_ih x + b_ih and W_hh y + b_hh, gates r, z, n */"]
+    def _layer_norm(self, i: int, op: LayerNorm, x: str) -> str:
+        self.used.add("layer_norm")
+        out, epsilon = self._output(i, op), _hex(float(np.float32(op.epsilon)))
+        arrays = f"{self._array(f'weight_{i}', op.weight)}, {self._array(f'bias_{i}', op.bias)}"
+        self.calls.append(f"    layer_norm({x}, {op.outputs}, {epsilon}, {arrays}, {out}); /* op {i} */")
+        return out
+
+    def _recurrent(self, i: int, op: Recurrent, x: str, events_of: int | None) -> str:
+        H, rows, folded = op.outputs, op.gates * op.outputs, i == 1 and self.table is not None
+        self.scratch = max(self.scratch, rows)
+        h = self._member("float", f"h_{i}", H, f"op {i}: carried state")
+        seen, own, speak = h, None, ""  # seen: what the recurrent products read
+        carried = [h]
+        if isinstance(op, EGRU):
+            seen, own = self._member("float", f"y_{i}", H, f"op {i}: what other units see, 0 where silent"), i
+            speak = self._event_list(i, H)
+            carried.append(seen)
+        if isinstance(op, LSTM):
+            carried.append(self._member("float", f"c_{i}", H, f"op {i}: carried cell"))
+        self.clear.append(f"    for (j = 0; j < {H}; ++j) {' = '.join(f'{c}[j]' for c in carried)} = 0.0f;")
+
+        gates = {RNN: "", LSTM: ", gates i, f, g, o"}.get(type(op), ", gates r, z, n")
+        body = [
+            f"    float *gi = s->gi, *gh = s->gh; /* W_ih x + b_ih and W_hh {'y' if speak else 'h'} + b_hh{gates} */"
+        ]
         bias_hh = self._array(f"bias_hh_{i}", op.bias_hh)
         if folded:
             assert self.table is not None
             table = self._array("table", self.table, comment="W_ih x + b_ih of every token")
-            start = f"gi[j] = {table}[(size_t)token * {3 * H} + j];"
+            start = f"gi[j] = {table}[(size_t)token * {rows} + j];"
             parameter, argument, product = ", uint32_t token", ", token", []
         else:
             start = f"gi[j] = {self._array(f'bias_ih_{i}', op.bias_ih)}[j];"
@@ -251,18 +365,48 @@ class _Writer:
             read = "x" if events_of is None else x
             product = self._product(self._matrix(f"weight_ih_{i}", op.weight_ih), op.inputs, read, events_of, "gi")
         body += [
-            f"    for (j = 0; j < {3 * H}; ++j) {{",
+            f"    for (j = 0; j < {rows}; ++j) {{",
             f"        {start}",
             f"        gh[j] = {bias_hh}[j];",
             "    }",
             *product,
         ]
+        out = h
+        if isinstance(op, GRU):
+            lines, out = self._gru(i, op, h, seen, own, speak)
+            body += lines
+        else:
+            body += self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), H, seen, own, "gh")
+            body += [f"    for (j = 0; j < {H}; ++j) {{", *(self._lstm(i, H) if isinstance(op, LSTM) else [])]
+            if isinstance(op, RNN) and op.nonlinearity == "relu":
+                body += ["        const float sum = gi[j] + gh[j];", f"        {h}[j] = sum <= 0.0f ? 0.0f : sum;"]
+            elif isinstance(op, RNN):
+                body.append(f"        {h}[j] = tanhf(gi[j] + gh[j]);")
+            body.append("    }")
+        call = self._function(i, op, f"{self.name}_state *s{parameter}", body)
+        self.calls.append(f"    {call}(s{argument});")
+        return out
+
+    def _lstm(self, i: int, H: int) -> list[str]:
+        """The loop over units, from the sums to h."""
+        self.used.add("sigmoid")
+        gate = [f"gi[{at}j] + gh[{at}j]" for at in ("", f"{H} + ", f"{2 * H} + ", f"{3 * H} + ")]
+        return [
+            f"        const float kept = sigmoid({gate[1]}) * s->c_{i}[j];",
+            f"        s->c_{i}[j] = kept + sigmoid({gate[0]}) * tanhf({gate[2]});",
+            f"        s->h_{i}[j] = sigmoid({gate[3]}) * tanhf(s->c_{i}[j]);",
+        ]
+
+    def _gru(self, i: int, op: GRU, h: str, seen: str, own: int | None, speak: str) -> tuple[list[str], str]:
+        """The recurrent products and the loop over units; and what the layer hands on."""
+        self.used.add("sigmoid")
+        H, out = op.outputs, h
         r = f"sigmoid(gi[j] + gh[j]) * gh[{2 * H} + j]"
         if op.reset_after:
-            body += self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), H, seen, own, "gh")
+            body = self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), H, seen, own, "gh")
         else:  # n reads W (r * y), so that its product waits for r
             rz, n = _gates(op.weight_hh, 0, 2), _gates(op.weight_hh, 2, 3)
-            body += self._product(self._matrix(f"weight_hh_rz_{i}", rz), H, seen, own, "gh")
+            body = self._product(self._matrix(f"weight_hh_rz_{i}", rz), H, seen, own, "gh")
             body += [f"    for (j = 0; j < {H}; ++j) gi[j] = sigmoid(gi[j] + gh[j]); /* r */"]
             body += self._product(self._matrix(f"weight_hh_n_{i}", n), H, f"gi[i] * {seen}", own, f"gh + {2 * H}")
             r = f"gh[{2 * H} + j]"
@@ -272,18 +416,14 @@ class _Writer:
             f"    for (j = 0; j < {H}; ++j) {{",
             f"        const float z = sigmoid(gi[{H} + j] + gh[{H} + j]);",
             f"        const float n = tanhf(gi[{2 * H} + j] + {r});",
-            f"        {'float u' if egru else f'{h}[j]'} = z * ({h}[j] - n) + n;",
+            f"        {'float u' if speak else f'{h}[j]'} = z * ({h}[j] - n) + n;",
         ]
-        out = h
         if isinstance(op, EGRU):
-            lines, out = self._egru_end(i, op, h, seen)
+            lines, out = self._egru_end(i, op, h, seen, speak)
             body += lines
-        body.append("    }")
-        call = self._function(i, op, f"{self.name}_state *s{parameter}", body)
-        self.calls.append(f"    {call}(s{argument});")
-        return out
+        return [*body, "    }"], out
 
-    def _egru_end(self, i: int, op: EGRU, h: str, y: str) -> tuple[list[str], str]:
+    def _egru_end(self, i: int, op: EGRU, h: str, y: str, speak: str) -> tuple[list[str], str]:
         """From the state before the reset to the event, within the loop over units; and what the layer hands on."""
         lines = []
         if op.reset == "output":
@@ -294,7 +434,6 @@ class _Writer:
         if op.output == "state" and op.reset == "threshold":
             out = self._member("float", f"u_{i}", op.outputs, f"op {i}: state before the reset")
             lines.append(f"{out}[j] = u;")
-        speak = f"s->event_{i}[s->count_{i}++] = ({'uint16_t' if op.outputs < 2**16 else 'uint32_t'})j;"
         silent = [f"{h}[j] = u;", f"{y}[j] = 0.0f;"]
         if op.event == "always" and op.reset != "threshold":
             lines += [f"{h}[j] = {y}[j] = u;", speak]
@@ -368,7 +507,8 @@ void {name}_reset({name}_state *s);
                 *self.functions,
                 f"void {name}_reset({name}_state *s)",
                 "{",
-                *(["    uint32_t j;", *self.clear] if self.clear else ["    (void)s;"]),
+                *(["    uint32_t j;"] if any("j = 0" in line for line in self.clear) else []),
+                *(self.clear or ["    (void)s;"]),
                 "}",
                 "",
                 step,
@@ -399,4 +539,8 @@ def _gates(matrix: Format, first: int, last: int) -> Format:
     rows = matrix.to_dense()[first * units : last * units]
     if isinstance(matrix, Block):
         return Block.from_dense(rows, matrix.block, last - first)
+    if isinstance(matrix, CSC):
+        return CSC.from_dense(rows, last - first)
+    if isinstance(matrix, Complementary):
+        return Complementary.from_dense(rows, matrix.overlay, matrix.group, last - first)
     return Dense(rows, last - first)

@@ -70,16 +70,17 @@ class File:
 
 
 SOUND = File().bytes()
-CHECKSUM = File().header()["__metadata__"]["crc32"].encode()
 
 
-def resealed(raw: bytes) -> bytes:
-    """The file with the checksum of what its data is now, where the checksum's place was not touched."""
-    at = raw.find(CHECKSUM)
-    if len(raw) < 8 or at < 0:
-        return raw
-    (size,) = struct.unpack_from("<Q", raw)
-    return raw[:at] + f"{zlib.crc32(raw[8 + size :]):08x}".encode() + raw[at + 8 :]
+def checksum(raw: bytes) -> bytes:
+    """What the header of these bytes should say of the data."""
+    return f"{zlib.crc32(raw[8 + struct.unpack_from('<Q', raw)[0] :]):08x}".encode()
+
+
+def resealed(raw: bytes, sound: bytes = SOUND) -> bytes:
+    """The file with the checksum of what its data is now, where the place of that of ``sound`` was not touched."""
+    at = raw.find(checksum(sound))
+    return raw if len(raw) < 8 or at < 0 else raw[:at] + checksum(raw) + raw[at + 8 :]
 
 
 def packed() -> File:

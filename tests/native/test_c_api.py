@@ -152,6 +152,16 @@ def _header(change) -> bytes:
     return make._header(change)
 
 
+def _moved(file: make.File) -> None:
+    """The bytes of ``live`` first, two of them: all that follows lies between two words."""
+    live = {"2.weight.live": file.tensors.pop("2.weight.live")}
+    file.tensors = live | file.tensors
+    file.ops[2]["weight"]["rows"] = 1
+    file.tensors["2.bias"] = ["F32", [1], b"\0" * 4]
+    file.tensors["2.weight.values"] = ["F32", [2, 1, 1, 1], b"\0" * 8]
+    file.tensors["2.weight.live"] = ["U8", [2, 1, 1], bytes([0, 1])]
+
+
 CORNERS = {
     "sound": make.SOUND,
     "metadata, none": make._header(lambda h: h["__metadata__"].pop("metadata")),
@@ -212,6 +222,27 @@ CORNERS = {
     ),
     "version, a number like": make._file(lambda f: f.meta.update(sparsefold="1 ")),
     "checksum, capital": make._file(lambda f: f.meta.update(crc32=f"{zlib.crc32(f.data()):08X}")),
+    "packed": make.packed().bytes(),
+    "packed, at odd places": make._packed(_moved),
+    "packed, minus zero beyond the gate": make._packed(
+        lambda f: f.tensors.update(
+            {
+                "2.weight.live": ["U8", [2, 1, 2], bytes([0, 1, 1, 0])],
+                "2.weight.values": ["F32", [2, 1, 2, 1], make._f32(0.5, -0.0, 1.0, 0.75)],
+            }
+        )
+    ),
+    "norm, epsilon one": make._file(make._norm(epsilon=1)),
+    "norm, least epsilon": make._file(make._norm(epsilon=1e-12)),
+    "norm, less epsilon": make._file(make._norm(epsilon=9.999999999999999e-13)),
+    "norm, epsilon true": make._file(make._norm(epsilon=True)),
+    "relu, minus zero": make._file(
+        lambda f: f.meta.update(ops=json.dumps([*f.ops, {"op": "relu", "units": -1}]).replace("-1", "-0"))
+    ),
+    "relu": make._file(make._relu(3, units=3)),
+    "lstm": make._file(lambda f: (make._lstm(f), f.tensors.update({"1.bias_hh": ["F32", [8], b"\0" * 32]}))),
+    "rnn": make._file(make._rnn(nonlinearity="relu")),
+    "rnn, another field": make._file(make._rnn(nonlinearity="relu", units=2)),
     "no ops at all": make._file(lambda f: f.tensors.clear()),
 }
 
@@ -227,17 +258,43 @@ def test_both_verdicts_occur_in_the_corners(lib):
     assert len(CORNERS) / 4 < len(accepted) < len(CORNERS) * 3 / 4
 
 
-def test_every_changed_byte_gets_one_verdict(lib):
-    """Each byte of the sound file in turn is another one, and the checksum is right again."""
+@pytest.mark.parametrize("sound", [make.SOUND, make.packed().bytes()], ids=["sound", "packed"])
+def test_every_changed_byte_gets_one_verdict(sound, lib):
+    """Each byte of a sound file in turn is another one, and the checksum is right again."""
     r = cases.rng(11)
     accepted = 0
-    for place in range(8, len(make.SOUND)):
-        raw = bytearray(make.SOUND)
+    for place in range(8, len(sound)):
+        raw = bytearray(sound)
         raw[place] = int(r.choice(np.frombuffer(b'0123456789"[]{},:.-eE\\untrueflas \xff', np.uint8)))
-        python, c, message = verdicts(lib, make.resealed(bytes(raw)))
+        python, c, message = verdicts(lib, make.resealed(bytes(raw), sound))
         assert python == c, (place, bytes(raw[place - 10 : place + 10]), message)
         accepted += python
-    assert 100 < accepted < len(make.SOUND) / 2
+    assert 100 < accepted < len(sound) / 2
+
+
+@pytest.mark.parametrize(
+    "storage", ["csc", cases.Overlay(4), cases.Overlay(4, 5), cases.Overlay(33, 5), cases.Overlay(2, 64)], ids=str
+)
+def test_a_packed_matrix_at_an_odd_address_gives_the_bits_of_python(storage, lib):
+    """Three bytes of ``live`` before it shift its arrays, and the file itself lies at every remainder of four."""
+    r = cases.rng(23)
+    program = Program(
+        (cases.linear(r, 3, 1, cases.Overlay(1)), cases.linear(r, 1, 1), cases.gru(r, 1, 147, storage, 0.6))
+    )
+    x, raw = cases.sequence(program, 5), program.to_bytes()
+    expected = sf.Engine(program).stream().run(x)
+    buffer = ctypes.create_string_buffer(len(raw) + 4)
+    for shift in range(4):
+        ctypes.memmove(ctypes.addressof(buffer) + shift, raw, len(raw))
+        engine, out = c_void_p(), np.empty(147, np.float32)
+        at = ctypes.cast(ctypes.addressof(buffer) + shift, c_char_p)
+        assert lib.sparsefold_load(at, len(raw), None, byref(engine), None, 0) == OK
+        stream = lib.sparsefold_stream_new(engine)
+        for values, wanted in zip(x, expected, strict=True):
+            assert lib.sparsefold_step_values(stream, floats(values), floats(out)) == OK
+            assert out.tobytes() == wanted.tobytes()
+        lib.sparsefold_stream_free(stream)
+        lib.sparsefold_free(engine)
 
 
 def test_every_cut_is_refused_by_both(lib):

@@ -15,7 +15,7 @@ import tolerances
 from native.conftest import shell, tool
 from sparsefold.cli import main
 from sparsefold.export_c import _hex, c_name, export_c, write_c
-from sparsefold.program import EGRU, GRU, Program
+from sparsefold.program import EGRU, Program, Recurrent, ReLU
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 F = np.float32
@@ -30,11 +30,10 @@ class Exported:
         write_c(program, folder, "net", fold)
         code = ['#include "net.c"', "net_state state;"]
         for i, op in enumerate(program.ops):
-            if isinstance(op, GRU):
-                code.append(f"float *h_{i}(void) {{ return state.h_{i}; }}")
+            if isinstance(op, Recurrent):
+                code += [f"float *{n}_{i}(void) {{ return state.{n}_{i}; }}" for n in op.state]
             if isinstance(op, EGRU):
                 code += [
-                    f"float *y_{i}(void) {{ return state.y_{i}; }}",
                     f"void spoke_{i}(void) {{ uint32_t j; state.count_{i} = 0; for (j = 0; j < {op.outputs}; ++j)",
                     f"    if (state.y_{i}[j] != 0) state.event_{i}[state.count_{i}++] = j; }}",
                 ]
@@ -87,9 +86,10 @@ def follow(program: Program, exported: Exported, steps: int) -> None:
                 assert (np.abs(y - u)[spoke] <= bound[spoke]).all()
                 carried = u - spoke * op.threshold if op.reset == "threshold" else u
                 assert (np.abs(h - carried) <= bound + tolerances.EPS32 * (np.abs(u) + op.threshold)).all()
-            elif isinstance(op, GRU):
-                value, bound = bounds[f"{i}.h"]
-                assert (np.abs(exported.array(f"{i}.h") - value) <= bound).all()
+            elif isinstance(op, Recurrent):
+                for name in op.state:
+                    value, bound = bounds[f"{i}.{name}"]
+                    assert (np.abs(exported.array(f"{i}.{name}") - value) <= bound).all()
         state = {key: array.astype(F) for key, array in oracle.state.items()}
 
 
@@ -97,7 +97,7 @@ def follow(program: Program, exported: Exported, steps: int) -> None:
 @pytest.mark.parametrize("name", cases.NETWORKS)
 def test_every_network_follows_the_oracle(name, fold, tmp_path):
     program = network(name)
-    foldable = program.takes_tokens and len(program.ops) > 1 and isinstance(program.ops[1], GRU)
+    foldable = program.takes_tokens and len(program.ops) > 1 and isinstance(program.ops[1], Recurrent)
     if fold and not foldable:
         with pytest.raises(ValueError, match="only an embedding in front of a recurrent layer can be folded"):
             export_c(program, "net", fold=True)
@@ -115,14 +115,15 @@ def test_every_option_follows_the_oracle(options, tmp_path):
 
 
 @pytest.mark.parametrize("reset_after", [True, False])
-@pytest.mark.parametrize("block", [None, (8, 4), (16, 1)])
-def test_gru_follows_the_oracle(block, reset_after, tmp_path):
-    program = Program((cases.gru(cases.rng(4), 5, 37, block, 0.6, reset_after),))
+@pytest.mark.parametrize("storage", [None, (8, 4), (16, 1), "csc", *cases.OVERLAYS, *cases.GROUPED_OVERLAYS], ids=str)
+def test_gru_follows_the_oracle(storage, reset_after, tmp_path):
+    program = Program((cases.gru(cases.rng(4), 5, 37, storage, 0.6, reset_after),))
     follow(program, Exported(program, tmp_path), 8)
 
 
-def test_a_matrix_of_no_blocks_is_written(tmp_path):
-    program = Program((cases.egru(cases.rng(4), 5, 17, (4, 1), 0.0), cases.linear(cases.rng(5), 17, 3, (4, 1), 0.0)))
+@pytest.mark.parametrize("storage", [(4, 1), "csc", cases.Overlay(4, 2)], ids=str)
+def test_a_matrix_of_zeros_is_written(storage, tmp_path):
+    program = Program((cases.egru(cases.rng(4), 5, 17, storage, 0.0), cases.linear(cases.rng(5), 17, 3, storage, 0.0)))
     follow(program, Exported(program, tmp_path), 4)
 
 
@@ -156,12 +157,24 @@ def test_weights_are_written_exactly(tmp_path):
     assert subprocess.run([tmp_path / "a"], capture_output=True, check=True).stdout == values.tobytes()
 
 
-def test_the_file_needs_math_and_nothing_else(tmp_path):
-    write_c(network("three"), tmp_path, "net")
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_not_a_number_reaches_whoever_listens(nonlinearity, tmp_path):
+    r = cases.rng(8)
+    layers = cases.rnn(r, 3, 17, nonlinearity=nonlinearity), ReLU(17), cases.linear(r, 17, 2)
+    exported = Exported(Program(layers), tmp_path)
+    assert np.isfinite(exported.step(np.zeros(3))).all()
+    assert np.isnan(exported.step([0, np.nan, 0])).all()
+    exported.lib.net_reset(ctypes.c_void_p(exported.state))
+    assert np.isfinite(exported.step(np.zeros(3))).all()
+
+
+@pytest.mark.parametrize("name", ["three", "layer-norm-of-events", "relu-recurrent", "lstm-overlay", "csc"])
+def test_the_file_needs_math_and_nothing_else(name, tmp_path):
+    write_c(network(name), tmp_path, "net")
     shell(tool("cc"), *STRICT, "-ffreestanding", "-fno-pie", "-c", tmp_path / "net.c", "-o", tmp_path / "net.o")
     named = subprocess.run([tool("nm"), tmp_path / "net.o"], capture_output=True, text=True, check=True).stdout
     symbols = [line.split() for line in named.splitlines()]
-    assert {s[-1] for s in symbols if s[-2] == "U"} <= {"expf", "tanhf", "_GLOBAL_OFFSET_TABLE_"}
+    assert {s[-1] for s in symbols if s[-2] == "U"} <= {"expf", "tanhf", "sqrtf", "_GLOBAL_OFFSET_TABLE_"}
     assert not [s for s in symbols if s[-2] in "bBdDC"]  # nothing that can be written to
     assert {s[-1] for s in symbols if s[-2] == "T"} == {"net_reset", "net_step"}
 

@@ -4,7 +4,6 @@ import json
 import struct
 import time
 import tracemalloc
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -96,14 +95,6 @@ def test_many_tensors_of_nothing_are_refused_in_a_moment():
 # --- made up ----------------------------------------------------------------------------------------------------------
 
 
-def resealed(raw, sound):
-    """The file with the checksum of what its data is now, where the place of that of ``sound`` was not touched."""
-    at = raw.find(f"{zlib.crc32(sound[header_end(sound) :]):08x}".encode())
-    if len(raw) < 8 or at < 0:
-        return raw
-    return raw[:at] + f"{zlib.crc32(raw[header_end(raw) :]):08x}".encode() + raw[at + 8 :]
-
-
 def header_end(raw):
     return 8 + struct.unpack_from("<Q", raw)[0]
 
@@ -139,7 +130,7 @@ def damage(draw):
     raw, at = bytes(raw), draw(positions)
     also = draw(st.sampled_from([None, None, None, "cut", "cut", "double", "insert"]))
     raw = {None: raw, "cut": raw[:at], "double": raw[:at] + raw, "insert": raw[:at] + b"0" + raw[at:]}[also]
-    return resealed(raw, sound) if draw(st.booleans()) else raw
+    return make.resealed(raw, sound) if draw(st.booleans()) else raw
 
 
 @settings(max_examples=1000)
@@ -160,7 +151,7 @@ def test_a_damaged_file_is_refused_or_plays(raw):
 def test_damage_that_keeps_the_file_sound_is_played():
     raw = bytearray(make.SOUND)
     raw[-4:] = struct.pack("<f", 5.0)  # the last bias
-    program = Program.from_bytes(resealed(bytes(raw), make.SOUND))
+    program = Program.from_bytes(make.resealed(bytes(raw), make.SOUND))
     assert program.ops[2].bias[2] == 5.0
     with pytest.raises(ProgramError, match="checksum"):
         Program.from_bytes(bytes(raw))
