@@ -350,7 +350,9 @@ class _Writer:
         self.clear.append(f"    for (j = 0; j < {H}; ++j) {' = '.join(f'{c}[j]' for c in carried)} = 0.0f;")
 
         gates = {RNN: "", LSTM: ", gates i, f, g, o"}.get(type(op), ", gates r, z, n")
-        body = [f"    float *gi = s->gi, *gh = s->gh; /* W_ih x + b_ih and W_hh {'y' if speak else 'h'} + b_hh{gates} */"]
+        body = [
+            f"    float *gi = s->gi, *gh = s->gh; /* W_ih x + b_ih and W_hh {'y' if speak else 'h'} + b_hh{gates} */"
+        ]
         bias_hh = self._array(f"bias_hh_{i}", op.bias_hh)
         if folded:
             assert self.table is not None
