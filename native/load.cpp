@@ -282,12 +282,12 @@ size_t not_utf8(std::string_view text) {
 
 // --- the file -------------------------------------------------------------------------------------------------------
 
-enum class Type { f32, u32, u16, u8 };
+enum class Type { f32, u32, u16, u8, bf16, i8 };
 struct TypeInfo {
     const char* name;
     uint64_t size;
 };
-constexpr TypeInfo kTypes[] = {{"F32", 4}, {"U32", 4}, {"U16", 2}, {"U8", 1}};
+constexpr TypeInfo kTypes[] = {{"F32", 4}, {"U32", 4}, {"U16", 2}, {"U8", 1}, {"BF16", 2}, {"I8", 1}};
 constexpr const TypeInfo& info(Type type) { return kTypes[static_cast<size_t>(type)]; }
 
 struct Tensor {
@@ -337,7 +337,7 @@ Tensor read_entry(const std::string& name, const Json& entry) {
     const auto known =
         std::find_if(std::begin(kTypes), std::end(kTypes), [&](const auto& k) { return type == k.name; });
     if (known == std::end(kTypes))
-        throw LoadError("tensor " + name + " has a dtype other than F32, U32, U16 and U8", kHeader);
+        throw LoadError("tensor " + name + " has a dtype other than F32, U32, U16, U8, BF16 and I8", kHeader);
     t.type = static_cast<Type>(known - kTypes);
     t.first = offsets[0];
     t.last = offsets[1];
@@ -482,11 +482,12 @@ class Builder {
         view.rows = size(find(members, "rows"));
         view.cols = size(find(members, "cols"));
         view.gates = size(find(members, "gates"));
+        precision(name, find(members, "precision"), view);
         if (view.rows % view.gates)
             refuse("matrix " + name + " of " + std::to_string(view.rows) + " rows cannot hold " +
                    std::to_string(view.gates) + " gates of equal height");
         if (kind == "dense") {
-            view.values = array<float>(shaped(name + ".values", Type::f32, {view.rows, view.cols}));
+            view.values = values(name, view, {view.rows, view.cols});
         } else if (kind == "csc") {
             csc(name, view);
         } else if (kind == "block") {
@@ -502,14 +503,48 @@ class Builder {
         }
         return view;
     }
+    /// How the values are written. The scale of int8 comes with it; the matrix itself checks that it is positive.
+    void precision(const std::string& name, const Json* json, MatrixView& view) {
+        if (!json) return;
+        const std::string said = json->is('"') ? json->string() : "";
+        if (said == "bf16")
+            view.precision = MatrixView::Precision::bf16;
+        else if (said == "i8")
+            view.precision = MatrixView::Precision::i8;
+        else if (said != "f32")
+            refuse("matrix " + name + ": precision must be one of f32, bf16, i8");
+        view.coded = true;
+        if (said == "i8") view.scale = array<float>(shaped(name + ".scale", Type::f32, {view.rows}));
+    }
+    /// The values, or their codes as floats.
+    const float* values(const std::string& name, const MatrixView& view, const std::vector<uint64_t>& shape) {
+        if (view.precision == MatrixView::Precision::f32)
+            return array<float>(shaped(name + ".values", Type::f32, shape));
+        const bool i8 = view.precision == MatrixView::Precision::i8;
+        const Tensor codes = shaped(name + ".values", i8 ? Type::i8 : Type::bf16, shape);
+        const uint64_t count = (codes.last - codes.first) / info(codes.type).size;
+        float* const wide = make<float>(count);
+        for (uint64_t k = 0; k < count; ++k) {
+            if (i8) {
+                wide[k] = array<int8_t>(codes)[k];
+            } else {
+                const uint32_t bits = static_cast<uint32_t>(array<uint16_t>(codes)[k]) << 16;
+                std::memcpy(&wide[k], &bits, sizeof bits);
+            }
+            if (!std::isfinite(wide[k]) || (i8 && wide[k] < -127))
+                throw LoadError(
+                    "tensor " + prefix_ + name + (i8 ? ".values holds the code -128" : ".values is not finite"),
+                    data_start_ + codes.first + k * info(codes.type).size);
+        }
+        return wide;
+    }
     void block_matrix(const std::string& name, MatrixView& view) {
         view.format = MatrixView::Format::block;
         const Tensor block_row = tensor(name + ".block_row", Type::u32);
         if (block_row.shape.size() != 1) refuse("matrix " + name + ": block_row has one axis");
         view.blocks = block_row.shape[0];
         view.block_row = array<uint32_t>(block_row);
-        view.values =
-            array<float>(shaped(name + ".values", Type::f32, {view.blocks, view.block_cols, view.block_rows}));
+        view.values = values(name, view, {view.blocks, view.block_cols, view.block_rows});
         const uint64_t columns = (uint64_t{view.cols} + view.block_cols - 1) / view.block_cols;
         view.start = array<uint32_t>(shaped(name + ".start", Type::u32, {columns + 1}));
     }
@@ -521,7 +556,7 @@ class Builder {
         const Tensor row = tensor(name + ".row", Type::u16);
         if (row.shape.size() != 1) refuse("matrix " + name + ": row has one axis");
         view.blocks = row.shape[0];
-        view.values = array<float>(shaped(name + ".values", Type::f32, {view.blocks}));
+        view.values = values(name, view, {view.blocks});
         view.start = array<uint32_t>(shaped(name + ".start", Type::u32, {uint64_t{view.cols} + 1}));
         uint32_t* const wide = make<uint32_t>(view.blocks);
         std::copy_n(array<uint16_t>(row), view.blocks, wide);
@@ -533,10 +568,9 @@ class Builder {
         const uint32_t units = view.rows / view.gates, height = view.overlay * group;
         const uint32_t sets = units / height + (units % height != 0);
         const Tensor live = shaped(name + ".live", Type::u8, {view.cols, view.gates, sets});
-        const Tensor values = shaped(name + ".values", Type::f32, {view.cols, view.gates, sets, group});
         view.format = MatrixView::Format::complementary;
         view.live = array<uint8_t>(live);
-        view.values = array<float>(values);
+        view.values = values(name, view, {view.cols, view.gates, sets, group});
         const uint64_t groups = live.last - live.first;
         for (uint64_t k = 0; k < groups; ++k) {
             if (view.live[k] >= view.overlay)
@@ -547,7 +581,7 @@ class Builder {
             for (uint64_t j = first < units ? units - first : 0; j < group; ++j)
                 if (view.values[k * group + j] != 0)
                     throw LoadError(where_ + ": matrix " + name + ": rows beyond the end of a gate must be zero",
-                                    data_start_ + values.first + (k * group + j) * sizeof(float));
+                                    data_start_ + live.first + k);
         }
         if (group > 1) to_block(view, group, sets, groups);
     }

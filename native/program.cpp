@@ -15,7 +15,7 @@ std::string number(uint64_t n) { return std::to_string(n); }
 
 /// 1 over the scale of a row, so that what is packed is its codes.
 float unscaled(const MatrixView& view, uint32_t row) {
-    return view.precision == MatrixView::Precision::i8 ? 1.0f / view.scale[row] : 1.0f;
+    return view.precision == MatrixView::Precision::i8 && !view.coded ? 1.0f / view.scale[row] : 1.0f;
 }
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }

@@ -65,6 +65,7 @@ struct MatrixView {
     // `values` are always floats; where they are codes times a scale, or halves, they are packed as what they came
     // from.
     enum class Precision { f32, bf16, i8 } precision = Precision::f32;
+    bool coded = false;             // `values` are the codes themselves
     const float* scale = nullptr;   // i8: (rows), positive
     const uint8_t* live = nullptr;  // (cols, gates, sets) which of `overlay` rows each set keeps
 };

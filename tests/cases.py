@@ -192,6 +192,11 @@ EGRU_OPTIONS = [
 ]
 
 
+def rounded(ops: list[Any], precision: Any) -> tuple[Any, ...]:
+    """The same ops with rounded matrices."""
+    return sf.Program(tuple(ops)).rounded(precision).ops
+
+
 def network(name: str) -> sf.Program:
     """One of :data:`NETWORKS`, the same every time."""
     r = rng(*name.encode())
@@ -244,6 +249,11 @@ NETWORKS = {
         linear(r, 17, 11),
     ],
     "csc": lambda r: [gru(r, 20, 33, "csc", 0.5), egru(r, 33, 17, "csc", 0.3, reset_after=False), linear(r, 17, 5, "csc", 0.5)],
+    "mixed-i8": lambda r: rounded([egru(r, 20, 33, (16, 1), 0.5), lstm(r, 33, 17, (4, 4), 0.5), linear(r, 17, 3)], "i8"),
+    "csc-bf16": lambda r: rounded([gru(r, 12, 19, "csc", 0.4), linear(r, 19, 5)], "bf16"),
+    "tokens-overlay-i8": lambda r: rounded(
+        [embedding(r, 9, 12), egru(r, 12, 37, Overlay(4)), linear(r, 37, 9, Overlay(2, 4), 0.8)], "i8"
+    ),
     "lstm-csc": lambda r: [lstm(r, 12, 19, "csc", 0.4), rnn(r, 19, 17, "csc", 0.4)],
     "lstm-overlay": lambda r: [lstm(r, 12, 37, Overlay(4)), rnn(r, 37, 33, Overlay(2, 4))],
     "gru-overlay": lambda r: [gru(r, 9, 37, Overlay(4), reset_after=False), linear(r, 37, 9, Overlay(2, 4), 0.8)],
