@@ -8,11 +8,9 @@ its own run, and numpy's is timed beside it.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import tomllib
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,9 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from sparsefold import _native
-from sparsefold.bench import pinned, provenance
+from sparsefold.bench import pinned, provenance, write_lines
 from sparsefold.engine import native_matrix
 from sparsefold.formats import CSC, Block, Complementary, Dense, Format
-from sparsefold.program import write_atomically
 from sparsefold.progress import Progress
 
 SHAPES = Path(__file__).parent / "shapes.toml"
@@ -106,7 +103,7 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
 def main() -> None:
     """Times all shapes and writes bench/results/<machine>/<date>-<commit>.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     args = parser.parse_args()
     shapes = tomllib.loads(SHAPES.read_text())
     random = np.random.default_rng(0)
@@ -123,12 +120,7 @@ def main() -> None:
             f"rate {e['event_rate']:<5}{e['us']:>9.2f} us {e['macs_per_ns']:>6.1f} MAC/ns {e['speedup']:>6.1f}x "
             f"realised {e['realised']:.2f}"
         )
-    name = f"{datetime.now(UTC):%Y-%m-%d}-{(about['commit'] or 'none').rstrip('+')}.jsonl"
-    machine = "".join(c if c.isalnum() else "-" for c in f"{about['processor']} {about['isa']}".lower())
-    out = args.out or Path(__file__).parent / "results" / machine / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps({**about, **e}) + "\n" for e in lines).encode())
-    print(out)
+    print(write_lines(args.out, "", about, lines))
 
 
 if __name__ == "__main__":

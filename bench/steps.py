@@ -8,8 +8,6 @@ one pinned thread, state moving, Python call included.
 from __future__ import annotations
 
 import argparse
-import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from sparsefold.bench import pinned, provenance, race
+from sparsefold.bench import pinned, provenance, race, write_lines
 from sparsefold.cost import cost
 from sparsefold.engine import Engine, interpret
 from sparsefold.formats import Block, Dense, Format, Precision
 from sparsefold.nn import Stack
-from sparsefold.program import EGRU, Program, write_atomically
+from sparsefold.program import EGRU, Program
 from sparsefold.recipes import rivals
 
 # units, layers, density, event rate wanted, steps timed
@@ -125,7 +123,7 @@ def measure(units: int, layers: int, density: float, rate: float, steps: int) ->
 def main() -> None:
     """Runs every network and writes bench/results/<machine>/steps-<date>-<commit>.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     parser.add_argument("--units", type=int, default=None, help="only this size")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,12 +141,7 @@ def main() -> None:
                             f"p99 {latency['p99']:>10.2f}  {float32:>7.1f}x of float32, {int8:>6.1f}x of int8",
                             flush=True,
                         )
-    name = f"steps-{datetime.now(UTC):%Y-%m-%d}-{(about['commit'] or 'none').rstrip('+')}.jsonl"
-    machine = "".join(c if c.isalnum() else "-" for c in f"{about['processor']} {about['isa']}".lower())
-    out = args.out or Path(__file__).parent / "results" / machine / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, "".join(json.dumps({**about, **e}) + "\n" for e in lines).encode())
-    print(out)
+    print(write_lines(args.out, "steps-", about, lines))
 
 
 if __name__ == "__main__":

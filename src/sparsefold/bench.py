@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 import sparsefold
 from sparsefold import _native
+from sparsefold.program import write_atomically
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,16 @@ def provenance(command: str) -> dict[str, Any]:
         "torch": getattr(sys.modules.get("torch"), "__version__", None),
         "sparsefold": sparsefold.__version__,
     }
+
+
+def write_lines(folder: Path, prefix: str, about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Path:
+    """Write results to ``folder/<machine>/<prefix><date>-<commit>.jsonl``, each line with its provenance; returns the path."""
+    machine = "".join(c if c.isalnum() else "-" for c in f"{about['processor']} {about['isa']}".lower())
+    commit = (about["commit"] or "none").rstrip("+")
+    path = folder / machine / f"{prefix}{about['date'][:10]}-{commit}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(json.dumps({**about, **line}) + "\n" for line in lines).encode())
+    return path
 
 
 def _commit() -> str | None:

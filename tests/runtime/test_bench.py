@@ -1,5 +1,6 @@
 """What the stopwatch says is what happened."""
 
+import json
 import os
 import subprocess
 from dataclasses import asdict
@@ -119,3 +120,10 @@ def test_the_commit_says_whether_files_differ(monkeypatch, answers, expected):
 
     monkeypatch.setattr(subprocess, "run", git)
     assert provenance("x")["commit"] == expected
+
+
+def test_lines_are_written_with_their_provenance(tmp_path):
+    about = {"processor": "A (R) Chip", "isa": "avx2", "commit": "abc+", "date": "2026-01-02T03:04:05+00:00"}
+    path = bench.write_lines(tmp_path, "steps-", about, [{"us": 1.5}, {"us": 2.5}])
+    assert path == tmp_path / "a--r--chip-avx2" / "steps-2026-01-02-abc.jsonl"
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{**about, "us": u} for u in (1.5, 2.5)]
