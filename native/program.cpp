@@ -332,6 +332,8 @@ void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, 
 
 void Program::add_relu() {
     if (ops_.empty()) refuse("a relu cannot be the first op.");
+    // It carries no array, so that a chain of them would cost a stream memory that no file had to pay for.
+    if (ops_.back().kind == Op::Kind::relu) refuse("a relu after a relu changes nothing; leave it out.");
     Op op = make(Op::Kind::relu, outputs(), outputs());
     op.emits_events = true;
     ops_.push_back(std::move(op));

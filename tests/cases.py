@@ -235,7 +235,7 @@ NETWORKS = {
     "tokens-rnn": lambda r: [embedding(r, 7, 8), rnn(r, 8, 20, nonlinearity="relu"), linear(r, 20, 7)],
     "relu": lambda r: [linear(r, 9, 33), ReLU(33), linear(r, 33, 17, (16, 1), 0.5), ReLU(17)],
     "relu-recurrent": lambda r: [
-        gru(r, 9, 20), ReLU(20), lstm(r, 20, 17), ReLU(17), egru(r, 17, 16), ReLU(16), ReLU(16), gru(r, 16, 15)
+        gru(r, 9, 20), ReLU(20), lstm(r, 20, 17), ReLU(17), egru(r, 17, 16), ReLU(16), gru(r, 16, 15)
     ],
     "tokens-relu": lambda r: [embedding(r, 7, 17), ReLU(17), egru(r, 17, 33, output="state"), ReLU(33), linear(r, 33, 7)],
     "layer-norm": lambda r: [layer_norm(r, 17)],

@@ -475,6 +475,7 @@ def _validate(ops: tuple[Op, ...]) -> None:
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
         elif isinstance(op, ReLU):
             _check(i > 0, f"{where}: a relu cannot be the first op. Apply it to the input before it is played.")
+            _check(not isinstance(ops[i - 1], ReLU), f"{where}: a relu after a relu changes nothing; leave it out.")
         elif isinstance(op, LayerNorm):
             _check(op.weight.ndim == 1, f"{where}: weight has one axis; got {op.weight.shape}.")
             _check(op.bias.shape == op.weight.shape, f"{where}: bias must be {op.weight.shape}, got {op.bias.shape}.")

@@ -13,6 +13,7 @@ import pytest
 
 import cases
 import sparsefold as sf
+from sparsefold import _native
 from sparsefold import program as program_module
 from sparsefold.formats import FORMATS, is_format
 from sparsefold.program import (
@@ -411,3 +412,15 @@ def test_broken_int8_weights_are_refused(change, sentence):
     assert Program.from_bytes(remade(raw, lambda *_: None)).ops[1].weight.precision == "i8"
     with pytest.raises(ProgramError, match=sentence):
         Program.from_bytes(remade(raw, change))
+
+
+def test_a_chain_of_relus_is_refused_by_both_sides():
+    ops = [*cases.network("relu").ops]
+    at = next(i for i, op in enumerate(ops) if isinstance(op, ReLU))
+    with pytest.raises(ValueError, match="a relu after a relu changes nothing"):
+        Program((*ops[: at + 1], *ops[at:]))
+    native = _native.Engine()
+    native.add_embedding(np.ones((2, 3), np.float32))
+    native.add_relu()
+    with pytest.raises(ValueError, match="a relu after a relu changes nothing"):
+        native.add_relu()
