@@ -106,12 +106,15 @@ struct PyMatrix {
     }
 };
 
-/// A packed matrix by itself, for tests and benchmarks of one kernel.
+/// A packed matrix by itself, for tests and benchmarks of one kernel: as it is packed for event lists and for dense x.
 struct PyPacked {
-    Matrix matrix;
+    Matrix matrix, for_dense;
     const Kernels* kernels;
 
-    PyPacked(const PyMatrix& m, const std::string& isa) : matrix(m.view), kernels(&sparsefold::kernels(isa)) {}
+    PyPacked(const PyMatrix& m, const std::string& isa)
+        : matrix(m.view, Matrix::Reads::events),
+          for_dense(m.view, Matrix::Reads::dense),
+          kernels(&sparsefold::kernels(isa)) {}
 
     void check(size_t x, size_t limit, size_t out) const {
         if (x != limit || out != matrix.padded_rows())
@@ -122,7 +125,7 @@ struct PyPacked {
     void matvec(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
         check(x.shape(0), matrix.cols(), out.shape(0));
         nb::gil_scoped_release release;
-        for (uint32_t i = 0; i < repeat; ++i) matrix.matvec(*kernels, x.data(), out.data());
+        for (uint32_t i = 0; i < repeat; ++i) for_dense.matvec(*kernels, x.data(), out.data());
     }
     void matvec_events(Array<uint32_t, 1> index, Vector value,
                        nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) const {
@@ -391,9 +394,11 @@ class PyStream {
 std::vector<std::string> kernel_names() {
     return {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed) "matvec_" #format "_" #dtype, "matvec_events_" #format "_" #dtype,
+#define SPARSEFOLD_MATVEC_X(format, dtype, Packed) "matvec_" #format "_" #dtype,
 #define SPARSEFOLD_CELL(name, Args) "cell_" #name,
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
+#undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_CELL
     };
 }

@@ -114,9 +114,11 @@ static void activations(const float* x, float* s, float* t, uint32_t n) {
 const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed) \
     SPARSEFOLD_ISA::matvec_##format##_##dtype, SPARSEFOLD_ISA::matvec_events_##format##_##dtype,
+#define SPARSEFOLD_MATVEC_X(format, dtype, Packed) SPARSEFOLD_ISA::matvec_##format##_##dtype,
 #define SPARSEFOLD_CELL(name, Args) SPARSEFOLD_ISA::cell_##name,
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
+#undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_CELL
     SPARSEFOLD_ISA::scale, SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
 

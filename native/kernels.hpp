@@ -42,6 +42,21 @@ struct Block {
     uint32_t cols;
 };
 
+/// Packed block matrix for dense x, by output: strip p is rows [p * height, (p + 1) * height) of the padded product and
+/// owns vectors [start[p], start[p + 1]). A vector is kLanes weights, kLanes / height columns of the strip one after
+/// the other; the last vector of a strip may be short. Heights divide kLanes.
+template <class Value>
+struct Rows {
+    const Value* values;       // (vectors, kLanes / height, height)
+    const uint16_t* column16;  // (vectors, kLanes / height) where every column fits 16 bits, else null
+    const uint32_t* column32;  // (vectors, kLanes / height) otherwise
+    const uint32_t* start;     // (strips + 1)
+    const uint16_t* tail;      // (strips) lanes of the strip's last vector that exist, as bits; null for height 16
+    const float* scale;        // (padded rows) of int8 codes, else null
+    uint32_t height;
+    uint32_t strips;
+};
+
 /// Packed complementary matrix of groups of one row: in every column each of a gate's `sets` has one live row among
 /// `overlay`, row q * sets + s of the gate. By gate and by tile of kLanes sets, each tile column after column.
 template <class Value>
@@ -97,9 +112,12 @@ struct Kernels {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y); \
     void (*matvec_events_##format##_##dtype)(const Packed&, const Events& x, float* y);
+#define SPARSEFOLD_MATVEC_X(format, dtype, Packed) \
+    void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y);
 #define SPARSEFOLD_CELL(name, Args) void (*cell_##name)(Args&);
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
+#undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_CELL
     void (*scale)(float* y, const float* s, uint32_t n);                           // y *= s, n padded
     void (*reset_gate)(const CellArgs&);                                           // r = sigmoid(gi_r + gh_r)

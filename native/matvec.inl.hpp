@@ -65,6 +65,14 @@ SF_INLINE void matvec(const Dense<Value>& w, const Columns& x, float* y) {
     }
 }
 
+/// Four segments of whole vectors, whose rows differ: every sum is under way before the first is stored.
+template <class Value, class Row>
+SF_INLINE void axpy4(float* y, const Row* row, const Value* w, const F16& x) {
+    F16 sum[4];
+    for (uint32_t i = 0; i < 4; ++i) sum[i] = fma(load(w + i * kLanes), x, load(y + row[i]));
+    for (uint32_t i = 0; i < 4; ++i) store(y + row[i], sum[i]);
+}
+
 /// Height 0: any height, `length` rows of each segment exist.
 template <uint32_t Height, class Value, class Row, class Columns>
 SF_INLINE void segments(const Block<Value>& w, const Row* row, const Columns& x, float* y) {
@@ -76,7 +84,10 @@ SF_INLINE void segments(const Block<Value>& w, const Row* row, const Columns& x,
             add_at(y, row + first, w.values + first, value, last - first);
         } else if constexpr (Height != 0) {
             const Value* values = w.values + static_cast<size_t>(first) * Height;
-            for (uint32_t s = first; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
+            uint32_t s = first;
+            if constexpr (Height == kLanes)  // rows of a column differ: four sums before the first is stored
+                for (; s + 4 <= last; s += 4, values += 4 * Height) axpy4(y, row + s, values, set1(value));
+            for (; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
         } else {
             const Value* values = w.values + static_cast<size_t>(first) * w.height;
             for (uint32_t s = first; s < last; ++s, values += w.height)
@@ -107,6 +118,63 @@ SF_INLINE void matvec(const Block<Value>& w, const Columns& x, float* y) {
         by_height(w, w.row16, x, y);
     else
         by_height(w, w.row32, x, y);
+}
+
+/// y += W x with the sums of a strip in registers over all its columns: what is read is the stored weights, in order.
+template <uint32_t Height, class Value, class Column>
+SF_INLINE void strips_of_rows(const Rows<Value>& w, const Column* column, const float* x, float* y) {
+    constexpr uint32_t kColumns = kLanes / Height, kChains = 4;
+    for (uint32_t p = 0; p < w.strips; ++p, y += Height) {
+        uint32_t v = w.start[p];
+        const uint32_t last = w.start[p + 1];
+        if (v == last) continue;
+        F16 sums[kChains];
+        for (uint32_t c = 0; c < kChains; ++c) sums[c] = set1(0.0f);
+        const Value* values = w.values + static_cast<size_t>(v) * kLanes;
+        const Column* at = column + static_cast<size_t>(v) * kColumns;
+        for (; v + kChains < last; v += kChains, values += kChains * kLanes, at += kChains * kColumns)
+            for (uint32_t c = 0; c < kChains; ++c)
+                sums[c] = fma(load(values + c * kLanes), spread<Height>(x, at + c * kColumns), sums[c]);
+        for (; v + 1 < last; ++v, values += kLanes, at += kColumns)
+            sums[1] = fma(load(values), spread<Height>(x, at), sums[1]);
+        const F16 rest = mul(load(values), spread<Height>(x, at));
+        sums[0] = Height == kLanes ? add(sums[0], rest) : add_where(sums[0], w.tail[p], rest);
+        const F16 total = add(add(sums[0], sums[1]), add(sums[2], sums[3]));
+        if constexpr (Height == kLanes) {
+            const F16 scale = w.scale ? load(w.scale + p * kLanes) : set1(1.0f);
+            store(y, fma(total, scale, load(y)));
+        } else {
+            float lanes[kLanes];
+            store(lanes, total);
+            for (uint32_t half = kLanes / 2; half >= Height; half /= 2)
+                for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+            for (uint32_t i = 0; i < Height; ++i) y[i] += lanes[i] * (w.scale ? w.scale[p * Height + i] : 1.0f);
+        }
+    }
+}
+
+template <class Value, class Column>
+SF_INLINE void by_height(const Rows<Value>& w, const Column* column, const float* x, float* y) {
+    switch (w.height) {
+        case 16:
+            return strips_of_rows<16>(w, column, x, y);
+        case 8:
+            return strips_of_rows<8>(w, column, x, y);
+        case 4:
+            return strips_of_rows<4>(w, column, x, y);
+        case 2:
+            return strips_of_rows<2>(w, column, x, y);
+        default:
+            return strips_of_rows<1>(w, column, x, y);
+    }
+}
+
+template <class Value>
+SF_INLINE void matvec(const Rows<Value>& w, const AllColumns& x, float* y) {
+    if (w.column16)
+        by_height(w, w.column16, x.x, y);
+    else
+        by_height(w, w.column32, x.x, y);
 }
 
 /// One tile of sets against `Groups` groups from `first` on, whose sums stay in registers over all columns: a set's
@@ -170,9 +238,12 @@ static void scale(float* y, const float* s, uint32_t n) {
     static void matvec_events_##format##_##dtype(const Packed& w, const Events& x, float* y) { \
         matvec(w, EventColumns{x, x.count}, y);                                                \
     }
+#define SPARSEFOLD_MATVEC_X(format, dtype, Packed) \
+    static void matvec_##format##_##dtype(const Packed& w, const float* x, float* y) { matvec(w, AllColumns{x, 0}, y); }
 #define SPARSEFOLD_CELL(name, Args)
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
+#undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_CELL
 
 }  // namespace SPARSEFOLD_ISA

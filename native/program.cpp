@@ -1,5 +1,6 @@
 #include "program.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -30,7 +31,7 @@ Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
 
 }  // namespace
 
-Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
+Matrix::Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_t last_gate)
     : format_(view.format), cols_(view.cols), precision_(view.precision) {
     constexpr uint32_t limit = 1u << 28;
     if (view.gates == 0 || view.rows % view.gates)
@@ -53,7 +54,7 @@ Matrix::Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate)
             pack_dense(view, first_gate);
             break;
         case MatrixView::Format::block:
-            pack_block(view, first_gate);
+            pack_block(view, first_gate, reads);
             break;
         case MatrixView::Format::complementary:
             pack_complementary(view, first_gate);
@@ -76,7 +77,7 @@ void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
         }
 }
 
-void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
+void Matrix::pack_block(const MatrixView& view, uint32_t first_gate, Reads reads) {
     const uint32_t br = view.block_rows, bc = view.block_cols, units = view.rows / view.gates;
     if (br == 0 || bc == 0 || br > 64 || bc > 64)
         refuse("a block of " + number(br) + " x " + number(bc) + " is not between 1 x 1 and 64 x 64.");
@@ -103,7 +104,8 @@ void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
     const bool whole = br % kLanes == 0;
     height_ = whole ? kLanes : br;
     const uint32_t pieces = whole ? br / kLanes : 1;
-    const auto segments = [&](auto&& visit) {  // visit(column, block, sub-column, piece, row, length)
+    by_rows_ = reads == Reads::dense && kLanes % height_ == 0;
+    const auto segments = [&](auto&& visit) {  // visit(column, row, length, values, scales): row of the packed matrix
         for (uint32_t c = 0; c < cols_; ++c)
             for (uint64_t k = view.start[c / bc]; k < view.start[c / bc + 1]; ++k) {
                 const uint32_t gate = view.block_row[k] / per_gate;
@@ -112,35 +114,73 @@ void Matrix::pack_block(const MatrixView& view, uint32_t first_gate) {
                     const uint32_t row = view.block_row[k] % per_gate * br + piece * kLanes;
                     if (row >= units) break;
                     const uint32_t length = units - row < height_ ? units - row : height_;
-                    visit(c, k, c % bc, piece, (gate - first_gate) * pad(units) + row, length);
+                    visit(c, (gate - first_gate) * pad(units) + row, length,
+                          view.values + (size_t{k} * bc + c % bc) * br + piece * kLanes, gate * units + row);
                 }
             }
     };
-    start_ = Buffer<uint32_t>(size_t{cols_} + 1);
     uint64_t count = 0;
-    segments([&](uint32_t c, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t) {
-        if (++count > std::numeric_limits<uint32_t>::max()) refuse("a block matrix has more than 2^32 segments.");
-        start_[c + 1] = static_cast<uint32_t>(count);
+    segments([&](uint32_t, uint32_t, uint32_t, const float*, uint32_t) { ++count; });
+    // Strips are filled up to whole vectors: at most one more for each.
+    if (count + padded_rows() > std::numeric_limits<uint32_t>::max())
+        refuse("a block matrix has more than 2^32 segments.");
+    if (by_rows_)
+        pack_rows(view, segments);
+    else
+        pack_columns(view, segments, count);
+}
+
+template <class Segments>
+void Matrix::pack_columns(const MatrixView& view, const Segments& segments, size_t count) {
+    start_ = Buffer<uint32_t>(size_t{cols_} + 1);
+    values_ = Buffer<float>(count * height_);
+    const bool narrow = padded_rows() <= 1u << 16;
+    index16_ = Buffer<uint16_t>(narrow ? count : 0);
+    index32_ = Buffer<uint32_t>(narrow ? 0 : count);
+    const bool by_hand = height_ == 1 || height_ == 4 || height_ == 8 || height_ == kLanes;
+    length_ = Buffer<uint32_t>(by_hand ? 0 : count);
+    uint32_t s = 0;
+    segments([&](uint32_t c, uint32_t row, uint32_t length, const float* values, uint32_t first) {
+        if (narrow)
+            index16_[s] = static_cast<uint16_t>(row);
+        else
+            index32_[s] = row;
+        if (length_.size()) length_[s] = length;
+        for (uint32_t i = 0; i < length; ++i) values_[size_t{s} * height_ + i] = values[i] * unscaled(view, first + i);
+        start_[size_t{c} + 1] = ++s;
     });
     for (uint32_t c = 0; c < cols_; ++c)
         if (start_[c + 1] < start_[c]) start_[c + 1] = start_[c];
-    values_ = Buffer<float>(count * height_);
-    const bool narrow = padded_rows() <= 1u << 16;
-    row16_ = Buffer<uint16_t>(narrow ? count : 0);
-    row32_ = Buffer<uint32_t>(narrow ? 0 : count);
-    const bool by_hand = height_ == 1 || height_ == 4 || height_ == 8 || height_ == kLanes;
-    length_ = Buffer<uint32_t>(by_hand ? 0 : count);
-    size_t s = 0;
-    segments([&](uint32_t, uint64_t k, uint32_t sub, uint32_t piece, uint32_t row, uint32_t length) {
+}
+
+template <class Segments>
+void Matrix::pack_rows(const MatrixView& view, const Segments& segments) {
+    const uint32_t strips = padded_rows() / height_, columns = kLanes / height_;
+    std::vector<uint32_t> used(strips);
+    segments([&](uint32_t, uint32_t row, uint32_t, const float*, uint32_t) { ++used[row / height_]; });
+    start_ = Buffer<uint32_t>(size_t{strips} + 1);
+    for (uint32_t p = 0; p < strips; ++p) start_[p + 1] = start_[p] + ceil_div(used[p], columns);
+    const size_t vectors = start_[strips];
+    values_ = Buffer<float>(vectors * kLanes);
+    const bool narrow = cols_ <= 1u << 16;
+    index16_ = Buffer<uint16_t>(narrow ? vectors * columns : 0);
+    index32_ = Buffer<uint32_t>(narrow ? 0 : vectors * columns);
+    tail_ = Buffer<uint16_t>(columns > 1 ? strips : 0);
+    const auto put = [&](size_t at, uint32_t column) {
         if (narrow)
-            row16_[s] = static_cast<uint16_t>(row);
+            index16_[at] = static_cast<uint16_t>(column);
         else
-            row32_[s] = row;
-        if (length_.size()) length_[s] = length;
-        const float* source = view.values + (size_t{k} * bc + sub) * br + piece * kLanes;
-        const uint32_t gate = row / pad(units), first = (first_gate + gate) * units + row % pad(units);
-        for (uint32_t i = 0; i < length; ++i) values_[s * height_ + i] = source[i] * unscaled(view, first + i);
-        ++s;
+            index32_[at] = column;
+    };
+    std::fill(used.begin(), used.end(), 0);
+    segments([&](uint32_t c, uint32_t row, uint32_t length, const float* values, uint32_t first) {
+        const uint32_t p = row / height_;
+        const size_t at = size_t{start_[p]} * columns + used[p]++;
+        for (uint32_t i = 0; i < length; ++i) values_[at * height_ + i] = values[i] * unscaled(view, first + i);
+        if (columns > 1) tail_[p] = static_cast<uint16_t>((1u << (at % columns + 1) * height_) - 1);
+        // Lanes behind the tail are read too: some column must stand there.
+        for (size_t rest = at; rest < size_t{start_[p + 1]} * columns && (rest == at || rest % columns); ++rest)
+            put(rest, c);
     });
 }
 
@@ -204,31 +244,40 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
         else
             dense_x(packed, x, y);
     };
-    const auto by_format = [&](const auto* values, auto dense, auto events_dense, auto block, auto events_block,
-                               auto complementary, auto events_complementary) {
+    const auto by_format = [&](const auto* values, auto dense, auto events_dense, auto rows, auto block,
+                               auto events_block, auto complementary, auto events_complementary) {
         using Value = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
         switch (format_) {
             case MatrixView::Format::dense:
                 return call(dense, events_dense, Dense<Value>{values, padded_rows(), cols_});
             case MatrixView::Format::block:
+                if constexpr (!std::is_same_v<X, Events>)
+                    if (by_rows_)
+                        return rows(
+                            Rows<Value>{values, index32_.size() ? nullptr : index16_.data(), index32_.data(),
+                                        start_.data(), tail_.size() ? tail_.data() : nullptr,
+                                        scale_.size() ? scale_.data() : nullptr, height_, padded_rows() / height_},
+                            x, y);
                 return call(block, events_block,
-                            Block<Value>{values, row32_.size() ? nullptr : row16_.data(), row32_.data(),
+                            Block<Value>{values, index32_.size() ? nullptr : index16_.data(), index32_.data(),
                                          length_.size() ? length_.data() : nullptr, start_.data(), height_, cols_});
             case MatrixView::Format::complementary:
                 return call(complementary, events_complementary,
                             Complementary<Value>{values, live_.data(), gates_, rows_ / gates_, cols_, sets_, overlay_});
         }
     };
-#define SPARSEFOLD_SLOTS(dtype)                                                                      \
-    kernels.matvec_dense_##dtype, kernels.matvec_events_dense_##dtype, kernels.matvec_block_##dtype, \
-        kernels.matvec_events_block_##dtype, kernels.matvec_complementary_##dtype,                   \
+#define SPARSEFOLD_SLOTS(dtype)                                                                                  \
+    kernels.matvec_dense_##dtype, kernels.matvec_events_dense_##dtype, kernels.matvec_rows_##dtype,              \
+        kernels.matvec_block_##dtype, kernels.matvec_events_block_##dtype, kernels.matvec_complementary_##dtype, \
         kernels.matvec_events_complementary_##dtype
     switch (precision_) {
         case MatrixView::Precision::f32:
             return by_format(values_.data(), SPARSEFOLD_SLOTS(f32));
         case MatrixView::Precision::bf16:
             return by_format(halves_.data(), SPARSEFOLD_SLOTS(bf16));
-        case MatrixView::Precision::i8:  // sums of codes: y in units of each row's scale, and back
+        case MatrixView::Precision::i8:
+            if (by_rows_) return by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
+            // sums of codes: y in units of each row's scale, and back
             kernels.scale(y, inverse_.data(), padded_rows());
             by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
             return kernels.scale(y, scale_.data(), padded_rows());
@@ -242,8 +291,8 @@ void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { p
 
 size_t Matrix::nbytes() const {
     return (values_.size() + scale_.size() + inverse_.size()) * sizeof(float) + halves_.size() * sizeof(bf16) +
-           codes_.size() + (row32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
-           row16_.size() * sizeof(uint16_t) + live_.size();
+           codes_.size() + (index32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
+           (index16_.size() + tail_.size()) * sizeof(uint16_t) + live_.size();
 }
 
 Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
@@ -274,7 +323,7 @@ void Program::add_embedding(const float* weight, uint32_t tokens, uint32_t width
 void Program::add_linear(const MatrixView& weight, const float* bias) {
     Op op = make(Op::Kind::linear, weight.cols, weight.rows);
     if (weight.gates != 1) refuse("a linear op has one gate.");
-    op.input = Matrix(weight);
+    op.input = Matrix(weight, op.reads());
     op.bias_input = padded(bias, 1, weight.rows);
     ops_.push_back(std::move(op));
 }
@@ -290,9 +339,10 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
                " gates.");
     Op op = make(kind, weight_ih.cols, units);
     op.gates = gates;
-    op.input = Matrix(weight_ih);
-    op.hidden = reset_after ? Matrix(weight_hh) : Matrix(weight_hh, 0, 2);
-    if (!reset_after) op.hidden_n = Matrix(weight_hh, 2, 3);
+    op.input = Matrix(weight_ih, op.reads());
+    const Matrix::Reads spoken = kind == Op::Kind::egru ? Matrix::Reads::events : Matrix::Reads::dense;
+    op.hidden = Matrix(weight_hh, spoken, 0, reset_after ? gates : 2);
+    if (!reset_after) op.hidden_n = Matrix(weight_hh, spoken, 2, 3);
     op.bias_input = padded(bias_ih, gates, units);
     op.bias_hidden = padded(bias_hh, gates, units);
     op.reset_after = reset_after;

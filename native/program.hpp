@@ -73,11 +73,13 @@ struct MatrixView {
 /// A packed matrix: gate g's rows lie at g * pad(rows / gates) of the product.
 class Matrix {
   public:
+    enum class Reads { dense, events };  // what its product reads decides how blocks are packed
     Matrix() = default;
     /// Packs gates [first_gate, last_gate) of `view`. Throws std::invalid_argument on any index out of range.
-    Matrix(const MatrixView& view, uint32_t first_gate, uint32_t last_gate);
-    explicit Matrix(const MatrixView& view) : Matrix(view, 0, view.gates) {}
+    Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_t last_gate);
+    Matrix(const MatrixView& view, Reads reads) : Matrix(view, reads, 0, view.gates) {}
 
+    /// y += W x, y with gates padded; x is what the matrix was packed for.
     void matvec(const Kernels& kernels, const float* x, float* y) const;
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
     uint32_t rows() const { return rows_; }  // without padding
@@ -88,11 +90,16 @@ class Matrix {
 
   private:
     void pack_dense(const MatrixView& view, uint32_t first_gate);
-    void pack_block(const MatrixView& view, uint32_t first_gate);
+    void pack_block(const MatrixView& view, uint32_t first_gate, Reads reads);
+    template <class Segments>
+    void pack_columns(const MatrixView& view, const Segments& segments, size_t count);
+    template <class Segments>
+    void pack_rows(const MatrixView& view, const Segments& segments);
     void pack_complementary(const MatrixView& view, uint32_t first_gate);
     void narrow(const MatrixView& view, uint32_t first_gate);
     template <class X>
     void product(const Kernels& kernels, const X& x, float* y) const;
+    bool by_rows_ = false;  // blocks for dense x: `Rows`, else `Block`
     MatrixView::Format format_ = MatrixView::Format::dense;
     uint32_t rows_ = 0, cols_ = 0, gates_ = 0;
     MatrixView::Precision precision_ = MatrixView::Precision::f32;
@@ -100,8 +107,9 @@ class Matrix {
     Buffer<bf16> halves_;
     Buffer<int8_t> codes_;
     Buffer<float> scale_, inverse_;  // i8: by padded row
-    Buffer<uint16_t> row16_;
-    Buffer<uint32_t> row32_, length_, start_;
+    Buffer<uint16_t> index16_;       // rows of segments, or columns of strips
+    Buffer<uint32_t> index32_, length_, start_;
+    Buffer<uint16_t> tail_;
     Buffer<uint8_t> live_;
     uint32_t height_ = kLanes, sets_ = 0, overlay_ = 0;
 };
@@ -126,6 +134,7 @@ struct Op {
     bool emits_events = false;  // hands on y as events; else u, dense. Always true of a ReLU
     Buffer<float> threshold, crossing;
 
+    Matrix::Reads reads() const { return reads_events ? Matrix::Reads::events : Matrix::Reads::dense; }
     bool recurrent() const { return gates != 0; }
     bool speaks() const { return kind == Kind::egru || kind == Kind::relu; }  // makes an event list at every step
 };

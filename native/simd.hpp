@@ -25,6 +25,23 @@ SF_INLINE float widen(bf16 a) {
     return out;
 }
 
+#if defined(__AVX2__) || defined(__AVX512F__)
+SF_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+SF_INLINE __m256 load8(const bf16* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+SF_INLINE __m256 load8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+SF_INLINE __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+SF_INLINE __m128 load4(const bf16* p) {
+    const __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm_castsi128_ps(_mm_slli_epi32(wide, 16));
+}
+SF_INLINE __m128 load4(const int8_t* p) { return _mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_loadu_si32(p))); }
+#endif
+
 #if defined(__AVX512F__)
 
 constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers and hide the latency
@@ -68,8 +85,16 @@ SF_INLINE F16 load_first(const float* p, uint32_t n) {  // lanes from n on are 0
 SF_INLINE void store_first(float* p, uint32_t n, F16 a) {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), a.v);
 }
+SF_INLINE __m512 load_masked(__mmask16 m, const float* p) { return _mm512_maskz_loadu_ps(m, p); }
+SF_INLINE __m512 load_masked(__mmask16 m, const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, p)), 16));
+}
+SF_INLINE __m512 load_masked(__mmask16 m, const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(m, p)));
+}
 /// y[row[i]] += w[i] * x for i < n, all rows different. A scatter of sixteen is as fast as sixteen stores.
-SF_INLINE void add_at(float* y, const uint16_t* row, const float* w, float x, uint32_t n) {
+template <class Value>
+SF_INLINE void add_at(float* y, const uint16_t* row, const Value* w, float x, uint32_t n) {
     const __m512 value = _mm512_set1_ps(x);
     uint32_t i = 0;
     for (; i + 2 * kLanes <= n; i += 2 * kLanes) {  // two gathers before the first scatter: their rows differ
@@ -77,15 +102,28 @@ SF_INLINE void add_at(float* y, const uint16_t* row, const float* w, float x, ui
         const __m512i at1 =
             _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + i + kLanes)));
         const __m512 old0 = _mm512_i32gather_ps(at0, y, 4), old1 = _mm512_i32gather_ps(at1, y, 4);
-        _mm512_i32scatter_ps(y, at0, _mm512_fmadd_ps(_mm512_loadu_ps(w + i), value, old0), 4);
-        _mm512_i32scatter_ps(y, at1, _mm512_fmadd_ps(_mm512_loadu_ps(w + i + kLanes), value, old1), 4);
+        _mm512_i32scatter_ps(y, at0, _mm512_fmadd_ps(load(w + i).v, value, old0), 4);
+        _mm512_i32scatter_ps(y, at1, _mm512_fmadd_ps(load(w + i + kLanes).v, value, old1), 4);
     }
     for (; i < n; i += kLanes) {
         const __mmask16 m = static_cast<__mmask16>(n - i >= kLanes ? 0xffff : (1u << (n - i)) - 1);
         const __m512i at = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, row + i));
         const __m512 old = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, at, y, 4);
-        _mm512_mask_i32scatter_ps(y, m, at, _mm512_fmadd_ps(_mm512_maskz_loadu_ps(m, w + i), value, old), 4);
+        _mm512_mask_i32scatter_ps(y, m, at, _mm512_fmadd_ps(load_masked(m, w + i), value, old), 4);
     }
+}
+SF_INLINE __m512i load_index(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+SF_INLINE __m512i load_index(const uint32_t* p) { return _mm512_loadu_si512(p); }
+template <uint32_t Height, class Column>
+SF_INLINE F16 spread(const float* x, const Column* at) {
+    if constexpr (Height == 1) return {_mm512_i32gather_ps(load_index(at), x, 4)};
+    __m512 lanes = _mm512_set1_ps(x[at[0]]);  // one broadcast a column, masked: cheaper than a gather from two lanes on
+    for (uint32_t c = 1; c < kLanes / Height; ++c)
+        lanes =
+            _mm512_mask_broadcastss_ps(lanes, static_cast<__mmask16>(0xffffu << c * Height), _mm_load_ss(x + at[c]));
+    return {lanes};
 }
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* index, float* value) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -105,15 +143,8 @@ struct F16 {
 };
 SF_INLINE F16 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 SF_INLINE F16 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-SF_INLINE __m256 load_half(const bf16* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-SF_INLINE __m256 load_half(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-SF_INLINE F16 load(const bf16* p) { return {load_half(p), load_half(p + 8)}; }
-SF_INLINE F16 load(const int8_t* p) { return {load_half(p), load_half(p + 8)}; }
+SF_INLINE F16 load(const bf16* p) { return {load8(p), load8(p + 8)}; }
+SF_INLINE F16 load(const int8_t* p) { return {load8(p), load8(p + 8)}; }
 SF_INLINE void store(float* p, F16 x) {
     _mm256_storeu_ps(p, x.a);
     _mm256_storeu_ps(p + 8, x.b);
@@ -144,6 +175,23 @@ SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
     const __m128i same =
         _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(static_cast<char>(a)));
     return static_cast<uint32_t>(_mm_movemask_epi8(same));
+}
+SF_INLINE __m256i load_index(const uint16_t* p) {
+    return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+SF_INLINE __m256i load_index(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <uint32_t Height, class Column>
+SF_INLINE F16 spread(const float* x, const Column* at) {
+    if constexpr (Height == 16) return set1(x[at[0]]);
+    if constexpr (Height == 8) return {_mm256_set1_ps(x[at[0]]), _mm256_set1_ps(x[at[1]])};
+    if constexpr (Height == 4)
+        return {_mm256_set_m128(_mm_set1_ps(x[at[1]]), _mm_set1_ps(x[at[0]])),
+                _mm256_set_m128(_mm_set1_ps(x[at[3]]), _mm_set1_ps(x[at[2]]))};
+    if constexpr (Height == 1)
+        return {_mm256_i32gather_ps(x, load_index(at), 4), _mm256_i32gather_ps(x, load_index(at + 8), 4)};
+    float lanes[kLanes];
+    for (uint32_t i = 0; i < kLanes; ++i) lanes[i] = x[at[i / Height]];
+    return load(lanes);
 }
 SF_INLINE __m256 lane_mask(uint32_t bits) {
     const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -200,6 +248,11 @@ SF_INLINE uint32_t not_le(const F16& a, const F16& b) {
     return bits;
 }
 SF_INLINE F16 keep(uint32_t bits, const F16& a) { SF_LANES((bits >> i & 1) ? a.v[i] : 0.0f); }
+/// Lane i gets x[at[i / Height]].
+template <uint32_t Height, class Column>
+SF_INLINE F16 spread(const float* x, const Column* at) {
+    SF_LANES(x[at[i / Height]]);
+}
 #undef SF_LANES
 
 #endif
@@ -207,21 +260,13 @@ SF_INLINE F16 keep(uint32_t bits, const F16& a) { SF_LANES((bits >> i & 1) ? a.v
 /// y[0 .. Height) += w * x; whole vectors, and the heights that have a vector of their own.
 template <uint32_t Height, class Value>
 SF_INLINE void axpy(float* y, const Value* w, float x) {
-    if constexpr (Height == kLanes)
-        store(y, fma(load(w), set1(x), load(y)));
-    else
-        for (uint32_t i = 0; i < Height; ++i) y[i] += widen(w[i]) * x;
-}
+    if constexpr (Height == kLanes) return store(y, fma(load(w), set1(x), load(y)));
 #if defined(__AVX2__) || defined(__AVX512F__)
-template <>
-SF_INLINE void axpy<4>(float* y, const float* w, float x) {
-    _mm_storeu_ps(y, _mm_fmadd_ps(_mm_loadu_ps(w), _mm_set1_ps(x), _mm_loadu_ps(y)));
-}
-template <>
-SF_INLINE void axpy<8>(float* y, const float* w, float x) {
-    _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_loadu_ps(w), _mm256_set1_ps(x), _mm256_loadu_ps(y)));
-}
+    if constexpr (Height == 8) return _mm256_storeu_ps(y, _mm256_fmadd_ps(load8(w), _mm256_set1_ps(x), load8(y)));
+    if constexpr (Height == 4) return _mm_storeu_ps(y, _mm_fmadd_ps(load4(w), _mm_set1_ps(x), load4(y)));
 #endif
+    for (uint32_t i = 0; i < Height; ++i) y[i] += widen(w[i]) * x;
+}
 
 #if !defined(__AVX512F__)
 SF_INLINE F16 add_where(const F16& a, uint32_t bits, const F16& b) { return add(a, keep(bits, b)); }
