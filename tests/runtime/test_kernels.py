@@ -116,25 +116,29 @@ def check_layer_norm(isa):
         assert (np.abs(out - value) <= bound).all()
 
 
-CHECKS = {
-    f"matvec_{'events_' if by_events else ''}{format}_{precision}": partial(
-        check_matvec, format=format, precision=precision, by_events=by_events
-    )
-    for format in FORMATS
-    for precision in VALUE_TYPES
-    for by_events in (False, True)
-} | {
-    # Blocks whose height divides a vector are packed by rows for dense x; the others keep matvec_block.
-    f"matvec_rows_{precision}": partial(check_matvec, format="block", precision=precision, by_events=False)
-    for precision in VALUE_TYPES
-} | {
-    "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
-    "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
-    "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
-    "cell_relu": check_relu,
-    "cell_layer_norm": check_layer_norm,
-    "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
-}
+CHECKS = (
+    {
+        f"matvec_{'events_' if by_events else ''}{format}_{precision}": partial(
+            check_matvec, format=format, precision=precision, by_events=by_events
+        )
+        for format in FORMATS
+        for precision in VALUE_TYPES
+        for by_events in (False, True)
+    }
+    | {
+        # Blocks whose height divides a vector are packed by rows for dense x; the others keep matvec_block.
+        f"matvec_rows_{precision}": partial(check_matvec, format="block", precision=precision, by_events=False)
+        for precision in VALUE_TYPES
+    }
+    | {
+        "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
+        "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
+        "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
+        "cell_relu": check_relu,
+        "cell_layer_norm": check_layer_norm,
+        "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
+    }
+)
 
 
 @pytest.mark.parametrize("kernel", _native.kernels())
