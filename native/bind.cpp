@@ -72,14 +72,17 @@ struct PyMatrix {
 
     /// The same matrix, packed at another precision; `scale` (rows) for int8, empty otherwise.
     void set_precision(const std::string& precision, Vector row_scale) {
-        const bool i8 = precision == "i8";
-        if (!i8 && precision != "f32" && precision != "bf16")
-            throw std::invalid_argument("precision '" + precision + "' is not one of f32, bf16, i8.");
+        using P = MatrixView::Precision;
+        const P found = precision == "bf16"   ? P::bf16
+                        : precision == "i8"   ? P::i8
+                        : precision == "w8a8" ? P::w8a8
+                                              : P::f32;
+        const bool i8 = found == P::i8 || found == P::w8a8;
+        if (found == P::f32 && precision != "f32")
+            throw std::invalid_argument("precision '" + precision + "' is not one of f32, bf16, i8, w8a8.");
         if (row_scale.shape(0) != (i8 ? view.rows : 0))
             throw std::invalid_argument("int8 weights need one scale for each row, others none.");
-        view.precision = i8                    ? MatrixView::Precision::i8
-                         : precision == "bf16" ? MatrixView::Precision::bf16
-                                               : MatrixView::Precision::f32;
+        view.precision = found;
         view.scale = row_scale.data();
         scale = nb::find(row_scale);
     }
@@ -108,12 +111,15 @@ struct PyMatrix {
 
 /// A packed matrix by itself, for tests and benchmarks of one kernel: as it is packed for event lists and for dense x.
 struct PyPacked {
-    Matrix matrix, for_dense;
+    Matrix matrix, for_dense;  // w8a8 has no form for events: both are the same
+    mutable std::vector<int8_t> codes;
     const Kernels* kernels;
 
     PyPacked(const PyMatrix& m, const std::string& isa)
-        : matrix(m.view, Matrix::Reads::events),
+        : matrix(m.view,
+                 m.view.precision == MatrixView::Precision::w8a8 ? Matrix::Reads::dense : Matrix::Reads::events),
           for_dense(m.view, Matrix::Reads::dense),
+          codes(for_dense.code_bytes()),
           kernels(&sparsefold::kernels(isa)) {}
 
     void check(size_t x, size_t limit, size_t out) const {
@@ -125,7 +131,7 @@ struct PyPacked {
     void matvec(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
         check(x.shape(0), matrix.cols(), out.shape(0));
         nb::gil_scoped_release release;
-        for (uint32_t i = 0; i < repeat; ++i) for_dense.matvec(*kernels, x.data(), out.data());
+        for (uint32_t i = 0; i < repeat; ++i) for_dense.matvec(*kernels, x.data(), out.data(), codes.data());
     }
     void matvec_events(Array<uint32_t, 1> index, Vector value,
                        nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) const {
@@ -145,6 +151,7 @@ struct PyPacked {
     void play_lists(const Array<uint32_t, 1>& index, const Vector& value, const uint32_t* start, size_t lists,
                     nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& out) const {
         check(value.shape(0), index.shape(0), out.shape(0));
+        if (!codes.empty()) throw std::invalid_argument("a w8a8 product reads dense x; event lists take i8 weights.");
         for (size_t k = 0; k < index.shape(0); ++k)
             if (index(k) >= matrix.cols())
                 throw std::invalid_argument("event of input " + std::to_string(index(k)) + " in a matrix of " +
@@ -395,10 +402,12 @@ std::vector<std::string> kernel_names() {
     return {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed) "matvec_" #format "_" #dtype, "matvec_events_" #format "_" #dtype,
 #define SPARSEFOLD_MATVEC_X(format, dtype, Packed) "matvec_" #format "_" #dtype,
+#define SPARSEFOLD_MATVEC_CODES(format, Packed) "matvec_" #format,
 #define SPARSEFOLD_CELL(name, Args) "cell_" #name,
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
+#undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
     };
 }

@@ -115,11 +115,13 @@ const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed) \
     SPARSEFOLD_ISA::matvec_##format##_##dtype, SPARSEFOLD_ISA::matvec_events_##format##_##dtype,
 #define SPARSEFOLD_MATVEC_X(format, dtype, Packed) SPARSEFOLD_ISA::matvec_##format##_##dtype,
+#define SPARSEFOLD_MATVEC_CODES(format, Packed) SPARSEFOLD_ISA::matvec_##format,
 #define SPARSEFOLD_CELL(name, Args) SPARSEFOLD_ISA::cell_##name,
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
+#undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
-    SPARSEFOLD_ISA::scale, SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
+    SPARSEFOLD_ISA::scale, SPARSEFOLD_ISA::codes_of, SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
 
 }  // namespace sparsefold

@@ -72,6 +72,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
     for (size_t i = 0; i < ops.size(); ++i) {
         const Op& op = ops[i];
         OpState& s = states_[i];
+        for (const Matrix* m : {&op.input, &op.hidden, &op.hidden_n})
+            if (m->code_bytes() > codes_.size()) codes_.resize(m->code_bytes());
         if (op.reads_events) s.input_reads.assign(op.inputs, 0);
         if (op.recurrent() || op.speaks()) s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
@@ -130,7 +132,7 @@ const float* Stream::recurrent(const Op& op, OpState& s, int64_t token, const Si
             count(s.input_reads, x.events);
             op.input.matvec(k, x.events, gi);
         } else {
-            op.input.matvec(k, x.dense, gi);
+            op.input.matvec(k, x.dense, gi, codes_.data());
         }
     }
 
@@ -139,7 +141,7 @@ const float* Stream::recurrent(const Op& op, OpState& s, int64_t token, const Si
         count(s.hidden_reads, spoken);
         op.hidden.matvec(k, spoken, gh);
     } else {
-        op.hidden.matvec(k, cell.h, gh);
+        op.hidden.matvec(k, cell.h, gh, codes_.data());
     }
     if (!op.reset_after) {
         k.reset_gate(cell);
@@ -149,7 +151,7 @@ const float* Stream::recurrent(const Op& op, OpState& s, int64_t token, const Si
             op.hidden_n.matvec(k, Events{spoken.index, s.scaled, spoken.count}, gh_n);
         } else {
             for (uint32_t j = 0; j < units; ++j) s.scaled[j] = cell.r[j] * cell.h[j];
-            op.hidden_n.matvec(k, s.scaled, gh_n);
+            op.hidden_n.matvec(k, s.scaled, gh_n, codes_.data());
         }
     }
 
@@ -181,7 +183,7 @@ void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
                     count(s.input_reads, signal.events);
                     op.input.matvec(k, signal.events, s.output);
                 } else {
-                    op.input.matvec(k, signal.dense, s.output);
+                    op.input.matvec(k, signal.dense, s.output, codes_.data());
                 }
                 signal.dense = s.output;
                 break;

@@ -58,6 +58,7 @@ class Stream {
     std::shared_ptr<const Engine> engine_;
     Buffer<float> arena_;
     std::vector<OpState> states_;
+    std::vector<int8_t> codes_;  // room for a dense x in int8
     uint64_t steps_ = 0;
     size_t trace_width_ = 0;
 };

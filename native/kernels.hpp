@@ -57,6 +57,17 @@ struct Rows {
     uint32_t strips;
 };
 
+/// The same for x in int8 codes: four columns stand side by side in each of the sixteen lanes.
+struct RowsOfCodes {
+    const int8_t* values;      // (vectors, 4 * kLanes): lane i holds row i % height of columns 4 * (i / height) on
+    const uint16_t* column16;  // (vectors, 4 * kLanes / height) where every column fits 16 bits, else null
+    const uint32_t* column32;  // (vectors, 4 * kLanes / height) otherwise
+    const uint32_t* start;     // (strips + 1)
+    const float* scale;        // (padded rows)
+    uint32_t height;
+    uint32_t strips;
+};
+
 /// Packed complementary matrix of groups of one row: in every column each of a gate's `sets` has one live row among
 /// `overlay`, row q * sets + s of the gate. By gate and by tile of kLanes sets, each tile column after column.
 template <class Value>
@@ -114,12 +125,17 @@ struct Kernels {
     void (*matvec_events_##format##_##dtype)(const Packed&, const Events& x, float* y);
 #define SPARSEFOLD_MATVEC_X(format, dtype, Packed) \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y);
+#define SPARSEFOLD_MATVEC_CODES(format, Packed) \
+    void (*matvec_##format)(const Packed&, const int8_t* x, float x_scale, float* y);
 #define SPARSEFOLD_CELL(name, Args) void (*cell_##name)(Args&);
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
+#undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
-    void (*scale)(float* y, const float* s, uint32_t n);                           // y *= s, n padded
+    void (*scale)(float* y, const float* s, uint32_t n);  // y *= s, n padded
+    // x as codes from -127 to 127 times what it returns; NaN where a value is not finite
+    float (*codes_of)(const float* x, int8_t* codes, uint32_t n);
     void (*reset_gate)(const CellArgs&);                                           // r = sigmoid(gi_r + gh_r)
     void (*activations)(const float* x, float* sigmoid, float* tanh, uint32_t n);  // n padded; for the accuracy test
 };

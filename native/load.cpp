@@ -511,16 +511,18 @@ class Builder {
             view.precision = MatrixView::Precision::bf16;
         else if (said == "i8")
             view.precision = MatrixView::Precision::i8;
+        else if (said == "w8a8")
+            view.precision = MatrixView::Precision::w8a8;
         else if (said != "f32")
-            refuse("matrix " + name + ": precision must be one of f32, bf16, i8");
+            refuse("matrix " + name + ": precision must be one of f32, bf16, i8, w8a8");
         view.coded = true;
-        if (said == "i8") view.scale = array<float>(shaped(name + ".scale", Type::f32, {view.rows}));
+        if (view.int8()) view.scale = array<float>(shaped(name + ".scale", Type::f32, {view.rows}));
     }
     /// The values, or their codes as floats.
     const float* values(const std::string& name, const MatrixView& view, const std::vector<uint64_t>& shape) {
         if (view.precision == MatrixView::Precision::f32)
             return array<float>(shaped(name + ".values", Type::f32, shape));
-        const bool i8 = view.precision == MatrixView::Precision::i8;
+        const bool i8 = view.int8();
         const Tensor codes = shaped(name + ".values", i8 ? Type::i8 : Type::bf16, shape);
         const uint64_t count = (codes.last - codes.first) / info(codes.type).size;
         float* const wide = make<float>(count);

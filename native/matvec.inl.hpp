@@ -177,6 +177,91 @@ SF_INLINE void matvec(const Rows<Value>& w, const AllColumns& x, float* y) {
         by_height(w, w.column32, x.x, y);
 }
 
+/// The dword of four codes of x.
+template <class Column>
+SF_INLINE uint32_t four(const int8_t* x, const Column* at) {
+    const auto code = [&](uint32_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(x[at[i]])) << 8 * i; };
+    return code(0) | code(1) | code(2) | code(3);
+}
+
+/// Sums of products of codes are exact; one multiplication by both scales ends them.
+template <uint32_t Height, class Column>
+SF_INLINE void strips_of_codes(const RowsOfCodes& w, const Column* column, const int8_t* x, float x_scale, float* y) {
+    constexpr uint32_t kFours = kLanes / Height;
+    for (uint32_t p = 0; p < w.strips; ++p, y += Height) {
+        const uint32_t first = w.start[p], last = w.start[p + 1];
+        if (first == last) continue;
+        const int8_t* values = w.values + static_cast<size_t>(first) * 4 * kLanes;
+        const Column* at = column + static_cast<size_t>(first) * 4 * kFours;
+        I16 sums = zero();
+        for (uint32_t v = first; v < last; ++v, values += 4 * kLanes, at += 4 * kFours) {
+            if constexpr (kFours == 1) {
+                sums = dot4(sums, values, set4(four(x, at)));
+            } else {
+                uint32_t fours[kLanes];
+                for (uint32_t i = 0; i < kLanes; ++i)
+                    fours[i] = i % Height ? fours[i - 1] : four(x, at + 4 * (i / Height));
+                sums = dot4(sums, values, load4x4(fours));
+            }
+        }
+        int32_t lanes[kLanes];
+        store(lanes, sums);
+        for (uint32_t half = kLanes / 2; half >= Height; half /= 2)
+            for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+        for (uint32_t i = 0; i < Height; ++i)
+            y[i] += static_cast<float>(lanes[i]) * (w.scale[p * Height + i] * x_scale);
+    }
+}
+
+template <class Column>
+SF_INLINE void by_height(const RowsOfCodes& w, const Column* column, const int8_t* x, float x_scale, float* y) {
+    switch (w.height) {
+        case 16:
+            return strips_of_codes<16>(w, column, x, x_scale, y);
+        case 8:
+            return strips_of_codes<8>(w, column, x, x_scale, y);
+        case 4:
+            return strips_of_codes<4>(w, column, x, x_scale, y);
+        case 2:
+            return strips_of_codes<2>(w, column, x, x_scale, y);
+        default:
+            return strips_of_codes<1>(w, column, x, x_scale, y);
+    }
+}
+
+static void matvec_rows_w8a8(const RowsOfCodes& w, const int8_t* x, float x_scale, float* y) {
+    if (w.column16)
+        by_height(w, w.column16, x, x_scale, y);
+    else
+        by_height(w, w.column32, x, x_scale, y);
+}
+
+/// The scale is the largest value / 127, so that nothing is clipped and no calibration is needed.
+static float codes_of(const float* x, int8_t* codes, uint32_t n) {
+    const F16 finite = set1(3.40282347e38f);
+    F16 largest = set1(0.0f);
+    uint32_t bad = 0, i = 0;
+    for (; i < n; i += kLanes) {
+        const F16 v = n - i < kLanes ? load_first(x + i, n - i) : load(x + i);
+        const F16 size = max(v, sub(set1(0.0f), v));
+        bad |= not_le(size, finite);
+        largest = max(largest, size);
+    }
+    float lanes[kLanes], top = 0;
+    store(lanes, largest);
+    for (const float lane : lanes) top = lane > top ? lane : top;
+    const bool tiny = bad || !(top > 1e-30f);  // 127 / top must stay finite
+    const F16 inverse = set1(tiny ? 0.0f : 127.0f / top);
+    for (i = 0; i < n; i += kLanes) {
+        const uint32_t some = n - i < kLanes ? n - i : kLanes;
+        if (tiny)
+            for (uint32_t k = 0; k < some; ++k) codes[i + k] = 0;
+        else
+            store_codes(codes + i, some, round(mul(some < kLanes ? load_first(x + i, some) : load(x + i), inverse)));
+    }
+    return bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
+}
+
 /// One tile of sets against `Groups` groups from `first` on, whose sums stay in registers over all columns: a set's
 /// value goes to the one group that lives. `rows(q)` says where group q begins and how many of its lanes exist.
 template <uint32_t Groups, class Value, class Columns, class RowsOf>
@@ -240,10 +325,12 @@ static void scale(float* y, const float* s, uint32_t n) {
     }
 #define SPARSEFOLD_MATVEC_X(format, dtype, Packed) \
     static void matvec_##format##_##dtype(const Packed& w, const float* x, float* y) { matvec(w, AllColumns{x, 0}, y); }
+#define SPARSEFOLD_MATVEC_CODES(format, Packed)
 #define SPARSEFOLD_CELL(name, Args)
 #include "kernels.def"
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
+#undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
 
 }  // namespace SPARSEFOLD_ISA

@@ -16,7 +16,7 @@ std::string number(uint64_t n) { return std::to_string(n); }
 
 /// 1 over the scale of a row, so that what is packed is its codes.
 float unscaled(const MatrixView& view, uint32_t row) {
-    return view.precision == MatrixView::Precision::i8 && !view.coded ? 1.0f / view.scale[row] : 1.0f;
+    return view.int8() && !view.coded ? 1.0f / view.scale[row] : 1.0f;
 }
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return a / b + (a % b != 0); }
@@ -41,7 +41,9 @@ Matrix::Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_
         refuse("a matrix of " + number(view.rows) + " x " + number(view.cols) +
                " is larger than 2^28 rows or columns.");
     if (first_gate >= last_gate || last_gate > view.gates) refuse("gate range out of bounds.");
-    if (precision_ == MatrixView::Precision::i8)
+    if (precision_ == MatrixView::Precision::w8a8 && reads == Reads::events)
+        refuse("a product that reads events takes them as they are: its weights are i8, not w8a8.");
+    if (view.int8())
         for (uint32_t row = 0; row < view.rows; ++row)
             if (!(view.scale[row] > 0 && std::isfinite(view.scale[row])))
                 refuse("the scale of row " + number(row) + " is not a positive number.");
@@ -65,6 +67,16 @@ Matrix::Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_
 
 void Matrix::pack_dense(const MatrixView& view, uint32_t first_gate) {
     const uint32_t units = view.rows / view.gates, total = padded_rows();
+    if (precision_ == MatrixView::Precision::w8a8)
+        return pack_rows(view, [&](auto&& visit) {
+            for (uint32_t g = 0; g < gates_; ++g)
+                for (uint32_t i = 0; i < units; i += kLanes)
+                    for (uint32_t c = 0; c < cols_; ++c) {
+                        const uint32_t first = (first_gate + g) * units + i;
+                        visit(c, g * pad(units) + i, std::min(kLanes, units - i), first,
+                              view.values + size_t{first} * cols_ + c, cols_);
+                    }
+        });
     values_ = Buffer<float>(size_t{total} * cols_);
     for (uint32_t g = 0; g < gates_; ++g)
         for (uint32_t i = 0; i < units; ++i) {
@@ -101,33 +113,25 @@ void Matrix::pack_block(const MatrixView& view, uint32_t first_gate, Reads reads
                 refuse("the block rows of block column " + number(b) + " are not ascending.");
         }
 
-    const bool whole = br % kLanes == 0;
-    height_ = whole ? kLanes : br;
-    const uint32_t pieces = whole ? br / kLanes : 1;
-    by_rows_ = reads == Reads::dense && kLanes % height_ == 0;
-    const auto segments = [&](auto&& visit) {  // visit(column, row, length, values, scales): row of the packed matrix
+    const bool whole = br % kLanes == 0, divides = whole || kLanes % br == 0;
+    by_rows_ = reads == Reads::dense && (divides || view.precision == MatrixView::Precision::w8a8);
+    height_ = whole ? kLanes : by_rows_ && !divides ? 1 : br;
+    // visit(column, row and rows of the packed matrix, row of the unpacked one, values, distance of two rows' values)
+    const auto segments = [&](auto&& visit) {
         for (uint32_t c = 0; c < cols_; ++c)
             for (uint64_t k = view.start[c / bc]; k < view.start[c / bc + 1]; ++k) {
-                const uint32_t gate = view.block_row[k] / per_gate;
+                const uint32_t gate = view.block_row[k] / per_gate, top = view.block_row[k] % per_gate * br;
                 if (gate < first_gate || gate >= first_gate + gates_) continue;
-                for (uint32_t piece = 0; piece < pieces; ++piece) {
-                    const uint32_t row = view.block_row[k] % per_gate * br + piece * kLanes;
-                    if (row >= units) break;
-                    const uint32_t length = units - row < height_ ? units - row : height_;
-                    visit(c, (gate - first_gate) * pad(units) + row, length,
-                          view.values + (size_t{k} * bc + c % bc) * br + piece * kLanes, gate * units + row);
-                }
+                for (uint32_t i = 0; i < br && top + i < units; i += height_)
+                    visit(c, (gate - first_gate) * pad(units) + top + i, std::min(height_, units - top - i),
+                          gate * units + top + i, view.values + (size_t{k} * bc + c % bc) * br + i, 1);
             }
     };
+    if (by_rows_) return pack_rows(view, segments);
     uint64_t count = 0;
-    segments([&](uint32_t, uint32_t, uint32_t, const float*, uint32_t) { ++count; });
-    // Strips are filled up to whole vectors: at most one more for each.
-    if (count + padded_rows() > std::numeric_limits<uint32_t>::max())
-        refuse("a block matrix has more than 2^32 segments.");
-    if (by_rows_)
-        pack_rows(view, segments);
-    else
-        pack_columns(view, segments, count);
+    segments([&](auto...) { ++count; });
+    if (count > std::numeric_limits<uint32_t>::max()) refuse("a block matrix has more than 2^32 segments.");
+    pack_columns(view, segments, count);
 }
 
 template <class Segments>
@@ -140,7 +144,7 @@ void Matrix::pack_columns(const MatrixView& view, const Segments& segments, size
     const bool by_hand = height_ == 1 || height_ == 4 || height_ == 8 || height_ == kLanes;
     length_ = Buffer<uint32_t>(by_hand ? 0 : count);
     uint32_t s = 0;
-    segments([&](uint32_t c, uint32_t row, uint32_t length, const float* values, uint32_t first) {
+    segments([&](uint32_t c, uint32_t row, uint32_t length, uint32_t first, const float* values, size_t) {
         if (narrow)
             index16_[s] = static_cast<uint16_t>(row);
         else
@@ -155,32 +159,36 @@ void Matrix::pack_columns(const MatrixView& view, const Segments& segments, size
 
 template <class Segments>
 void Matrix::pack_rows(const MatrixView& view, const Segments& segments) {
-    const uint32_t strips = padded_rows() / height_, columns = kLanes / height_;
+    by_rows_ = true;
+    // Codes of x are multiplied four at a time: as many columns stand side by side.
+    const uint32_t side = precision_ == MatrixView::Precision::w8a8 ? 4 : 1;
+    const uint32_t strips = padded_rows() / height_, columns = side * kLanes / height_;
     std::vector<uint32_t> used(strips);
-    segments([&](uint32_t, uint32_t row, uint32_t, const float*, uint32_t) { ++used[row / height_]; });
+    uint64_t vectors = 0;
+    segments([&](uint32_t, uint32_t row, auto...) { ++used[row / height_]; });
     start_ = Buffer<uint32_t>(size_t{strips} + 1);
-    for (uint32_t p = 0; p < strips; ++p) start_[p + 1] = start_[p] + ceil_div(used[p], columns);
-    const size_t vectors = start_[strips];
-    values_ = Buffer<float>(vectors * kLanes);
+    for (uint32_t p = 0; p < strips; ++p) {
+        vectors += ceil_div(used[p], columns);
+        if (vectors > std::numeric_limits<uint32_t>::max()) refuse("a matrix has more than 2^32 vectors.");
+        start_[p + 1] = static_cast<uint32_t>(vectors);
+    }
+    values_ = Buffer<float>(vectors * side * kLanes);
     const bool narrow = cols_ <= 1u << 16;
     index16_ = Buffer<uint16_t>(narrow ? vectors * columns : 0);
     index32_ = Buffer<uint32_t>(narrow ? 0 : vectors * columns);
-    tail_ = Buffer<uint16_t>(columns > 1 ? strips : 0);
-    const auto put = [&](size_t at, uint32_t column) {
-        if (narrow)
-            index16_[at] = static_cast<uint16_t>(column);
-        else
-            index32_[at] = column;
-    };
+    tail_ = Buffer<uint16_t>(side == 1 && columns > 1 ? strips : 0);
     std::fill(used.begin(), used.end(), 0);
-    segments([&](uint32_t c, uint32_t row, uint32_t length, const float* values, uint32_t first) {
-        const uint32_t p = row / height_;
-        const size_t at = size_t{start_[p]} * columns + used[p]++;
-        for (uint32_t i = 0; i < length; ++i) values_[at * height_ + i] = values[i] * unscaled(view, first + i);
-        if (columns > 1) tail_[p] = static_cast<uint16_t>((1u << (at % columns + 1) * height_) - 1);
-        // Lanes behind the tail are read too: some column must stand there.
-        for (size_t rest = at; rest < size_t{start_[p + 1]} * columns && (rest == at || rest % columns); ++rest)
-            put(rest, c);
+    segments([&](uint32_t c, uint32_t row, uint32_t length, uint32_t first, const float* values, size_t distance) {
+        const uint32_t p = row / height_, in_strip = used[p]++, at = in_strip % columns;
+        const size_t vector = start_[p] + in_strip / columns;
+        float* const lanes = values_.data() + (vector * columns + at / side * side) * height_ + at % side;
+        for (uint32_t i = 0; i < length; ++i)
+            lanes[size_t{i} * side] = values[i * distance] * unscaled(view, first + i);
+        if (tail_.size()) tail_[p] = static_cast<uint16_t>((1u << (at + 1) * height_) - 1);
+        if (narrow)
+            index16_[vector * columns + at] = static_cast<uint16_t>(c);
+        else
+            index32_[vector * columns + at] = c;
     });
 }
 
@@ -189,23 +197,35 @@ void Matrix::pack_complementary(const MatrixView& view, uint32_t first_gate) {
     overlay_ = view.overlay;
     if (overlay_ < 1 || overlay_ > 64) refuse("an overlay of " + number(overlay_) + " is not between 1 and 64.");
     sets_ = ceil_div(units, overlay_);
+    const auto elements = [&](auto&& visit) {  // visit(column, gate, set, where it is stored, row of the gate)
+        for (uint32_t c = 0; c < cols_; ++c)
+            for (uint32_t g = 0; g < gates_; ++g)
+                for (uint32_t s = 0; s < sets_; ++s) {
+                    const size_t from = (size_t{c} * view.gates + first_gate + g) * sets_ + s;
+                    if (view.live[from] >= overlay_)
+                        refuse("a set of a complementary matrix keeps row " + number(view.live[from]) + " of " +
+                               number(overlay_) + ".");
+                    const uint64_t row = uint64_t{view.live[from]} * sets_ + s;
+                    if (row < units) visit(c, g, s, from, static_cast<uint32_t>(row));  // else nothing is there
+                }
+    };
+    if (precision_ == MatrixView::Precision::w8a8) {
+        height_ = 1;
+        return pack_rows(view, [&](auto&& visit) {
+            elements([&](uint32_t c, uint32_t g, uint32_t, size_t from, uint32_t row) {
+                visit(c, g * pad(units) + row, 1, (first_gate + g) * units + row, view.values + from, 1);
+            });
+        });
+    }
     const uint32_t tiles = ceil_div(sets_, kLanes);
     values_ = Buffer<float>(size_t{gates_} * tiles * cols_ * kLanes);
     live_ = Buffer<uint8_t>(values_.size());
     std::memset(live_.data(), kNoGroup, live_.size());
-    for (uint32_t c = 0; c < cols_; ++c)
-        for (uint32_t g = 0; g < gates_; ++g)
-            for (uint32_t s = 0; s < sets_; ++s) {
-                const size_t from = (size_t{c} * view.gates + first_gate + g) * sets_ + s;
-                if (view.live[from] >= overlay_)
-                    refuse("a set of a complementary matrix keeps row " + number(view.live[from]) + " of " +
-                           number(overlay_) + ".");
-                if (uint64_t{view.live[from]} * sets_ + s >= units) continue;  // beyond the gate: nothing is there
-                const size_t to = ((size_t{g} * tiles + s / kLanes) * cols_ + c) * kLanes + s % kLanes;
-                const uint32_t row = view.live[from] * sets_ + s;
-                values_[to] = view.values[from] * unscaled(view, (first_gate + g) * units + row);
-                live_[to] = view.live[from];
-            }
+    elements([&](uint32_t c, uint32_t g, uint32_t s, size_t from, uint32_t row) {
+        const size_t to = ((size_t{g} * tiles + s / kLanes) * cols_ + c) * kLanes + s % kLanes;
+        values_[to] = view.values[from] * unscaled(view, (first_gate + g) * units + row);
+        live_[to] = view.live[from];
+    });
 }
 
 void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
@@ -217,7 +237,7 @@ void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
             halves_[i].bits = static_cast<uint16_t>(bits >> 16);
         }
         values_ = Buffer<float>();
-    } else if (precision_ == MatrixView::Precision::i8) {
+    } else if (view.int8()) {
         codes_ = Buffer<int8_t>(values_.size());
         for (size_t i = 0; i < values_.size(); ++i) {
             const float code = std::nearbyint(values_[i]);
@@ -244,6 +264,7 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
         else
             dense_x(packed, x, y);
     };
+    const uint16_t* const index16 = index32_.size() ? nullptr : index16_.data();
     const auto by_format = [&](const auto* values, auto dense, auto events_dense, auto rows, auto block,
                                auto events_block, auto complementary, auto events_complementary) {
         using Value = std::remove_cv_t<std::remove_pointer_t<decltype(values)>>;
@@ -254,13 +275,13 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
                 if constexpr (!std::is_same_v<X, Events>)
                     if (by_rows_)
                         return rows(
-                            Rows<Value>{values, index32_.size() ? nullptr : index16_.data(), index32_.data(),
-                                        start_.data(), tail_.size() ? tail_.data() : nullptr,
-                                        scale_.size() ? scale_.data() : nullptr, height_, padded_rows() / height_},
+                            Rows<Value>{values, index16, index32_.data(), start_.data(),
+                                        tail_.size() ? tail_.data() : nullptr, scale_.size() ? scale_.data() : nullptr,
+                                        height_, padded_rows() / height_},
                             x, y);
                 return call(block, events_block,
-                            Block<Value>{values, index32_.size() ? nullptr : index16_.data(), index32_.data(),
-                                         length_.size() ? length_.data() : nullptr, start_.data(), height_, cols_});
+                            Block<Value>{values, index16, index32_.data(), length_.size() ? length_.data() : nullptr,
+                                         start_.data(), height_, cols_});
             case MatrixView::Format::complementary:
                 return call(complementary, events_complementary,
                             Complementary<Value>{values, live_.data(), gates_, rows_ / gates_, cols_, sets_, overlay_});
@@ -281,11 +302,19 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
             kernels.scale(y, inverse_.data(), padded_rows());
             by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
             return kernels.scale(y, scale_.data(), padded_rows());
+        case MatrixView::Precision::w8a8:
+            break;  // reads codes only
     }
 #undef SPARSEFOLD_SLOTS
 }
 
-void Matrix::matvec(const Kernels& kernels, const float* x, float* y) const { product(kernels, x, y); }
+void Matrix::matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const {
+    if (precision_ != MatrixView::Precision::w8a8) return product(kernels, x, y);
+    const float x_scale = kernels.codes_of(x, codes, cols_);
+    kernels.matvec_rows_w8a8(RowsOfCodes{codes_.data(), index32_.size() ? nullptr : index16_.data(), index32_.data(),
+                                         start_.data(), scale_.data(), height_, padded_rows() / height_},
+                             codes, x_scale, y);
+}
 
 void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { product(kernels, x, y); }
 
@@ -403,10 +432,11 @@ void Program::fold(const Kernels& kernels, uint64_t limit) {
     const size_t stride = size_t{layer.gates} * pad(layer.outputs);
     if (uint64_t{embedding.inputs} * stride * sizeof(float) > limit) return;
     layer.table = Buffer<float>(embedding.inputs * stride);
+    std::vector<int8_t> codes(layer.input.code_bytes());
     for (uint32_t t = 0; t < embedding.inputs; ++t) {
         float* row = layer.table.data() + t * stride;
         std::memcpy(row, layer.bias_input.data(), stride * sizeof(float));
-        layer.input.matvec(kernels, embedding.table.data() + size_t{t} * pad(embedding.outputs), row);
+        layer.input.matvec(kernels, embedding.table.data() + size_t{t} * pad(embedding.outputs), row, codes.data());
     }
     layer.input = Matrix();
     embedding.table = Buffer<float>();

@@ -64,9 +64,11 @@ struct MatrixView {
     uint32_t overlay = 0;  // complementary, groups of one row: sets = ceil(rows / gates / overlay)
     // `values` are always floats; where they are codes times a scale, or halves, they are packed as what they came
     // from.
-    enum class Precision { f32, bf16, i8 } precision = Precision::f32;
-    bool coded = false;             // `values` are the codes themselves
-    const float* scale = nullptr;   // i8: (rows), positive
+    // w8a8: int8 weights, and a dense x is rounded to int8 codes as well.
+    enum class Precision { f32, bf16, i8, w8a8 } precision = Precision::f32;
+    bool coded = false;            // `values` are the codes themselves
+    const float* scale = nullptr;  // int8: (rows), positive
+    bool int8() const { return precision == Precision::i8 || precision == Precision::w8a8; }
     const uint8_t* live = nullptr;  // (cols, gates, sets) which of `overlay` rows each set keeps
 };
 
@@ -79,11 +81,12 @@ class Matrix {
     Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_t last_gate);
     Matrix(const MatrixView& view, Reads reads) : Matrix(view, reads, 0, view.gates) {}
 
-    /// y += W x, y with gates padded; x is what the matrix was packed for.
-    void matvec(const Kernels& kernels, const float* x, float* y) const;
+    /// y += W x, y with gates padded; x is what the matrix was packed for. `codes` is room for `code_bytes()`.
+    void matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const;
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
     uint32_t rows() const { return rows_; }  // without padding
     uint32_t cols() const { return cols_; }
+    size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? cols_ : 0; }
     uint32_t gates() const { return gates_; }
     uint32_t padded_rows() const { return gates_ ? gates_ * pad(rows_ / gates_) : 0; }
     size_t nbytes() const;
@@ -99,14 +102,14 @@ class Matrix {
     void narrow(const MatrixView& view, uint32_t first_gate);
     template <class X>
     void product(const Kernels& kernels, const X& x, float* y) const;
-    bool by_rows_ = false;  // blocks for dense x: `Rows`, else `Block`
+    bool by_rows_ = false;  // packed as `Rows` or `RowsOfCodes`
     MatrixView::Format format_ = MatrixView::Format::dense;
     uint32_t rows_ = 0, cols_ = 0, gates_ = 0;
     MatrixView::Precision precision_ = MatrixView::Precision::f32;
     Buffer<float> values_;  // one of these three
     Buffer<bf16> halves_;
     Buffer<int8_t> codes_;
-    Buffer<float> scale_, inverse_;  // i8: by padded row
+    Buffer<float> scale_, inverse_;  // int8: by padded row
     Buffer<uint16_t> index16_;       // rows of segments, or columns of strips
     Buffer<uint32_t> index32_, length_, start_;
     Buffer<uint16_t> tail_;

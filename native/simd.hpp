@@ -112,6 +112,24 @@ SF_INLINE void add_at(float* y, const uint16_t* row, const Value* w, float x, ui
         _mm512_mask_i32scatter_ps(y, m, at, _mm512_fmadd_ps(load_masked(m, w + i), value, old), 4);
     }
 }
+/// Sixteen sums of 32 bits; dot4 adds to each the four products of codes in its lane, all of them within +-127.
+struct I16 {
+    __m512i v;
+};
+SF_INLINE I16 zero() { return {_mm512_setzero_si512()}; }
+SF_INLINE I16 set4(uint32_t codes) { return {_mm512_set1_epi32(static_cast<int>(codes))}; }
+SF_INLINE I16 load4x4(const uint32_t* codes) { return {_mm512_loadu_si512(codes)}; }
+SF_INLINE void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
+SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {  // |x| * (w with the sign of x): two of them never saturate
+    const __m512i values = _mm512_loadu_si512(w);
+    const __m512i turned = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(x.v), _mm512_setzero_si512(), values);
+    const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(x.v), turned);
+    return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+}
+SF_INLINE void store_codes(int8_t* p, uint32_t n, F16 a) {  // integral lanes within +-127
+    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v));
+    _mm_mask_storeu_epi8(p, static_cast<__mmask16>((1u << n) - 1), codes);
+}
 SF_INLINE __m512i load_index(const uint16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -175,6 +193,30 @@ SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
     const __m128i same =
         _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(static_cast<char>(a)));
     return static_cast<uint32_t>(_mm_movemask_epi8(same));
+}
+struct I16 {
+    __m256i a, b;
+};
+SF_INLINE I16 zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+SF_INLINE I16 load4x4(const uint32_t* codes) {
+    const __m256i* p = reinterpret_cast<const __m256i*>(codes);
+    return {_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1)};
+}
+SF_INLINE I16 set4(uint32_t codes) {
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(codes));
+    return {all, all};
+}
+SF_INLINE void store(int32_t* p, I16 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, x.b);
+}
+SF_INLINE __m256i dot4_half(__m256i sum, const int8_t* w, __m256i x) {
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(values, x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {
+    return {dot4_half(sum.a, w, x.a), dot4_half(sum.b, w + 32, x.b)};
 }
 SF_INLINE __m256i load_index(const uint16_t* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -248,6 +290,28 @@ SF_INLINE uint32_t not_le(const F16& a, const F16& b) {
     return bits;
 }
 SF_INLINE F16 keep(uint32_t bits, const F16& a) { SF_LANES((bits >> i & 1) ? a.v[i] : 0.0f); }
+struct I16 {
+    int32_t v[kLanes];
+};
+SF_INLINE I16 zero() { return {}; }
+SF_INLINE I16 load4x4(const uint32_t* codes) {
+    I16 out;
+    __builtin_memcpy(&out, codes, sizeof out);
+    return out;
+}
+SF_INLINE I16 set4(uint32_t codes) {
+    I16 out;
+    for (uint32_t i = 0; i < kLanes; ++i) out.v[i] = static_cast<int32_t>(codes);
+    return out;
+}
+SF_INLINE void store(int32_t* p, const I16& a) { __builtin_memcpy(p, &a, sizeof a); }
+SF_INLINE I16 dot4(const I16& sum, const int8_t* w, const I16& x) {
+    int8_t codes[4 * kLanes];
+    __builtin_memcpy(codes, &x, sizeof codes);
+    I16 out = sum;
+    for (uint32_t i = 0; i < 4 * kLanes; ++i) out.v[i / 4] += w[i] * codes[i];
+    return out;
+}
 /// Lane i gets x[at[i / Height]].
 template <uint32_t Height, class Column>
 SF_INLINE F16 spread(const float* x, const Column* at) {
@@ -286,6 +350,11 @@ SF_INLINE void store_first(float* p, uint32_t n, const F16& a) {
     float lanes[kLanes];
     store(lanes, a);
     for (uint32_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+SF_INLINE void store_codes(int8_t* p, uint32_t n, const F16& a) {  // integral lanes within +-127
+    float lanes[kLanes];
+    store(lanes, a);
+    for (uint32_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
 }
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_t* index, float* value) {
     float lanes[kLanes];

@@ -250,6 +250,13 @@ NETWORKS = {
     ],
     "csc": lambda r: [gru(r, 20, 33, "csc", 0.5), egru(r, 33, 17, "csc", 0.3, reset_after=False), linear(r, 17, 5, "csc", 0.5)],
     "mixed-i8": lambda r: rounded([egru(r, 20, 33, (16, 1), 0.5), lstm(r, 33, 17, (4, 4), 0.5), linear(r, 17, 3)], "i8"),
+    "mixed-w8a8": lambda r: rounded(
+        [lstm(r, 20, 33, (4, 4), 0.5), gru(r, 33, 17, (16, 1), 0.5), gru(r, 17, 19, (5, 3), 0.5, reset_after=False),
+         egru(r, 19, 20), linear(r, 20, 16), rnn(r, 16, 17, "csc", 0.5), linear(r, 17, 3)], "w8a8"
+    ),
+    "tokens-overlay-w8a8": lambda r: rounded(
+        [embedding(r, 9, 12), gru(r, 12, 37, Overlay(4)), linear(r, 37, 9, Overlay(2, 4), 0.8)], "w8a8"
+    ),
     "csc-bf16": lambda r: rounded([gru(r, 12, 19, "csc", 0.4), linear(r, 19, 5)], "bf16"),
     "tokens-overlay-i8": lambda r: rounded(
         [embedding(r, 9, 12), egru(r, 12, 37, Overlay(4)), linear(r, 37, 9, Overlay(2, 4), 0.8)], "i8"

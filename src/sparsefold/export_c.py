@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ class _Writer:
             fold = 4 * len(embedding) * layer.gates * layer.outputs <= embedding.nbytes + layer.weight_ih.nbytes
         if not fold:
             return None
-        product = embedding.astype(np.float64) @ layer.weight_ih.to_dense().T.astype(np.float64)
+        product = np.array([layer.weight_ih.matvec(row) for row in embedding.astype(np.float64)])
         table = (product + layer.bias_ih).astype(np.float32)
         if not np.isfinite(table).all():
             raise ValueError("the folded table would not be finite. Export without folding.")
@@ -268,8 +269,19 @@ class _Writer:
         self.clear.append(f"    s->count_{i} = 0;")
         return f"s->event_{i}[s->count_{i}++] = ({index})j;"
 
-    def _product(self, add: _AddColumn, cols: int, x: str, events_of: int | None, target: str) -> list[str]:
+    def _product(self, add: _AddColumn, matrix: Format, x: str, events_of: int | None, target: str) -> list[str]:
         """C that adds W x to ``target``: all columns of a dense x, or those of the units of an op that spoke."""
+        cols = matrix.shape[1]
+        if matrix.precision == "w8a8":
+            return [
+                "    {",
+                "        float largest = 0.0f, inverse; /* x is rounded to codes from -127 to 127 times one scale */",
+                f"        for (i = 0; i < {cols}; ++i)",
+                f"            if (fabsf({x}[i]) > largest) largest = fabsf({x}[i]);",
+                "        inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;",
+                f"        for (i = 0; i < {cols}; ++i) {add('i', f'rintf({x}[i] * inverse) * (largest / 127.0f)', target)}",
+                "    }",
+            ]
         if events_of is None:
             return [f"    for (i = 0; i < {cols}; ++i) {add('i', f'{x}[i]', target)}"]
         return [
@@ -305,7 +317,7 @@ class _Writer:
         out = self._output(i, op)
         body = [
             f"    for (j = 0; j < {op.outputs}; ++j) y[j] = {bias}[j];",
-            *self._product(add, op.inputs, "x" if events_of is None else x, events_of, "y"),
+            *self._product(add, op.weight, "x" if events_of is None else x, events_of, "y"),
         ]
         state = "" if events_of is None else f"const {self.name}_state *s, "
         dense = "const float *x, " if events_of is None else ""
@@ -363,7 +375,7 @@ class _Writer:
             start = f"gi[j] = {self._array(f'bias_ih_{i}', op.bias_ih)}[j];"
             parameter, argument = (", const float *x", f", {x}") if events_of is None else ("", "")
             read = "x" if events_of is None else x
-            product = self._product(self._matrix(f"weight_ih_{i}", op.weight_ih), op.inputs, read, events_of, "gi")
+            product = self._product(self._matrix(f"weight_ih_{i}", op.weight_ih), op.weight_ih, read, events_of, "gi")
         body += [
             f"    for (j = 0; j < {rows}; ++j) {{",
             f"        {start}",
@@ -376,7 +388,7 @@ class _Writer:
             lines, out = self._gru(i, op, h, seen, own, speak)
             body += lines
         else:
-            body += self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), H, seen, own, "gh")
+            body += self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), op.weight_hh, seen, own, "gh")
             body += [f"    for (j = 0; j < {H}; ++j) {{", *(self._lstm(i, H) if isinstance(op, LSTM) else [])]
             if isinstance(op, RNN) and op.nonlinearity == "relu":
                 body += ["        const float sum = gi[j] + gh[j];", f"        {h}[j] = sum <= 0.0f ? 0.0f : sum;"]
@@ -403,12 +415,12 @@ class _Writer:
         H, out = op.outputs, h
         r = f"sigmoid(gi[j] + gh[j]) * gh[{2 * H} + j]"
         if op.reset_after:
-            body = self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), H, seen, own, "gh")
+            body = self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), op.weight_hh, seen, own, "gh")
         else:  # n reads W (r * y), so that its product waits for r
             rz, n = _gates(op.weight_hh, 0, 2), _gates(op.weight_hh, 2, 3)
-            body = self._product(self._matrix(f"weight_hh_rz_{i}", rz), H, seen, own, "gh")
+            body = self._product(self._matrix(f"weight_hh_rz_{i}", rz), rz, seen, own, "gh")
             body += [f"    for (j = 0; j < {H}; ++j) gi[j] = sigmoid(gi[j] + gh[j]); /* r */"]
-            body += self._product(self._matrix(f"weight_hh_n_{i}", n), H, f"gi[i] * {seen}", own, f"gh + {2 * H}")
+            body += self._product(self._matrix(f"weight_hh_n_{i}", n), n, f"gi[i] * {seen}", own, f"gh + {2 * H}")
             r = f"gh[{2 * H} + j]"
         if isinstance(op, EGRU):
             body.append(f"    s->count_{i} = 0;")
@@ -538,9 +550,12 @@ def _gates(matrix: Format, first: int, last: int) -> Format:
     units = matrix.shape[0] // matrix.gates
     rows = matrix.to_dense()[first * units : last * units]
     if isinstance(matrix, Block):
-        return Block.from_dense(rows, matrix.block, last - first)
-    if isinstance(matrix, CSC):
-        return CSC.from_dense(rows, last - first)
-    if isinstance(matrix, Complementary):
-        return Complementary.from_dense(rows, matrix.overlay, matrix.group, last - first)
-    return Dense(rows, last - first)
+        part: Format = Block.from_dense(rows, matrix.block, last - first)
+    elif isinstance(matrix, CSC):
+        part = CSC.from_dense(rows, last - first)
+    elif isinstance(matrix, Complementary):
+        part = Complementary.from_dense(rows, matrix.overlay, matrix.group, last - first)
+    else:
+        part = Dense(rows, last - first)
+    scale = None if matrix.scale is None else matrix.scale[first * units : last * units]
+    return replace(part, precision=matrix.precision, scale=scale)

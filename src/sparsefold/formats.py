@@ -21,8 +21,9 @@ Index = NDArray[np.uint32]
 MAX_BLOCK = 64
 
 
-Precision = Literal["f32", "bf16", "i8"]
-VALUE_TYPES: dict[str, tuple[str, int]] = {"f32": ("F32", 4), "bf16": ("BF16", 2), "i8": ("I8", 1)}  # file type, bytes
+Precision = Literal["f32", "bf16", "i8", "w8a8"]
+# By precision, type in the file and bytes of a value.
+VALUE_TYPES: dict[str, tuple[str, int]] = {"f32": ("F32", 4), "bf16": ("BF16", 2), "i8": ("I8", 1), "w8a8": ("I8", 1)}
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -45,7 +46,8 @@ class _Values:
     """What every format shares: values that may be rounded.
 
     ``values`` are float32 always, and exactly what the file's codes stand for: ``precision`` "bf16" keeps the upper half of each,
-    "i8" a code in [-127, 127] times the ``scale`` (rows,) of its row.
+    "i8" a code in [-127, 127] times the ``scale`` (rows,) of its row. "w8a8" is "i8" whose product rounds x as well: to codes
+    in [-127, 127] times one scale, the largest value of this x / 127, so that nothing is clipped.
     """
 
     values: Float
@@ -60,7 +62,10 @@ class _Values:
         raise NotImplementedError
 
     def rounded(self, precision: Precision) -> Self:
-        """The same matrix with values rounded to nearest: bfloat16, or int8 with one scale a row (largest value / 127)."""
+        """The same matrix with values rounded to nearest: bfloat16, or int8 with one scale a row (largest value / 127).
+
+        "w8a8" also rounds what the product reads.
+        """
         if precision not in VALUE_TYPES:
             raise ValueError(f"precision must be one of {', '.join(VALUE_TYPES)}, got {precision!r}.")
         if precision == "f32":
@@ -74,7 +79,7 @@ class _Values:
         np.maximum.at(scale, rows, np.abs(self.values))
         scale = np.where(scale > 0, scale / np.float32(127), np.float32(1)).astype(np.float32)
         codes = np.rint(self.values / scale[rows]).clip(-127, 127).astype(np.float32)
-        return self._with(codes * scale[rows], "i8", scale)
+        return self._with(codes * scale[rows], precision, scale)
 
     def restored(self, precision: Any, scale: Float | None) -> Self:
         """The matrix that is meant where ``values`` are a file's codes as floats."""
@@ -85,6 +90,16 @@ class _Values:
         if (np.abs(self.values) > 127).any():
             raise ValueError("the code of an int8 weight lies between -127 and 127.")
         return self._with(self.values * scale[self._value_rows], precision, scale)
+
+    def _seen(self, x: NDArray[Any]) -> NDArray[Any]:
+        """``x`` as the product reads it; a value that is not finite leaves no number of it."""
+        if self.precision != "w8a8":
+            return x
+        largest = np.abs(x).max(initial=0)
+        if not np.isfinite(largest):
+            return np.full_like(x, np.nan)
+        tiny = largest <= 1e-30  # 127 / largest would not be finite in float32
+        return np.zeros_like(x) if tiny else np.rint(x * (127 / largest)) * (largest / 127)
 
     def _with(self, values: Float, precision: Precision, scale: Float | None) -> Self:
         return cast(Self, replace(cast(Any, self), values=values, precision=precision, scale=scale))
@@ -107,7 +122,7 @@ class _Values:
     def types(self) -> dict[str, str]:
         """Type of each array in the file, by its name there."""
         own = self.arrays | {"values": VALUE_TYPES[self.precision][0]}
-        return own | {"scale": "F32"} if self.precision == "i8" else own
+        return own if self.scale is None else own | {"scale": "F32"}
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """Arrays of the file, by the name they get there."""
@@ -153,7 +168,7 @@ class Dense(_Values):
 
     def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
         """``W x`` in the precision of ``x``: the readable definition of the kernel."""
-        product: NDArray[Any] = self.values.astype(x.dtype) @ x
+        product: NDArray[Any] = self.values.astype(x.dtype) @ self._seen(x)
         return product
 
     @property
@@ -327,7 +342,7 @@ class Block(_Sparse):
         """``W x`` in the precision of ``x``: the readable definition of the kernel."""
         br, bc = self.block
         padded = np.zeros((len(self.start) - 1) * bc, x.dtype)
-        padded[: self.cols] = x
+        padded[: self.cols] = self._seen(x)
         products = np.einsum("kcr,kc->kr", self.values.astype(x.dtype), padded.reshape(-1, bc)[self._block_column])
         out = np.zeros((self.gates * self.blocks_per_gate, br), x.dtype)
         np.add.at(out, self.block_row, products)
@@ -417,7 +432,7 @@ class CSC(_Sparse):
     def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
         """``W x`` in the precision of ``x``: the readable definition of the kernel."""
         out = np.zeros(self.rows, x.dtype)
-        np.add.at(out, self.row, self.values.astype(x.dtype) * x[self._column])
+        np.add.at(out, self.row, self.values.astype(x.dtype) * self._seen(x)[self._column])
         return out
 
     @cached_property
@@ -545,7 +560,7 @@ class Complementary(_Sparse):
 
     def matvec(self, x: NDArray[Any]) -> NDArray[Any]:
         """``W x`` in the precision of ``x``: the readable definition of the kernel."""
-        products = self.values.astype(x.dtype) * x[:, None, None, None]
+        products = self.values.astype(x.dtype) * self._seen(x)[:, None, None, None]
         out = np.zeros((self.gates, self.overlay, self.sets, self.group), x.dtype)
         for q in range(self.overlay):
             out[:, q] = np.where((self.live == q)[..., None], products, 0).sum(axis=0)

@@ -226,6 +226,12 @@ class Program:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ops", tuple(self.ops))
         _validate(self.ops)
+        for i, op in enumerate(self.ops):
+            for name, matrix in matrices(op).items():
+                _check(
+                    matrix.precision != "w8a8" or not self.by_events(i, name),
+                    f"op {i} ({op.kind}): {name} reads events, which are taken as they are; round it to i8, not w8a8.",
+                )
 
     @property
     def takes_tokens(self) -> bool:
@@ -248,19 +254,29 @@ class Program:
         emits = isinstance(before, ReLU) or (isinstance(before, EGRU) and before.output == "events")
         return emits and isinstance(self.ops[i], Linear | Recurrent)
 
+    def by_events(self, i: int, name: str) -> bool:
+        """Whether the product of matrix ``name`` of op ``i`` reads an event list, of the op before or of its own last step."""
+        return isinstance(self.ops[i], EGRU) if name == "weight_hh" else self.reads_events(i)
+
     @property
     def nbytes(self) -> int:
         """Stored size of all arrays in bytes; the file adds a header."""
         return sum(array.nbytes for array in _tensors(self.ops).values())
 
     def rounded(self, precision: Precision) -> Program:
-        """The same program with every weight matrix rounded to "bf16" or "i8" (one scale a row); biases and tables stay."""
+        """The same program with every weight matrix rounded to "bf16" or "i8" (one scale a row); biases and tables stay.
 
-        def of(op: Any) -> Op:
-            changed: Op = replace(op, **{name: matrix.rounded(precision) for name, matrix in matrices(op).items()})
+        "w8a8" rounds dense inputs of a product to int8 too; a matrix that reads events, which it takes as they are, gets "i8".
+        """
+
+        def of(i: int, op: Any) -> Op:
+            own: dict[str, Precision] = {
+                name: "i8" if precision == "w8a8" and self.by_events(i, name) else precision for name in matrices(op)
+            }
+            changed: Op = replace(op, **{name: matrix.rounded(own[name]) for name, matrix in matrices(op).items()})
             return changed
 
-        return Program(tuple(of(op) for op in self.ops), self.metadata)
+        return Program(tuple(of(i, op) for i, op in enumerate(self.ops)), self.metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to ``path``, all of it or nothing."""
@@ -456,7 +472,7 @@ def _build_matrix(i: int, name: str, layout: Any, take: Any) -> Format:
     arrays["values"] = arrays["values"].astype(np.float32, copy=False)
     matrix: Format = cls(**numbers, **arrays)
     if precision != "f32":
-        matrix = matrix.restored(precision, take(f"{name}.scale", "F32") if precision == "i8" else None)
+        matrix = matrix.restored(precision, take(f"{name}.scale", "F32") if precision in ("i8", "w8a8") else None)
     if matrix.shape != (layout["rows"], layout["cols"]):
         raise ProgramError(f"{where} says {layout['rows']}x{layout['cols']} but stores {matrix.shape}", 8)
     return matrix

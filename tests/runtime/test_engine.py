@@ -103,7 +103,7 @@ def test_every_network_follows_the_oracle(name, fold, isa):
 ROUNDED = ["tokens-2", "mixed-3", "csc", "gru-overlay", "egru-overlay-16", "lstm-block-2"]
 
 
-@pytest.mark.parametrize("precision", ["bf16", "i8"])
+@pytest.mark.parametrize("precision", ["bf16", "i8", "w8a8"])
 @pytest.mark.parametrize("name", ROUNDED)
 def test_a_rounded_network_follows_the_oracle(name, precision, isa):
     program = network(name).rounded(precision)

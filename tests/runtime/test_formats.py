@@ -381,7 +381,7 @@ def test_a_complementary_that_contradicts_itself_is_refused(changed, sentence):
 
 
 @pytest.mark.parametrize("storage", cases.STORAGES, ids=str)
-@pytest.mark.parametrize("precision", ["bf16", "i8"])
+@pytest.mark.parametrize("precision", ["bf16", "i8", "w8a8"])
 def test_rounded_values_are_the_nearest_that_can_be_stored(storage, precision):
     matrix = cases.matrix(cases.rng(3), 37, 21, 3, storage, 0.6)
     rounded, exact = matrix.rounded(precision), matrix.to_dense().astype(np.float64)
@@ -411,5 +411,5 @@ def test_rounding_half_goes_to_even():
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="precision must be one of f32, bf16, i8"):
+    with pytest.raises(ValueError, match="precision must be one of f32, bf16, i8, w8a8"):
         Dense(np.ones((2, 2))).rounded("int4")

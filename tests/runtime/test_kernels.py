@@ -16,7 +16,6 @@ import sparsefold as sf
 import tolerances
 from sparsefold import _native
 from sparsefold.engine import native_matrix
-from sparsefold.formats import VALUE_TYPES
 
 ISAS = _native.available_isas()
 # What is packed in which way: single elements and groups of several rows are blocks to the kernels.
@@ -78,6 +77,31 @@ def check_matvec(isa, format, precision, by_events):
                 check_product(case, matrix, size, packed, rate, by_events)
 
 
+def codes_of(x):
+    """(codes, scale) of x in float32, operation by operation as the engine makes them."""
+    largest = np.abs(x).max(initial=0)
+    if largest <= 1e-30:
+        return np.zeros(len(x), np.int64), np.float32(0)
+    return np.rint(x * (np.float32(127) / largest)).astype(np.int64), largest / np.float32(127)
+
+
+def check_matvec_of_codes(isa):
+    """Against sums of integers, bit by bit: only the last multiplication by both scales rounds."""
+    for storage in cases.STORAGES:
+        for case in cases.matrix_cases(storage):
+            matrix, _, borrowed = made(case, "w8a8")
+            packed = _native.Packed(borrowed, isa)
+            r = cases.rng(case.units, case.cols)
+            for x in (cases.vector(r, case.cols), np.zeros(case.cols, np.float32), np.ones(case.cols, np.float32)):
+                codes, scale = codes_of(x)
+                weight_codes = np.rint(matrix.to_dense() / matrix.scale[:, None]).astype(np.int64)
+                sums = (weight_codes @ codes).astype(np.float32)
+                out, real = padded(matrix, np.zeros(matrix.shape[0], np.float32), 0)
+                packed.matvec(x, out)
+                np.testing.assert_array_equal(out[real], sums * (matrix.scale * scale), str(case))
+                assert not out[~real].any(), (case, "padding was written")
+
+
 def check_cell(isa, kind, *options):
     """One layer on its own, at sizes around the vector; test_engine.py goes through the options."""
     for units in (*cases.SMALL_SIZES, 100):
@@ -122,15 +146,16 @@ CHECKS = (
             check_matvec, format=format, precision=precision, by_events=by_events
         )
         for format in FORMATS
-        for precision in VALUE_TYPES
+        for precision in ("f32", "bf16", "i8")
         for by_events in (False, True)
     }
     | {
         # Blocks whose height divides a vector are packed by rows for dense x; the others keep matvec_block.
         f"matvec_rows_{precision}": partial(check_matvec, format="block", precision=precision, by_events=False)
-        for precision in VALUE_TYPES
+        for precision in ("f32", "bf16", "i8")
     }
     | {
+        "matvec_rows_w8a8": check_matvec_of_codes,
         "cell_gru": lambda isa: check_cell(isa, "gru", {"reset_after": True}, {"reset_after": False}),
         "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
         "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
@@ -273,6 +298,33 @@ def test_a_packed_matrix_owns_its_weights(isa):
     assert out[:3].tolist() == [6, 22, 38]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_w8a8_product_of_what_is_not_finite_is_no_number(bad, isa):
+    for storage in cases.STORAGES:
+        matrix = cases.matrix(cases.rng(3), 37, 21, 3, storage).rounded("w8a8")
+        x = np.ones(21, np.float32)
+        x[20] = bad
+        out, real = padded(matrix, np.zeros(111, np.float32), 0)
+        _native.Packed(native_matrix(matrix), isa).matvec(x, out)
+        stored = (matrix.to_dense() != 0).any(1)
+        assert np.isnan(out[real][stored]).all()
+        assert np.isnan(matrix.matvec(x)[stored]).all()
+
+
+@pytest.mark.parametrize("storage", [None, (16, 1), (4, 1), "csc"], ids=str)
+def test_the_largest_codes_do_not_overflow(storage, isa):
+    """All codes at 127, both signs: the sums of two products would overflow 16 bits if one more could be added."""
+    for sign in (1, -1):
+        weight = np.full((32, 2000), sign, np.float32)
+        matrix = cases.store(weight, 1, storage).rounded("w8a8")
+        x, out = np.ones(2000, np.float32), np.zeros(32, np.float32)
+        for turn in (1, -1):
+            out[:] = 0
+            _native.Packed(native_matrix(matrix), isa).matvec(np.float32(turn) * x, out)
+            expected = np.float32(127 * 127 * 2000 * sign * turn) * (matrix.scale * (np.float32(1) / np.float32(127)))
+            np.testing.assert_array_equal(out, expected)
+
+
 def test_packed_refuses_what_does_not_fit():
     packed = _native.Packed(_native.Matrix.dense(np.ones((3, 4), np.float32)))
     x, out = np.ones(4, np.float32), np.zeros(16, np.float32)
@@ -284,6 +336,9 @@ def test_packed_refuses_what_does_not_fit():
         packed.matvec_events(np.array([4], np.uint32), np.ones(1, np.float32), out)
     with pytest.raises(ValueError):
         packed.matvec_events(np.array([1, 2], np.uint32), np.ones(1, np.float32), out)
+    coded = _native.Packed(native_matrix(sf.Dense(np.ones((3, 4))).rounded("w8a8")))
+    with pytest.raises(ValueError, match="a w8a8 product reads dense x"):
+        coded.matvec_events(np.zeros(1, np.uint32), np.ones(1, np.float32), out)
     with pytest.raises(ValueError, match="instruction set 'sse9' is not available"):
         _native.Packed(_native.Matrix.dense(np.ones((3, 4), np.float32)), "sse9")
     assert not out.any()

@@ -345,7 +345,7 @@ def test_a_missing_file_is_the_usual_error(tmp_path):
         Program.load(tmp_path / "none.sfold")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "i8"])
+@pytest.mark.parametrize("precision", ["bf16", "i8", "w8a8"])
 @pytest.mark.parametrize("name", ["mixed-3", "csc", "gru-overlay", "egru-overlay-16", "lstm-block-2"])
 def test_a_rounded_program_goes_through_the_file(name, precision):
     exact = cases.network(name)
@@ -354,10 +354,18 @@ def test_a_rounded_program_goes_through_the_file(name, precision):
     again = Program.from_bytes(raw)
     assert again.to_bytes() == raw
     assert len(raw) < len(exact.to_bytes())
-    for mine, theirs in zip(program.ops, again.ops, strict=True):
+    for i, (mine, theirs) in enumerate(zip(program.ops, again.ops, strict=True)):
         for field, matrix in matrices(mine).items():
             np.testing.assert_array_equal(matrix.to_dense(), matrices(theirs)[field].to_dense())
-            assert matrices(theirs)[field].precision == precision
+            read_as_they_are = precision == "w8a8" and program.by_events(i, field)
+            assert matrices(theirs)[field].precision == ("i8" if read_as_they_are else precision)
+
+
+def test_a_matrix_that_reads_events_is_not_w8a8():
+    op = cases.egru(cases.rng(1), 5, 7)
+    assert Program((op,)).rounded("w8a8").ops[0].weight_ih.precision == "w8a8"
+    with pytest.raises(ValueError, match=r"op 0 \(egru\): weight_hh reads events, .*round it to i8, not w8a8"):
+        Program((replace(op, weight_hh=op.weight_hh.rounded("w8a8")),))
 
 
 def remade(raw, change):

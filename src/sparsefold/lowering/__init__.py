@@ -51,7 +51,8 @@ def compile_model(
             Linear, ReLU, LayerNorm, BatchNorm1d (folded into a layer beside it), Dropout and Identity. Evaluation mode
             is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
-        weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32.
+        weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32;
+            "w8a8" rounds dense inputs of a product to int8 too, with one scale a step, and sums are exact integers.
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
