@@ -6,7 +6,8 @@
 
 namespace sparsefold {
 
-constexpr uint32_t kLanes = 16;   // rows of one vector; every gate starts at a multiple of it
+constexpr uint32_t kLanes = 16;  // rows of one vector; every gate starts at a multiple of it
+constexpr uint32_t kCodeColumns = 16;
 constexpr uint32_t kPanel = 128;  // rows of one panel of a packed dense matrix
 
 constexpr uint32_t pad(uint32_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -57,11 +58,13 @@ struct Rows {
     uint32_t strips;
 };
 
-/// The same for x in int8 codes: four columns stand side by side in each of the sixteen lanes.
+/// The same for x in int8 codes: four columns stand side by side in each of the sixteen lanes. A strip is filled up
+/// with zeros to whole vectors and to a multiple of kCodeColumns columns. x holds kCodeColumns codes more than it has
+/// columns.
 struct RowsOfCodes {
     const int8_t* values;      // (vectors, 4 * kLanes): lane i holds row i % height of columns 4 * (i / height) on
     const uint16_t* column16;  // (vectors, 4 * kLanes / height) where every column fits 16 bits, else null
-    const uint32_t* column32;  // (vectors, 4 * kLanes / height) otherwise
+    const uint32_t* column32;  // (vectors, 4 * kLanes / height) otherwise; null too where height 16 holds all columns
     const uint32_t* start;     // (strips + 1)
     const float* scale;        // (padded rows)
     uint32_t height;

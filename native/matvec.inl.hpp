@@ -177,32 +177,22 @@ SF_INLINE void matvec(const Rows<Value>& w, const AllColumns& x, float* y) {
         by_height(w, w.column32, x.x, y);
 }
 
-/// The dword of four codes of x.
-template <class Column>
-SF_INLINE uint32_t four(const int8_t* x, const Column* at) {
-    const auto code = [&](uint32_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(x[at[i]])) << 8 * i; };
-    return code(0) | code(1) | code(2) | code(3);
-}
-
 /// Sums of products of codes are exact; one multiplication by both scales ends them.
 template <uint32_t Height, class Column>
-SF_INLINE void strips_of_codes(const RowsOfCodes& w, const Column* column, const int8_t* x, float x_scale, float* y) {
-    constexpr uint32_t kFours = kLanes / Height;
+SF_INLINE void strips_of_codes(const RowsOfCodes& w, Column column, const int8_t* x, float x_scale, float* y) {
+    constexpr uint32_t kColumns = 4 * kLanes / Height;
+    constexpr uint32_t kVectors = Height == kLanes ? 4 : Height == 8 ? 2 : 1;  // that share one gathering of x
+    static_assert(kVectors * kColumns % kCodeColumns == 0, "strips are packed in wholes of kCodeColumns");
     for (uint32_t p = 0; p < w.strips; ++p, y += Height) {
         const uint32_t first = w.start[p], last = w.start[p + 1];
         if (first == last) continue;
         const int8_t* values = w.values + static_cast<size_t>(first) * 4 * kLanes;
-        const Column* at = column + static_cast<size_t>(first) * 4 * kFours;
+        Column at = of_strip(column, static_cast<size_t>(first) * kColumns);
         I16 sums = zero();
-        for (uint32_t v = first; v < last; ++v, values += 4 * kLanes, at += 4 * kFours) {
-            if constexpr (kFours == 1) {
-                sums = dot4(sums, values, set4(four(x, at)));
-            } else {
-                uint32_t fours[kLanes];
-                for (uint32_t i = 0; i < kLanes; ++i)
-                    fours[i] = i % Height ? fours[i - 1] : four(x, at + 4 * (i / Height));
-                sums = dot4(sums, values, load4x4(fours));
-            }
+        for (uint32_t v = first; v < last; v += kVectors, at = at + kVectors * kColumns) {
+            const I16 codes = gather_codes<kVectors * kColumns>(x, at);
+            for (uint32_t k = 0; k < kVectors; ++k, values += 4 * kLanes)
+                sums = dot4(sums, values, pick<Height>(codes, k));
         }
         int32_t lanes[kLanes];
         store(lanes, sums);
@@ -214,7 +204,7 @@ SF_INLINE void strips_of_codes(const RowsOfCodes& w, const Column* column, const
 }
 
 template <class Column>
-SF_INLINE void by_height(const RowsOfCodes& w, const Column* column, const int8_t* x, float x_scale, float* y) {
+SF_INLINE void by_height(const RowsOfCodes& w, Column column, const int8_t* x, float x_scale, float* y) {
     switch (w.height) {
         case 16:
             return strips_of_codes<16>(w, column, x, x_scale, y);
@@ -232,8 +222,10 @@ SF_INLINE void by_height(const RowsOfCodes& w, const Column* column, const int8_
 static void matvec_rows_w8a8(const RowsOfCodes& w, const int8_t* x, float x_scale, float* y) {
     if (w.column16)
         by_height(w, w.column16, x, x_scale, y);
-    else
+    else if (w.column32)
         by_height(w, w.column32, x, x_scale, y);
+    else
+        strips_of_codes<kLanes>(w, Consecutive{0}, x, x_scale, y);
 }
 
 /// The scale is the largest value / 127, so that nothing is clipped and no calibration is needed.
@@ -259,6 +251,7 @@ static float codes_of(const float* x, int8_t* codes, uint32_t n) {
         else
             store_codes(codes + i, some, round(mul(some < kLanes ? load_first(x + i, some) : load(x + i), inverse)));
     }
+    for (uint32_t k = 0; k < kCodeColumns; ++k) codes[n + k] = 0;  // what is read beyond the last column
     return bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
 }
 

@@ -163,19 +163,20 @@ void Matrix::pack_rows(const MatrixView& view, const Segments& segments) {
     // Codes of x are multiplied four at a time: as many columns stand side by side.
     const uint32_t side = precision_ == MatrixView::Precision::w8a8 ? 4 : 1;
     const uint32_t strips = padded_rows() / height_, columns = side * kLanes / height_;
+    const uint32_t whole = side == 1 ? columns : std::max(columns, kCodeColumns);
     std::vector<uint32_t> used(strips);
     uint64_t vectors = 0;
     segments([&](uint32_t, uint32_t row, auto...) { ++used[row / height_]; });
     start_ = Buffer<uint32_t>(size_t{strips} + 1);
     for (uint32_t p = 0; p < strips; ++p) {
-        vectors += ceil_div(used[p], columns);
+        vectors += ceil_div(used[p], whole) * (whole / columns);
         if (vectors > std::numeric_limits<uint32_t>::max()) refuse("a matrix has more than 2^32 vectors.");
         start_[p + 1] = static_cast<uint32_t>(vectors);
     }
     values_ = Buffer<float>(vectors * side * kLanes);
-    const bool narrow = cols_ <= 1u << 16;
-    index16_ = Buffer<uint16_t>(narrow ? vectors * columns : 0);
-    index32_ = Buffer<uint32_t>(narrow ? 0 : vectors * columns);
+    const bool all = format_ == MatrixView::Format::dense, narrow = cols_ <= 1u << 16;
+    index16_ = Buffer<uint16_t>(narrow && !all ? vectors * columns : 0);
+    index32_ = Buffer<uint32_t>(narrow || all ? 0 : vectors * columns);
     tail_ = Buffer<uint16_t>(side == 1 && columns > 1 ? strips : 0);
     std::fill(used.begin(), used.end(), 0);
     segments([&](uint32_t c, uint32_t row, uint32_t length, uint32_t first, const float* values, size_t distance) {
@@ -185,6 +186,7 @@ void Matrix::pack_rows(const MatrixView& view, const Segments& segments) {
         for (uint32_t i = 0; i < length; ++i)
             lanes[size_t{i} * side] = values[i * distance] * unscaled(view, first + i);
         if (tail_.size()) tail_[p] = static_cast<uint16_t>((1u << (at + 1) * height_) - 1);
+        if (all) return;
         if (narrow)
             index16_[vector * columns + at] = static_cast<uint16_t>(c);
         else
@@ -311,8 +313,9 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
 void Matrix::matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const {
     if (precision_ != MatrixView::Precision::w8a8) return product(kernels, x, y);
     const float x_scale = kernels.codes_of(x, codes, cols_);
-    kernels.matvec_rows_w8a8(RowsOfCodes{codes_.data(), index32_.size() ? nullptr : index16_.data(), index32_.data(),
-                                         start_.data(), scale_.data(), height_, padded_rows() / height_},
+    kernels.matvec_rows_w8a8(RowsOfCodes{codes_.data(), index16_.size() ? index16_.data() : nullptr,
+                                         index32_.size() ? index32_.data() : nullptr, start_.data(), scale_.data(),
+                                         height_, padded_rows() / height_},
                              codes, x_scale, y);
 }
 

@@ -86,7 +86,7 @@ class Matrix {
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
     uint32_t rows() const { return rows_; }  // without padding
     uint32_t cols() const { return cols_; }
-    size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? cols_ : 0; }
+    size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? size_t{cols_} + kCodeColumns : 0; }
     uint32_t gates() const { return gates_; }
     uint32_t padded_rows() const { return gates_ ? gates_ * pad(rows_ / gates_) : 0; }
     size_t nbytes() const;

@@ -16,6 +16,18 @@
 namespace sparsefold {
 namespace SPARSEFOLD_ISA {
 
+/// Columns of a strip that holds all of them, in order.
+struct Consecutive {
+    uint32_t first;
+    SF_INLINE Consecutive operator+(size_t n) const { return {first + static_cast<uint32_t>(n)}; }
+};
+
+template <class Column>
+SF_INLINE const Column* of_strip(const Column* column, size_t first) {
+    return column + first;
+}
+SF_INLINE Consecutive of_strip(Consecutive column, size_t) { return column; }
+
 SF_INLINE float widen(float a) { return a; }
 SF_INLINE float widen(int8_t a) { return a; }
 SF_INLINE float widen(bf16 a) {
@@ -117,8 +129,6 @@ struct I16 {
     __m512i v;
 };
 SF_INLINE I16 zero() { return {_mm512_setzero_si512()}; }
-SF_INLINE I16 set4(uint32_t codes) { return {_mm512_set1_epi32(static_cast<int>(codes))}; }
-SF_INLINE I16 load4x4(const uint32_t* codes) { return {_mm512_loadu_si512(codes)}; }
 SF_INLINE void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
 SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {  // |x| * (w with the sign of x): two of them never saturate
     const __m512i values = _mm512_loadu_si512(w);
@@ -134,6 +144,38 @@ SF_INLINE __m512i load_index(const uint16_t* p) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 SF_INLINE __m512i load_index(const uint32_t* p) { return _mm512_loadu_si512(p); }
+/// x[at[i]] of `Count` columns, 16, 32 or 64. Up to 32 are put together one by one; of 64, sixteen dwords at a time are
+/// gathered for their first bytes, which is slower for fewer.
+template <uint32_t Count, class Column>
+SF_INLINE I16 gather_codes(const int8_t* x, const Column* at) {
+    const auto code = [&](uint32_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(x[at[i]])) << 8 * (i % 4); };
+    const auto four = [&](uint32_t i) { return static_cast<int>(code(i) | code(i + 1) | code(i + 2) | code(i + 3)); };
+    const auto gathered = [&](uint32_t i) {
+        return _mm512_cvtepi32_epi8(_mm512_i32gather_epi32(load_index(at + i), x, 1));
+    };
+    if constexpr (Count == 64) {
+        const __m256i low = _mm256_set_m128i(gathered(16), gathered(0)),
+                      high = _mm256_set_m128i(gathered(48), gathered(32));
+        return {_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)};
+    }
+    __m256i codes = _mm256_castsi128_si256(_mm_setr_epi32(four(0), four(4), four(8), four(12)));
+    if constexpr (Count == 32)
+        codes = _mm256_inserti128_si256(codes, _mm_setr_epi32(four(16), four(20), four(24), four(28)), 1);
+    return {_mm512_castsi256_si512(codes)};
+}
+template <uint32_t Count>
+SF_INLINE I16 gather_codes(const int8_t* x, Consecutive at) {
+    return {_mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + at.first)))};
+}
+/// Lane i gets dword i / Height of the k-th part.
+template <uint32_t Height>
+SF_INLINE I16 pick(I16 codes, uint32_t k) {
+    if constexpr (Height == 1) return codes;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i from = _mm512_add_epi32(_mm512_srli_epi32(lanes, __builtin_ctz(Height)),
+                                          _mm512_set1_epi32(static_cast<int>(k * (kLanes / Height))));
+    return {_mm512_permutexvar_epi32(from, codes.v)};
+}
 template <uint32_t Height, class Column>
 SF_INLINE F16 spread(const float* x, const Column* at) {
     if constexpr (Height == 1) return {_mm512_i32gather_ps(load_index(at), x, 4)};
@@ -198,13 +240,9 @@ struct I16 {
     __m256i a, b;
 };
 SF_INLINE I16 zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-SF_INLINE I16 load4x4(const uint32_t* codes) {
+SF_INLINE I16 load_dwords(const uint32_t* codes) {
     const __m256i* p = reinterpret_cast<const __m256i*>(codes);
     return {_mm256_loadu_si256(p), _mm256_loadu_si256(p + 1)};
-}
-SF_INLINE I16 set4(uint32_t codes) {
-    const __m256i all = _mm256_set1_epi32(static_cast<int>(codes));
-    return {all, all};
 }
 SF_INLINE void store(int32_t* p, I16 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
@@ -294,14 +332,9 @@ struct I16 {
     int32_t v[kLanes];
 };
 SF_INLINE I16 zero() { return {}; }
-SF_INLINE I16 load4x4(const uint32_t* codes) {
+SF_INLINE I16 load_dwords(const uint32_t* codes) {
     I16 out;
     __builtin_memcpy(&out, codes, sizeof out);
-    return out;
-}
-SF_INLINE I16 set4(uint32_t codes) {
-    I16 out;
-    for (uint32_t i = 0; i < kLanes; ++i) out.v[i] = static_cast<int32_t>(codes);
     return out;
 }
 SF_INLINE void store(int32_t* p, const I16& a) { __builtin_memcpy(p, &a, sizeof a); }
@@ -333,6 +366,26 @@ SF_INLINE void axpy(float* y, const Value* w, float x) {
 }
 
 #if !defined(__AVX512F__)
+template <uint32_t Count, class Column>
+SF_INLINE I16 gather_codes(const int8_t* x, const Column* at) {
+    alignas(64) int8_t codes[4 * kLanes];
+    for (uint32_t i = 0; i < Count; ++i) codes[i] = x[at[i]];
+    return load_dwords(reinterpret_cast<const uint32_t*>(codes));
+}
+template <uint32_t Count>
+SF_INLINE I16 gather_codes(const int8_t* x, Consecutive at) {
+    alignas(64) int8_t codes[4 * kLanes];
+    __builtin_memcpy(codes, x + at.first, Count);
+    return load_dwords(reinterpret_cast<const uint32_t*>(codes));
+}
+template <uint32_t Height>
+SF_INLINE I16 pick(const I16& codes, uint32_t k) {
+    if constexpr (Height == 1) return codes;
+    uint32_t all[kLanes], lanes[kLanes];
+    __builtin_memcpy(all, &codes, sizeof all);
+    for (uint32_t i = 0; i < kLanes; ++i) lanes[i] = all[i / Height + k * (kLanes / Height)];
+    return load_dwords(lanes);
+}
 SF_INLINE F16 add_where(const F16& a, uint32_t bits, const F16& b) { return add(a, keep(bits, b)); }
 #if !defined(__AVX2__)
 SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
