@@ -55,6 +55,7 @@ class Config:
     rate_until: float = 0.15  # the target has fallen from rate_start to target_rate by then
     # weights
     density: float = 1.0  # of the recurrent matrices, and of input matrices above the first layer
+    decoder_density: float = 1.0
     block: tuple[int, int] = (16, 1)  # 1x1: unstructured
     scope: Literal["gate", "matrix"] = "matrix"
     prune_begin: float = 0.1
@@ -67,7 +68,9 @@ class Config:
                 ("steps", "batch", "window", "eval_every", "checkpoint_every", "prune_every"), (1, math.inf)
             ),
             **dict.fromkeys(("patience", "weight_decay", "clip", "threshold", "rate_weight"), (0, math.inf)),
-            **dict.fromkeys(("density", "dropout", "warmup", "target_rate", "rate_start", "rate_until"), (0, 1)),
+            **dict.fromkeys(
+                ("density", "decoder_density", "dropout", "warmup", "target_rate", "rate_start", "rate_until"), (0, 1)
+            ),
             **dict.fromkeys(("hidden", "embedding"), (1, 2**14)),
             **{"layers": (1, 64), "threads": (1, 256), "seed": (0, 2**63 - 1)},
         }
@@ -155,14 +158,16 @@ def _trainer(
 
 
 def _pruner(config: Config, model: Stack) -> Pruner | None:
-    if config.density == 1:
+    def rule(density: float) -> Magnitude | Block:
+        if config.block == (1, 1):
+            return Magnitude(density, scope=config.scope)
+        return Block(density, config.block, scope=config.scope)
+
+    recurrent = ("1.weight_hh_l*", *(f"1.weight_ih_l{k}" for k in range(1, config.layers)))
+    densities = {**dict.fromkeys(recurrent, config.density), "2.weight": config.decoder_density}
+    rules = {name: rule(density) for name, density in densities.items() if density < 1}
+    if not rules:
         return None
-    rule = (
-        Magnitude(config.density, scope=config.scope)
-        if config.block == (1, 1)
-        else Block(config.density, config.block, scope=config.scope)
-    )
-    rules = {"1.weight_hh_l*": rule, **{f"1.weight_ih_l{k}": rule for k in range(1, config.layers)}}
     begin, until = round(config.prune_begin * config.steps), round(config.prune_until * config.steps)
     return Pruner(model, rules, Cubic(begin, until, config.prune_every))
 
