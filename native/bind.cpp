@@ -216,6 +216,22 @@ struct PyEngine {
         open();
         program.add_relu();
     }
+    void add_events(uint32_t units) {
+        open();
+        program.add_events(units);
+    }
+    void add_kwta(uint32_t units, uint32_t k, uint32_t groups) {
+        open();
+        program.add_kwta(units, k, groups);
+    }
+    void add_log_softmax(uint32_t units) {
+        open();
+        program.add_log_softmax(units);
+    }
+    void add_top_k(uint32_t units, uint32_t k) {
+        open();
+        program.add_top_k(units, k);
+    }
     void add_layer_norm(Vector weight, Vector bias, float epsilon) {
         open();
         const uint32_t units = size32(weight.shape(0));
@@ -450,6 +466,10 @@ NB_MODULE(_native, m) {
         .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a)
         .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a)
         .def("add_relu", &PyEngine::add_relu)
+        .def("add_events", &PyEngine::add_events, "units"_a)
+        .def("add_kwta", &PyEngine::add_kwta, "units"_a, "k"_a, "groups"_a)
+        .def("add_log_softmax", &PyEngine::add_log_softmax, "units"_a)
+        .def("add_top_k", &PyEngine::add_top_k, "units"_a, "k"_a)
         .def("add_layer_norm", &PyEngine::add_layer_norm, "weight"_a, "bias"_a, "epsilon"_a)
         .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a)
         .def_prop_ro("isa", [](const PyEngine& e) { return e.get().isa; })

@@ -85,6 +85,85 @@ static void cell_relu(CellArgs& a) {
     a.event_count = count;
 }
 
+/// Values of unit j on: the op may be the first, and a caller's x ends with its last unit.
+SF_INLINE F16 values_of(const CellArgs& a, uint32_t j) {
+    return a.units - j < kLanes ? load_first(a.gi + j, a.units - j) : load(a.gi + j);
+}
+
+static void cell_events(CellArgs& a) {
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < a.units; j += kLanes) {
+        const F16 x = values_of(a, j), zero = set1(0.0f);
+        const uint32_t events = (not_le(x, zero) | not_le(zero, x)) & existing(a.units - j);
+        store(a.y + j, keep(events, x));
+        count += compress(events, j, x, a.event_index + count, a.event_value + count);
+    }
+    a.event_count = count;
+}
+
+/// Floats as integers of the same order, both zeros alike, what is no number above all.
+SF_INLINE uint32_t order_of(float x) {
+    const float one_zero = x + 0.0f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &one_zero, sizeof bits);
+    return x != x ? 0xffffffffu : bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+/// The k-th largest key of each part is found bit by bit: the largest number that k keys reach.
+static void cell_kwta(CellArgs& a) {
+    const uint32_t width = a.units / a.groups;
+    for (uint32_t j = 0; j < a.units; ++j) a.keys[j] = order_of(a.gi[j]);
+    uint32_t count = 0;
+    for (uint32_t first = 0; first < a.units; first += width) {
+        const uint32_t* keys = a.keys + first;
+        uint32_t limit = 0;
+        for (uint32_t bit = 0x80000000u; bit; bit >>= 1) {
+            uint32_t reach = 0;
+            for (uint32_t j = 0; j < width; ++j) reach += keys[j] >= (limit | bit);
+            if (reach >= a.k) limit |= bit;
+        }
+        uint32_t ties = a.k;  // of those that are just at the limit, the first ones speak
+        for (uint32_t j = 0; j < width; ++j) ties -= keys[j] > limit;
+        for (uint32_t j = 0; j < width; ++j) {
+            const bool speaks = keys[j] > limit || (keys[j] == limit && ties != 0);
+            if (speaks && keys[j] == limit) --ties;
+            a.y[first + j] = speaks ? a.gi[first + j] : 0.0f;
+            if (!speaks) continue;
+            a.event_index[count] = first + j;
+            a.event_value[count++] = a.gi[first + j];
+        }
+    }
+    a.event_count = count;
+}
+
+/// x - max x - log(sum of exp(x - max x)), what lies 87 below the largest counted as e^-87.
+static void cell_log_softmax(NormArgs& a) {
+    float largest = a.y[0];
+    for (uint32_t j = 1; j < a.units; ++j) largest = a.y[j] > largest ? a.y[j] : largest;
+    F16 total = set1(0.0f);
+    for (uint32_t j = 0; j < a.units; j += kLanes) {
+        const F16 below = sub(load(a.y + j), set1(largest));
+        total = add(total, keep(existing(a.units - j), exp(max(set1(-87.0f), below))));
+    }
+    const F16 log_sum = set1(static_cast<float>(__builtin_log(sum(total))));
+    for (uint32_t j = 0; j < a.units; j += kLanes) store(a.y + j, sub(sub(load(a.y + j), set1(largest)), log_sum));
+}
+
+static void cell_top_k(TopArgs& a) {
+    uint32_t found = 0;
+    for (uint32_t j = 0; j < a.units; ++j) {
+        const uint32_t key = order_of(a.x[j]);
+        if (found == a.k && key <= order_of(a.value[found - 1])) continue;
+        uint32_t at = found < a.k ? found++ : found - 1;
+        for (; at && key > order_of(a.value[at - 1]); --at) {
+            a.value[at] = a.value[at - 1];
+            a.index[at] = a.index[at - 1];
+        }
+        a.value[at] = a.x[j];
+        a.index[at] = static_cast<float>(j);
+    }
+}
+
 static void cell_layer_norm(NormArgs& a) {
     F16 total = set1(0.0f), squares = set1(0.0f);
     for (uint32_t j = 0; j < a.units; j += kLanes) total = add(total, keep(existing(a.units - j), load(a.y + j)));

@@ -28,6 +28,7 @@ void count(std::vector<uint64_t>& counters, const Events& events) {
 
 Engine::Engine(Program p, const std::string& isa_name, uint64_t fold_limit)
     : program(std::move(p)), kernels(&sparsefold::kernels(isa_name, &isa)) {
+    program.complete();
     const FlushDenormals flush;  // as in `step`, or folding would change bits where weights are denormal
     program.fold(*kernels, fold_limit);
 }
@@ -47,7 +48,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
             const Op& op = ops[i];
             OpState& s = states_[i];
             const uint32_t units = pad(op.outputs);
-            if (op.kind == Op::Kind::linear || op.kind == Op::Kind::layer_norm) s.output = take(units);
+            if (!op.recurrent() && !op.speaks() && op.kind != Op::Kind::embedding) s.output = take(units);
+            if (op.kind == Op::Kind::kwta) s.cell.keys = reinterpret_cast<uint32_t*>(take(units));
             if (op.recurrent()) {
                 s.cell.gi = take(size_t{op.gates} * units);
                 s.cell.gh = take(size_t{op.gates} * units);
@@ -78,6 +80,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         if (op.recurrent() || op.speaks()) s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
         s.cell.relu = op.relu;
+        s.cell.k = op.k;
+        s.cell.groups = op.groups;
         if (op.speaks()) {
             s.events.assign(op.outputs, 0);
             trace_width_ += op.outputs;
@@ -188,10 +192,27 @@ void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
                 signal.dense = s.output;
                 break;
             case Op::Kind::relu:
-                s.cell.gi = signal.dense;  // of an op, so whole vectors may be read
-                k.cell_relu(s.cell);
+            case Op::Kind::events:
+            case Op::Kind::kwta:
+                s.cell.gi = signal.dense;
+                (op.kind == Op::Kind::relu     ? k.cell_relu
+                 : op.kind == Op::Kind::events ? k.cell_events
+                                               : k.cell_kwta)(s.cell);
                 signal.dense = s.cell.y;
                 break;
+            case Op::Kind::log_softmax: {
+                std::memcpy(s.output, signal.dense, op.outputs * sizeof(float));
+                NormArgs args{op.outputs, 0, nullptr, nullptr, s.output};
+                k.cell_log_softmax(args);
+                signal.dense = s.output;
+                break;
+            }
+            case Op::Kind::top_k: {
+                TopArgs args{op.inputs, op.k, signal.dense, s.output, s.output + op.k};
+                k.cell_top_k(args);
+                signal.dense = s.output;
+                break;
+            }
             case Op::Kind::layer_norm: {
                 std::memcpy(s.output, signal.dense, op.outputs * sizeof(float));
                 NormArgs norm{op.outputs, op.epsilon, op.scale.data(), op.bias_input.data(), s.output};

@@ -94,14 +94,16 @@ enum class Reset : uint32_t { threshold, output, none };
 /// order: r, z, n of GRU and EGRU; i, f, g, o of an LSTM; one of a plain RNN.
 struct CellArgs {
     uint32_t units;
-    bool reset_after;  // true: n reads r * gh_n; false: `gh_n` was already made from r * y (or r * h)
-    bool relu;         // RNN only: max(0, x) in place of tanh
-    const float* gi;   // (gates, padded)  W_i x + b_i
-    const float* gh;   // (gates, padded)  W_h y + b_h
-    float* r;          // (padded)         reset gate; written by `reset_gate`, read when !reset_after
-    float* h;          // (padded)         carried state, in and out
-    float* c;          // (padded)         LSTM only: the cell's state, in and out
-    // EGRU; ReLU reads gi and writes from y on
+    bool reset_after;    // true: n reads r * gh_n; false: `gh_n` was already made from r * y (or r * h)
+    bool relu;           // RNN only: max(0, x) in place of tanh
+    const float* gi;     // (gates, padded)  W_i x + b_i
+    const float* gh;     // (gates, padded)  W_h y + b_h
+    float* r;            // (padded)         reset gate; written by `reset_gate`, read when !reset_after
+    float* h;            // (padded)         carried state, in and out
+    float* c;            // (padded)         LSTM only: the cell's state, in and out
+    uint32_t k, groups;  // KWTA only: units that speak in each of `groups` equal parts
+    uint32_t* keys;      // (padded) KWTA only: room
+    // EGRU; ReLU, Events and KWTA read `units` values of gi and write from y on
     Reset reset;
     float zoneout;
     const float* threshold;  // (padded) what a reset subtracts
@@ -120,6 +122,14 @@ struct NormArgs {
     const float* weight;
     const float* bias;
     float* y;  // in and out
+};  // log_softmax reads units and y alone
+
+/// Indices and values of the `k` largest of `units` values, largest first, ties to the lower index, NaN above all.
+struct TopArgs {
+    uint32_t units, k;
+    const float* x;
+    float* index;  // (k)
+    float* value;  // (k)
 };
 
 struct Kernels {

@@ -390,12 +390,15 @@ class Builder {
                 linear();
             else if (name == "gru" || name == "egru" || name == "lstm" || name == "rnn")
                 recurrent(name);
-            else if (name == "relu")
-                relu();
+            else if (name == "relu" || name == "events" || name == "kwta" || name == "log_softmax" || name == "top_k")
+                weightless(name);
             else if (name == "layer_norm")
                 layer_norm();
             else
-                refuse("is not one of embedding, linear, gru, egru, lstm, rnn, relu, layer_norm");
+                refuse(
+                    "is not one of embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, "
+                    "log_softmax, "
+                    "top_k");
         } catch (const std::invalid_argument& error) {  // what the program itself finds wrong
             std::string why = error.what();
             if (!why.empty() && why.back() == '.') why.pop_back();
@@ -407,6 +410,11 @@ class Builder {
         if (!tensors_.empty())
             throw LoadError("tensor " + tensors_.begin()->first + " belongs to no op",
                             data_start_ + tensors_.begin()->second.first);
+        try {
+            program_.complete();
+        } catch (const std::invalid_argument& error) {
+            throw LoadError(error.what(), data_start_);
+        }
         return std::move(program_);
     }
 
@@ -443,14 +451,23 @@ class Builder {
         program_.add_egru(ih, hh, bias_ih, bias_hh, threshold, reset_after, reset, always, events,
                           static_cast<float>(zoneout));
     }
-    void relu() {
-        const std::optional<Json> said = field("units");
-        const std::optional<uint64_t> units = said ? said->whole() : std::nullopt;
-        if (!units || *units == 0 || *units >= kMaxAxis) refuse("units must be a whole number between 1 and 2^28");
-        if (!program_.ops().empty() && program_.outputs() != *units)
-            refuse("reads " + std::to_string(*units) + " values, but the op before it gives " +
+    uint32_t whole(const char* name) {
+        const std::optional<Json> said = field(name);
+        const std::optional<uint64_t> n = said ? said->whole() : std::nullopt;
+        if (!n || *n == 0 || *n >= kMaxAxis) refuse(std::string(name) + " must be a whole number between 1 and 2^28");
+        return static_cast<uint32_t>(*n);
+    }
+    void weightless(const std::string& kind) {
+        const uint32_t units = whole("units");
+        if (!program_.ops().empty() && program_.outputs() != units)
+            refuse("reads " + std::to_string(units) + " values, but the op before it gives " +
                    std::to_string(program_.outputs()));
-        program_.add_relu();
+        if (kind == "relu") return program_.add_relu();
+        if (kind == "events") return program_.add_events(units);
+        if (kind == "log_softmax") return program_.add_log_softmax(units);
+        const uint32_t k = whole("k");
+        if (kind == "top_k") return program_.add_top_k(units, k);
+        program_.add_kwta(units, k, whole("groups"));
     }
     void layer_norm() {
         const Tensor weight = tensor("weight", Type::f32);

@@ -339,7 +339,7 @@ Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
     op.kind = kind;
     op.inputs = inputs;
     op.outputs = outputs;
-    const bool pointwise = kind == Op::Kind::relu || kind == Op::Kind::layer_norm;  // no columns to leave out
+    const bool pointwise = op.weightless() || kind == Op::Kind::layer_norm;  // no columns to leave out
     op.reads_events = !pointwise && !ops_.empty() && ops_.back().emits_events;
     return op;
 }
@@ -412,13 +412,34 @@ void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, 
     ops_.push_back(std::move(op));
 }
 
-void Program::add_relu() {
-    if (ops_.empty()) refuse("a relu cannot be the first op.");
-    // It carries no array, so that a chain of them would cost a stream memory that no file had to pay for.
-    if (ops_.back().kind == Op::Kind::relu) refuse("a relu after a relu changes nothing; leave it out.");
-    Op op = make(Op::Kind::relu, outputs(), outputs());
-    op.emits_events = true;
+void Program::add_weightless(Op::Kind kind, uint32_t units, uint32_t k, uint32_t groups) {
+    const bool first = ops_.empty();
+    if (first && kind != Op::Kind::events) refuse("an op without weights cannot be the first, unless it is events.");
+    // They carry no array, so that a chain of them would cost a stream memory that no file had to pay for.
+    if (!first && kind == Op::Kind::relu && ops_.back().kind == kind)
+        refuse("a relu after a relu changes nothing; leave it out.");
+    if (!first && kind == Op::Kind::events && ops_.back().emits_events)
+        refuse("events of what already is an event list change nothing; leave it out.");
+    if (ops_.size() >= 2 && ops_[ops_.size() - 1].weightless() && ops_[ops_.size() - 2].weightless())
+        refuse("at most two ops without weights follow one another.");
+    if (kind == Op::Kind::relu) units = outputs();
+    if ((kind == Op::Kind::kwta || kind == Op::Kind::top_k) &&
+        (groups == 0 || k == 0 || units % groups || k > units / groups))
+        refuse("of " + number(units) + " values in " + number(groups) + " equal parts, " + number(k) +
+               " of each cannot be kept.");
+    if (kind == Op::Kind::top_k && units > 1u << 24)
+        refuse("the index of one of " + number(units) + " values is not exact as a float32; 2^24 are.");
+    Op op = make(kind, units, kind == Op::Kind::top_k ? 2 * k : units);
+    op.emits_events = op.picks();
+    op.k = k;
+    op.groups = groups;
     ops_.push_back(std::move(op));
+}
+
+void Program::complete() const {
+    for (const Op& op : ops_)
+        if (!op.weightless()) return;
+    refuse("a program needs an op with weights.");
 }
 
 void Program::add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon) {

@@ -118,7 +118,7 @@ class Matrix {
 };
 
 struct Op {
-    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, layer_norm };
+    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, log_softmax, top_k };
     Kind kind = Kind::linear;
     uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
     uint32_t gates = 0;                // of a recurrent op
@@ -131,6 +131,7 @@ struct Op {
     bool relu = false;    // RNN only
     Buffer<float> scale;  // layer norm only, and its bias is bias_input
     float epsilon = 0;
+    uint32_t k = 0, groups = 1;  // KWTA; k of a top-k too
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
@@ -139,7 +140,11 @@ struct Op {
 
     Matrix::Reads reads() const { return reads_events ? Matrix::Reads::events : Matrix::Reads::dense; }
     bool recurrent() const { return gates != 0; }
-    bool speaks() const { return kind == Kind::egru || kind == Kind::relu; }  // makes an event list at every step
+    bool picks() const {
+        return kind == Kind::relu || kind == Kind::events || kind == Kind::kwta;
+    }  // which values speak
+    bool speaks() const { return kind == Kind::egru || picks(); }  // makes an event list at every step
+    bool weightless() const { return picks() || kind == Kind::log_softmax || kind == Kind::top_k; }
 };
 
 class Program {
@@ -153,19 +158,27 @@ class Program {
     void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh);
     void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                  bool relu);
-    void add_relu();  // of all that the op before gives
+    // Of all that the op before gives; events may be the first op.
+    void add_relu() { add_weightless(Op::Kind::relu, 0); }
+    void add_events(uint32_t units) { add_weightless(Op::Kind::events, units); }
+    void add_kwta(uint32_t units, uint32_t k, uint32_t groups) { add_weightless(Op::Kind::kwta, units, k, groups); }
+    void add_log_softmax(uint32_t units) { add_weightless(Op::Kind::log_softmax, units); }
+    void add_top_k(uint32_t units, uint32_t k) { add_weightless(Op::Kind::top_k, units, k); }
     void add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon);
     /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by
     /// the same kernel, so that folding changes no bit of any output.
     void fold(const Kernels& kernels, uint64_t limit);
 
     const std::vector<Op>& ops() const { return ops_; }
+    /// Throws unless some op has weights: the others ask for memory that no file paid for.
+    void complete() const;
     uint32_t inputs() const { return ops_.front().inputs; }
     uint32_t outputs() const { return ops_.back().outputs; }
     bool takes_tokens() const { return ops_.front().kind == Op::Kind::embedding; }
     size_t nbytes() const;
 
   private:
+    void add_weightless(Op::Kind kind, uint32_t units, uint32_t k = 0, uint32_t groups = 1);
     Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const;
     Op make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
                       const float* bias_ih, const float* bias_hh, bool reset_after = true) const;

@@ -10,7 +10,21 @@ import numpy as np
 
 import sparsefold as sf
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, GRU, LSTM, RNN, Embedding, LayerNorm, Linear, Recurrent, ReLU
+from sparsefold.program import (
+    EGRU,
+    GRU,
+    KWTA,
+    LSTM,
+    RNN,
+    Embedding,
+    Events,
+    LayerNorm,
+    Linear,
+    LogSoftmax,
+    Recurrent,
+    ReLU,
+    TopK,
+)  # fmt: skip
 
 SEED = 20_250_101
 
@@ -238,6 +252,14 @@ NETWORKS = {
         gru(r, 9, 20), ReLU(20), lstm(r, 20, 17), ReLU(17), egru(r, 17, 16), ReLU(16), gru(r, 16, 15)
     ],
     "tokens-relu": lambda r: [embedding(r, 7, 17), ReLU(17), egru(r, 17, 33, output="state"), ReLU(33), linear(r, 33, 7)],
+    "events": lambda r: [Events(20), egru(r, 20, 33, (16, 1), 0.5), linear(r, 33, 17), Events(17), gru(r, 17, 18)],
+    "kwta": lambda r: [
+        linear(r, 9, 36), KWTA(36, 5), linear(r, 36, 20, (16, 1), 0.5), KWTA(20, 2, 4), gru(r, 20, 17), KWTA(17, 17)
+    ],
+    "relu-kwta": lambda r: [Events(9), KWTA(9, 3), linear(r, 9, 33), ReLU(33), KWTA(33, 6), lstm(r, 33, 16), KWTA(16, 1, 4)],
+    "tokens-log-softmax": lambda r: [embedding(r, 7, 8), egru(r, 8, 20), linear(r, 20, 37), LogSoftmax(37)],
+    "top-k": lambda r: [gru(r, 9, 20), linear(r, 20, 33), TopK(33, 3)],
+    "tokens-argmax": lambda r: [embedding(r, 7, 8), egru(r, 8, 20), linear(r, 20, 7), LogSoftmax(7), TopK(7, 1)],
     "layer-norm": lambda r: [layer_norm(r, 17)],
     "layer-norm-relu": lambda r: [
         layer_norm(r, 9), linear(r, 9, 33), layer_norm(r, 33), ReLU(33), linear(r, 33, 17), layer_norm(r, 17)

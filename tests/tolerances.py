@@ -200,9 +200,22 @@ def program_step(program, x, state):
         elif op.kind == "gru":
             h = state[f"{i}.h"].astype(np.float64)
             value, error = found[f"{i}.h"] = gru_step(op, value, error, h, h)
-        elif op.kind == "relu":  # slope at most 1, nothing rounds; what it compares with zero is found["i.u"]
-            found[f"{i}.u"] = value, error
-            value = np.maximum(value, 0)
+        elif op.kind in ("relu", "events", "kwta"):
+            # Slope at most 1, nothing rounds; found["i.u"] is how far a value lies from where it would fall silent.
+            above = value - kwta_limit(op, value) if op.kind == "kwta" else value
+            if op.kind == "kwta":
+                error = np.full(len(value), error.max())
+            exact = error == 0
+            found[f"{i}.u"] = above, np.where(exact, -1.0, error)
+            if op.kind == "relu":
+                value = np.maximum(value, 0)
+            elif op.kind == "kwta":
+                error = np.where((np.abs(above) <= error) & ~exact, np.abs(value) + error, error)
+                value = np.where(_winners(op, value), value, 0)
+        elif op.kind == "log_softmax":
+            value, error = log_softmax(value, error)
+        elif op.kind == "top_k":
+            value, error = top_k(op, value, error)
         elif op.kind == "layer_norm":
             value, error = layer_norm(op, value, error)
         elif op.kind in others:
@@ -217,6 +230,43 @@ def program_step(program, x, state):
                 error = np.where(np.abs(u - op.threshold) <= error, np.abs(u) + error, error)
     found["out"] = value, error
     return found
+
+
+def _winners(op, value):
+    parts = value.reshape(op.groups, -1)
+    order = np.argsort(-parts, axis=1, kind="stable")[:, : op.k]
+    won = np.zeros(parts.shape, bool)
+    np.put_along_axis(won, order, True, axis=1)
+    return won.reshape(-1)
+
+
+def kwta_limit(op, value):
+    """(units,) half way between the last value of its part that speaks and the first that does not."""
+    parts = -np.sort(-value.reshape(op.groups, -1), axis=1)
+    silent = parts[:, min(op.k, parts.shape[1] - 1)] if op.k < parts.shape[1] else parts[:, -1] - 1
+    return np.repeat((parts[:, op.k - 1] + silent) / 2, parts.shape[1])
+
+
+def log_softmax(value, error):
+    """(x - log sum exp x, bound). The sum of n exponentials, each wrong by 2e-7 of itself and rounded n times, moves its
+    logarithm by as much; x and the logarithm round at most three times; an error of x counts once there and once here.
+    """
+    below = value - value.max()
+    log_sum = np.log(np.exp(below).sum())
+    n = len(value)
+    own = 4e-7 + 2 * n * EPS32 + 4 * EPS32 * (np.abs(below) + np.abs(value) + np.abs(value.max()) + np.abs(log_sum))
+    return below - log_sum, own + error + error.max()
+
+
+def top_k(op, value, error):
+    """(indices and values of the k largest, bound): a place in the order is certain where its neighbours are far enough."""
+    order = np.argsort(-value, kind="stable")
+    ranked = value[order]
+    close = np.diff(ranked, prepend=np.inf, append=-np.inf) >= -2 * error.max()
+    doubt = (close[:-1] | close[1:])[: op.k] & (error.max() > 0)
+    return np.concatenate([order[: op.k], ranked[: op.k]]), np.concatenate(
+        [np.where(doubt, len(value), 0), np.full(op.k, error.max())]
+    )
 
 
 def _sigmoid(x):

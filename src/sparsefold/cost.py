@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, Embedding, Linear, Op, Program, Recurrent
+from sparsefold.program import EGRU, Embedding, Linear, Op, Program, Recurrent, Weightless
 
 Integers = NDArray[np.integer[Any]]
 
@@ -23,8 +23,9 @@ Integers = NDArray[np.integer[Any]]
 class Counts:
     """What happened in ``steps`` steps, as integers, by the index of the op.
 
-    ``events[i]``: (H,) how often each unit of EGRU or ReLU ``i`` emitted. ``input_reads[i]``: (I,) how often each input column of
-    op ``i`` was read, where its input is an event list; absent where the input is dense. ``hidden_reads[i]``: (H,) the same
+    ``events[i]``: (H,) how often each unit of op ``i`` emitted, an EGRU or one that picks. ``input_reads[i]``: (I,) how often
+    each input column of op ``i`` was read, where its input is an event list; absent where the input is
+    dense. ``hidden_reads[i]``: (H,) the same
     for the recurrent matrix of EGRU ``i``.
     """
 
@@ -41,7 +42,7 @@ class Counts:
         emitted_before: Mapping[int, NDArray[Any]] | None = None,
         steps: int = 0,
     ) -> Counts:
-        """Counts of a recorded run: ``trace[i]`` (T, H) says which units of EGRU or ReLU ``i`` emitted at each step.
+        """Counts of a recorded run: ``trace[i]`` (T, H) says which units of op ``i`` emitted at each step.
 
         ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first; none, when left out.
         ``steps`` is read only where the program has neither, so that no trace tells the number.
@@ -61,7 +62,7 @@ class Counts:
         return cls(steps, events, input_reads, hidden_reads)
 
     def event_rate(self, op: int | None = None) -> float:
-        """Events per unit and step, of one EGRU or ReLU or over all of them."""
+        """Events per unit and step, of one op or over all that speak."""
         chosen = [np.asarray(e) for i, e in self.events.items() if op in (None, i)]
         units = sum(e.size for e in chosen)
         return float(sum(int(e.sum()) for e in chosen) / (units * self.steps)) if units * self.steps else 0.0
@@ -170,7 +171,8 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
                 product = Part(i, "input", product.macs_dense, product.macs_weight, 0, read, 0, product.density)
             parts.append(product)
             parts.append(_product(i, "recurrent", op.weight_hh, counts.steps, counts.hidden_reads.get(i)))
-        unit_updates += 0 if isinstance(op, Embedding | Linear) else op.outputs * counts.steps
+        if not isinstance(op, Embedding | Linear):
+            unit_updates += (op.units if isinstance(op, Weightless) else op.outputs) * counts.steps
         bytes_state += _state_bytes(i, op, counts)
     return Cost(counts.steps, tuple(parts), unit_updates, bytes_state)
 

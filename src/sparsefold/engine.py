@@ -13,7 +13,23 @@ from numpy.typing import DTypeLike, NDArray
 from sparsefold import _native
 from sparsefold.cost import Cost, Counts, Part, cost
 from sparsefold.formats import CSC, Complementary, Dense, Float, Format
-from sparsefold.program import EGRU, GRU, RNN, Embedding, LayerNorm, Linear, Program, Recurrent, ReLU, Speaking
+from sparsefold.program import (
+    EGRU,
+    GRU,
+    KWTA,
+    RNN,
+    Embedding,
+    Events,
+    LayerNorm,
+    Linear,
+    LogSoftmax,
+    Picks,
+    Program,
+    Recurrent,
+    ReLU,
+    Speaking,
+    TopK,
+)
 
 FOLD_LIMIT = 8 * 2**20
 State = dict[str, Float]
@@ -44,6 +60,14 @@ class Engine:
                 self._core.add_linear(native_matrix(op.weight), op.bias)
             elif isinstance(op, ReLU):
                 self._core.add_relu()
+            elif isinstance(op, Events):
+                self._core.add_events(op.units)
+            elif isinstance(op, KWTA):
+                self._core.add_kwta(op.units, op.k, op.groups)
+            elif isinstance(op, LogSoftmax):
+                self._core.add_log_softmax(op.units)
+            elif isinstance(op, TopK):
+                self._core.add_top_k(op.units, op.k)
             elif isinstance(op, LayerNorm):
                 self._core.add_layer_norm(op.weight, op.bias, op.epsilon)
             else:
@@ -228,8 +252,8 @@ class Stream:
             f"{'part':<18}{'density':>8}{'events':>8}{'MACs dense':>12}{'weight':>10}{'effective':>11}{'bytes':>10}",
         ]
         for i, op in enumerate(self.engine.program.ops):
-            if isinstance(op, ReLU):
-                lines.append(f"{f'{i} relu':<26}{counts.event_rate(i):>8.3f}")
+            if isinstance(op, Picks):
+                lines.append(f"{f'{i} {op.kind}':<26}{counts.event_rate(i):>8.3f}")
             lines += [self._report_line(part, counts) for part in total.parts if part.op == i]
         all_read = total.per_step("bytes_weights") + total.per_step("bytes_index")
         lines.append(
@@ -279,7 +303,7 @@ def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
 @dataclass(frozen=True, eq=False)
 class Interpretation:
     """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``, events of
-    every ReLU too; last ``state``.
+    every op that picks too; last ``state``.
     """
 
     outputs: NDArray[Any]
@@ -326,6 +350,20 @@ def interpret(
             elif isinstance(op, ReLU):
                 events[i].append(~(value <= 0))
                 value = np.maximum(value, 0)
+            elif isinstance(op, Events):
+                events[i].append(value != 0)
+            elif isinstance(op, KWTA):
+                kept = np.zeros(op.units, bool)
+                for part in np.split(np.arange(op.units), op.groups):
+                    kept[part[_largest(value[part], op.k)]] = True
+                events[i].append(kept)
+                value = np.where(kept, value, 0)
+            elif isinstance(op, LogSoftmax):
+                below = value - value.max()
+                value = below - np.log(np.exp(below).sum())
+            elif isinstance(op, TopK):
+                best = _largest(value, op.k)
+                value = np.concatenate([best.astype(dtype), value[best]])
             elif isinstance(op, LayerNorm):
                 apart = value - value.mean()
                 value = apart / np.sqrt((apart**2).mean() + op.epsilon) * op.weight + op.bias
@@ -351,6 +389,12 @@ def interpret(
         {i: stacked(rows, program.ops[i].outputs, dtype) for i, rows in us.items()},
         now,
     )
+
+
+def _largest(values: NDArray[Any], k: int) -> NDArray[np.intp]:
+    """Indices of the k largest, largest first; NaN above all, ties to the lower index."""
+    unknown = np.isnan(values)
+    return np.lexsort((np.arange(len(values)), -np.where(unknown, np.inf, values), ~unknown))[:k]
 
 
 def _products(

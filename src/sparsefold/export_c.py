@@ -20,14 +20,18 @@ from sparsefold.formats import CSC, Block, Complementary, Dense, Float, Format
 from sparsefold.program import (
     EGRU,
     GRU,
+    KWTA,
     LSTM,
     RNN,
     Embedding,
     LayerNorm,
     Linear,
+    LogSoftmax,
+    Picks,
     Program,
     Recurrent,
     ReLU,
+    TopK,
     write_atomically,
 )
 
@@ -108,6 +112,65 @@ static float sigmoid(float x)
     return 1.0f / (1.0f + expf(-x));
 }
 """,
+    "order_of": """
+/* Floats as integers of the same order, both zeros alike, what is no number above all. */
+static uint32_t order_of(float x)
+{
+    union {
+        float value;
+        uint32_t bits;
+    } u;
+    u.value = x + 0.0f;
+    if (x != x) return 0xffffffffu;
+    return u.bits & 0x80000000u ? ~u.bits : u.bits | 0x80000000u;
+}
+""",
+    "kwta": """
+/* y = the k largest of x, zero elsewhere; ties to the lower index. The smallest of them is found bit by bit. */
+static void kwta(const float *x, uint32_t n, uint32_t k, float *y)
+{
+    uint32_t limit = 0, bit, j, reach, ties = k;
+    for (bit = 0x80000000u; bit; bit >>= 1) {
+        for (j = 0, reach = 0; j < n; ++j) reach += order_of(x[j]) >= (limit | bit);
+        if (reach >= k) limit |= bit;
+    }
+    for (j = 0; j < n; ++j) ties -= order_of(x[j]) > limit;
+    for (j = 0; j < n; ++j) {
+        const uint32_t key = order_of(x[j]);
+        y[j] = key > limit || (key == limit && ties) ? x[j] : 0.0f;
+        if (key == limit && ties) --ties;
+    }
+}
+""",
+    "log_softmax": """
+static void log_softmax(const float *x, uint32_t n, float *y)
+{
+    float largest = x[0], sum = 0.0f;
+    uint32_t j;
+    for (j = 1; j < n; ++j) largest = x[j] > largest ? x[j] : largest;
+    for (j = 0; j < n; ++j) sum += expf(x[j] - largest);
+    sum = logf(sum);
+    for (j = 0; j < n; ++j) y[j] = x[j] - largest - sum;
+}
+""",
+    "top_k": """
+/* The indices of the k largest, largest first, ties to the lower index; then their values. */
+static void top_k(const float *x, uint32_t n, uint32_t k, float *y)
+{
+    uint32_t found = 0, j, at;
+    for (j = 0; j < n; ++j) {
+        const uint32_t key = order_of(x[j]);
+        if (found == k && key <= order_of(y[k + found - 1])) continue;
+        at = found < k ? found++ : found - 1;
+        for (; at && key > order_of(y[k + at - 1]); --at) {
+            y[k + at] = y[k + at - 1];
+            y[at] = y[at - 1];
+        }
+        y[k + at] = x[j];
+        y[at] = (float)j;
+    }
+}
+""",
     "layer_norm": """
 static void layer_norm(const float *x, uint32_t n, float epsilon, const float *weight, const float *bias, float *y)
 {
@@ -177,8 +240,10 @@ class _Writer:
                 value = self._embedding(i, op)
             elif isinstance(op, Linear):
                 value = self._linear(i, op, value, events_of)
-            elif isinstance(op, ReLU):
-                value = self._relu(i, op, value)
+            elif isinstance(op, Picks):
+                value = self._picks(i, op, value)
+            elif isinstance(op, LogSoftmax | TopK):
+                value = self._head(i, op, value)
             elif isinstance(op, LayerNorm):
                 value = self._layer_norm(i, op, value)
             else:
@@ -326,18 +391,30 @@ class _Writer:
         self.calls.append(f"    {call}({', '.join(arguments)});")
         return out
 
-    def _relu(self, i: int, op: ReLU, x: str) -> str:
+    def _picks(self, i: int, op: Picks, x: str) -> str:
         out, state, argument = self._output(i, op), "", ""
-        body = [f"    for (j = 0; j < {op.units}; ++j) y[j] = x[j] <= 0.0f ? 0.0f : x[j];"]
+        if isinstance(op, KWTA):
+            self.used |= {"order_of", "kwta"}
+            width = op.units // op.groups
+            body = [f"    for (j = 0; j < {op.units}; j += {width}) kwta(x + j, {width}, {op.k}, y + j);"]
+        else:
+            chosen = "x[j] <= 0.0f ? 0.0f : x[j]" if isinstance(op, ReLU) else "x[j]"
+            body = [f"    for (j = 0; j < {op.units}; ++j) y[j] = {chosen};"]
         if i + 1 < len(self.program.ops) and self.program.reads_events(i + 1):
             speak, state, argument = self._event_list(i, op.units), f"{self.name}_state *s, ", "s, "
             body += [
                 f"    s->count_{i} = 0;",
                 f"    for (j = 0; j < {op.units}; ++j)",
-                f"        if (!(x[j] <= 0.0f)) {speak} /* a NaN must reach whoever listens */",
+                f"        if (y[j] != 0.0f) {speak} /* a NaN must reach whoever listens */",
             ]
         call = self._function(i, op, f"{state}const float *x, float *y", body)
         self.calls.append(f"    {call}({argument}{x}, {out});")
+        return out
+
+    def _head(self, i: int, op: LogSoftmax | TopK, x: str) -> str:
+        self.used |= {"log_softmax"} if isinstance(op, LogSoftmax) else {"order_of", "top_k"}
+        out, k = self._output(i, op), f"{op.k}, " if isinstance(op, TopK) else ""
+        self.calls.append(f"    {op.kind}({x}, {op.units}, {k}{out}); /* op {i} */")
         return out
 
     def _layer_norm(self, i: int, op: LayerNorm, x: str) -> str:

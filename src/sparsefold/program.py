@@ -166,11 +166,11 @@ class RNN(Recurrent):
 
 
 @dataclass(frozen=True, eq=False)
-class ReLU:
-    """``y = o * x`` with ``o = x > 0``, handed on as events: whoever reads it pays for the units that speak."""
+class Weightless:
+    """What ops without weights share: they read as many values as they have units."""
 
     units: int
-    kind: ClassVar[str] = "relu"
+    kind: ClassVar[str]
 
     @property
     def inputs(self) -> int:
@@ -179,8 +179,61 @@ class ReLU:
 
     @property
     def outputs(self) -> int:
-        """Units."""
+        """Values given."""
         return self.units
+
+
+class Picks(Weightless):
+    """Says which values speak, and hands them on as events: whoever reads them pays for those alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReLU(Picks):
+    """``y = o * x`` with ``o = x > 0``, handed on as events."""
+
+    kind: ClassVar[str] = "relu"
+
+
+@dataclass(frozen=True, eq=False)
+class Events(Picks):
+    """``y = x``, whose values that are not zero are handed on as events. May be the first op, for x that is mostly zeros."""
+
+    kind: ClassVar[str] = "events"
+
+
+@dataclass(frozen=True, eq=False)
+class KWTA(Picks):
+    """``y = o * x`` with o = 1 for the k largest values of each of ``groups`` equal parts; k * groups events every step.
+
+    Ties go to the lower index; what is no number is larger than any number.
+    """
+
+    k: int
+    groups: int = 1
+    kind: ClassVar[str] = "kwta"
+
+
+@dataclass(frozen=True, eq=False)
+class LogSoftmax(Weightless):
+    """``y = x - max(x) - log(sum(exp(x - max(x))))``."""
+
+    kind: ClassVar[str] = "log_softmax"
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(Weightless):
+    """The indices of the k largest values, largest first, and then those values: 2 k outputs. ``k=1`` is the argmax.
+
+    Ties go to the lower index; what is no number is larger than any number.
+    """
+
+    k: int
+    kind: ClassVar[str] = "top_k"
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return 2 * self.k
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,9 +256,11 @@ class LayerNorm:
         return self.weight.size
 
 
-Op = Embedding | Linear | Recurrent | ReLU | LayerNorm
-Speaking = EGRU | ReLU  # at every step each of their units emits an event or not
-OPS: dict[str, type[Op]] = {op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU, LayerNorm)}
+Op = Embedding | Linear | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | TopK
+Speaking = EGRU | Picks  # at every step each of their units emits an event or not
+OPS: dict[str, type[Op]] = {
+    op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, TopK)
+}
 
 
 def matrices(op: Op) -> dict[str, Format]:
@@ -251,7 +306,7 @@ class Program:
     def reads_events(self, i: int) -> bool:
         """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
         before = self.ops[i - 1] if i else None
-        emits = isinstance(before, ReLU) or (isinstance(before, EGRU) and before.output == "events")
+        emits = isinstance(before, Picks) or (isinstance(before, EGRU) and before.output == "events")
         return emits and isinstance(self.ops[i], Linear | Recurrent)
 
     def by_events(self, i: int, name: str) -> bool:
@@ -489,9 +544,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
         elif isinstance(op, Linear):
             _check(op.weight.gates == 1, f"{where}: a linear op has one gate, got {op.weight.gates}.")
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
-        elif isinstance(op, ReLU):
-            _check(i > 0, f"{where}: a relu cannot be the first op. Apply it to the input before it is played.")
-            _check(not isinstance(ops[i - 1], ReLU), f"{where}: a relu after a relu changes nothing; leave it out.")
+        elif isinstance(op, Weightless):
+            _validate_weightless(where, op, ops[:i])
         elif isinstance(op, LayerNorm):
             _check(op.weight.ndim == 1, f"{where}: weight has one axis; got {op.weight.shape}.")
             _check(op.bias.shape == op.weight.shape, f"{where}: bias must be {op.weight.shape}, got {op.bias.shape}.")
@@ -523,6 +577,7 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"{where} reads {op.inputs} values, but op {i - 1} ({ops[i - 1].kind}) gives {ops[i - 1].outputs}.",
             )
         _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
+    _check(not all(isinstance(op, Weightless) for op in ops), "a program needs an op with weights.")
     for name, array, wanted in _arrays(ops):
         _check(array.dtype == wanted, f"tensor {name} must be {wanted.name}, got {array.dtype}. Convert it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -531,6 +586,33 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"every weight must be finite, but tensor {name} holds {array[tuple(where)]} at {where}. "
                 "Training probably diverged: lower the learning rate, or load an earlier checkpoint."
             )
+
+
+def _validate_weightless(where: str, op: Weightless, before: tuple[Op, ...]) -> None:
+    last = before[-1] if before else None
+    _check(
+        bool(before) or isinstance(op, Events),
+        f"{where}: a {op.kind} cannot be the first op. Apply it to the input before it is played.",
+    )
+    if isinstance(op, ReLU):
+        _check(not isinstance(last, ReLU), f"{where}: a relu after a relu changes nothing; leave it out.")
+    if isinstance(op, Events):
+        emits = isinstance(last, Picks) or (isinstance(last, EGRU) and last.output == "events")
+        _check(not emits, f"{where}: events of what already is an event list change nothing; leave it out.")
+    if isinstance(op, KWTA | TopK):
+        groups = op.groups if isinstance(op, KWTA) else 1
+        _check(
+            groups > 0 and op.units % groups == 0 and 0 < op.k <= op.units // groups,
+            f"{where}: of {op.units} values in {groups} equal parts, {op.k} of each cannot be kept.",
+        )
+    if isinstance(op, TopK):
+        _check(
+            op.units <= 2**24, f"{where}: the index of one of {op.units} values is not exact as a float32; 2^24 are."
+        )
+    _check(
+        not (len(before) > 1 and all(isinstance(o, Weightless) for o in before[-2:])),
+        f"{where}: at most two ops without weights follow one another.",
+    )
 
 
 def _arrays(ops: Iterable[Op]) -> Iterator[tuple[str, NDArray[Any], np.dtype[Any]]]:

@@ -248,6 +248,17 @@ def _relu(at: int, **options: Any) -> Any:
     return change
 
 
+def _weightless(kind: str, *more: dict[str, Any], at: int = 3, **options: Any) -> Any:
+    """An op without weights as op ``at``, the last one but for ``more``."""
+
+    def change(file: File) -> None:
+        file.ops[at:] = [{"op": kind, **options}, *more]
+        if not at:
+            file.tensors.clear()
+
+    return change
+
+
 def _norm(*changes: Any, **options: Any) -> Any:
     """A layer_norm as op 3, the last one, with further changes of its tensors."""
 
@@ -355,7 +366,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
     "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
     # the ops
-    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, egru, lstm, rnn, relu, layer_norm"),
+    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, "),
     "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
@@ -376,6 +387,24 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "relu_without_units": (_file(_relu(3)), "units must be a whole number"),
     "relu_of_other_units": (_file(_relu(3, units=2**28 - 1)), "op 3 (relu) reads 268435455 values, but op 2 (linear) gives 3"),
     "relu_first": (_file(_relu(0, units=2**28 - 1)), "a relu cannot be the first op"),
+    "events_alone": (_file(_weightless("events", at=0, units=2**28 - 1)), "a program needs an op with weights"),
+    "events_then_kwta_alone": (
+        _file(_weightless("events", {"op": "kwta", "units": 2**28 - 1, "k": 2**27, "groups": 1}, at=0, units=2**28 - 1)),
+        "a program needs an op with weights",
+    ),
+    "events_twice": (_file(_weightless("events", {"op": "events", "units": 3}, units=3)), "change nothing; leave it out"),
+    "three_without_weights": (
+        _file(_weightless("events", {"op": "kwta", "units": 3, "k": 1, "groups": 1}, {"op": "log_softmax", "units": 3}, units=3)),
+        "at most two ops without weights follow one another",
+    ),
+    "kwta_first": (_file(_weightless("kwta", at=0, units=3, k=1, groups=1)), "a kwta cannot be the first op"),
+    "kwta_of_none": (_file(_weightless("kwta", units=3, k=0, groups=1)), "k must be a whole number between 1 and 2^28"),
+    "kwta_of_four": (_file(_weightless("kwta", units=3, k=4, groups=1)), "in 1 equal parts, 4 of each cannot be kept"),
+    "kwta_unequal_parts": (_file(_weightless("kwta", units=3, k=1, groups=2)), "of 3 values in 2 equal parts"),
+    "kwta_without_groups": (_file(_weightless("kwta", units=3, k=1)), "groups must be a whole number between 1 and 2^28"),
+    "top_k_of_four": (_file(_weightless("top_k", units=3, k=4)), "of 3 values in 1 equal parts, 4 of each cannot be kept"),
+    "top_k_of_true": (_file(_weightless("top_k", units=3, k=True)), "k must be a whole number"),
+    "log_softmax_of_other_units": (_file(_weightless("log_softmax", units=4)), "op 3 (log_softmax) reads 4 values"),
     "epsilon_zero": (_file(_norm(epsilon=0.0)), "epsilon must be in [1e-12, 1], got 0.0"),
     "epsilon_nan": (_file(_norm(epsilon=float("nan"))), "epsilon must be in [1e-12, 1], got nan"),
     "epsilon_long": (_file(_norm(epsilon=10**300)), "epsilon must be in [1e-12, 1]"),

@@ -9,7 +9,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold.cost import Part
-from sparsefold.program import EGRU, Embedding, LayerNorm, Linear, ReLU
+from sparsefold.program import EGRU, Embedding, LayerNorm, Linear, Picks, Weightless
 
 network = cache(cases.network)
 SPEAKING = [name for name in cases.NETWORKS if any(isinstance(op, EGRU) for op in network(name).ops)]
@@ -100,8 +100,8 @@ def brute(program, trace, before, steps, folded):
             if isinstance(op, Embedding):
                 parts.setdefault((i, "embedding"), [0, 0, 0])
                 continue
-            if isinstance(op, ReLU | LayerNorm):
-                speaking = trace[i][t] if isinstance(op, ReLU) else None
+            if isinstance(op, Weightless | LayerNorm):
+                speaking = trace[i][t] if isinstance(op, Picks) else None
                 continue
             spoken_before = None
             if isinstance(op, EGRU):
@@ -202,7 +202,19 @@ def test_what_a_dense_cell_carries_is_read_and_written(name, bytes_a_step):
 
 
 @pytest.mark.parametrize(
-    "name", ["three", "mixed-3", "gru-block-2", "linear", "tokens-lstm", "rnn-of-events", "relu", "tokens-layer-norm"]
+    "name",
+    [
+        "three",
+        "mixed-3",
+        "gru-block-2",
+        "linear",
+        "tokens-lstm",
+        "rnn-of-events",
+        "relu",
+        "kwta",
+        "events",
+        "tokens-layer-norm",
+    ],
 )
 def test_to_dict_sums_and_is_json(name):
     program = network(name)
@@ -224,7 +236,7 @@ def test_to_dict_sums_and_is_json(name):
     assert shown["bytes_state"] == found.bytes_state / 8
     assert found.macs_dense >= found.macs_weight >= found.macs_effective
     assert {part["op"] for part in shown["parts"]} == {
-        i for i, op in enumerate(program.ops) if not isinstance(op, ReLU | LayerNorm)
+        i for i, op in enumerate(program.ops) if not isinstance(op, Weightless | LayerNorm)
     }
 
 

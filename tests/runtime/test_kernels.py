@@ -131,6 +131,76 @@ def check_relu(isa):
         np.testing.assert_array_equal(emitted[1], table > 0)
 
 
+def check_events(isa):
+    for units in (*cases.SMALL_SIZES, 100):
+        r = cases.rng(units)
+        x = (cases.vector(r, 4 * units).reshape(4, units) * (r.random((4, units)) < 0.5)).astype(np.float32)
+        x[1, -1], x[2, 0] = np.nan, -0.0
+        eye = sf.program.Linear(sf.CSC.from_dense(np.eye(units)), np.zeros(units, np.float32))
+        out, emitted = sf.Engine(sf.Program((sf.program.Events(units), eye)), isa=isa).stream().run_traced(x)
+        np.testing.assert_array_equal(out, x)
+        np.testing.assert_array_equal(emitted[0], x != 0)
+
+
+def hard_values(r, units):
+    """Ties, both zeros, infinities and what is no number among ordinary values."""
+    x = np.round(cases.vector(r, units), 1)
+    x[r.random(units) < 0.2] = -0.0
+    x[r.random(units) < 0.1] = np.inf
+    x[r.random(units) < 0.1] = np.nan
+    return x.astype(np.float32)
+
+
+def largest(x, k):
+    """Indices of the k largest by the definition, one after the other."""
+    left, found = list(range(len(x))), []
+    for _ in range(k):
+        best = left[0]
+        for j in left[1:]:
+            if not np.isnan(x[best]) and (np.isnan(x[j]) or x[j] > x[best]):
+                best = j
+        left.remove(best)
+        found.append(best)
+    return found
+
+
+def check_kwta(isa):
+    for units, k, groups in ((1, 1, 1), (15, 4, 3), (16, 16, 1), (17, 3, 1), (33, 2, 11), (100, 10, 5)):
+        r = cases.rng(units)
+        x = np.array([hard_values(r, units) for _ in range(6)])
+        eye = sf.program.Linear(sf.CSC.from_dense(np.eye(units)), np.zeros(units, np.float32))
+        program = sf.Program((sf.program.Events(units), sf.program.KWTA(units, k, groups), eye))
+        out, emitted = sf.Engine(program, isa=isa).stream().run_traced(x)
+        for row, spoke, y in zip(x, emitted[1], out, strict=True):
+            width = units // groups
+            expected = np.zeros(units, bool)
+            for g in range(groups):
+                expected[[g * width + j for j in largest(row[g * width : (g + 1) * width], k)]] = True
+            np.testing.assert_array_equal(spoke, expected)
+            np.testing.assert_array_equal(y, np.where(expected, row, 0))
+
+
+def check_top_k(isa):
+    for units, k in ((1, 1), (15, 4), (33, 33), (100, 7)):
+        r = cases.rng(units)
+        x = np.array([hard_values(r, units) for _ in range(6)])
+        eye = sf.program.Linear(sf.CSC.from_dense(np.eye(units)), np.zeros(units, np.float32))
+        program = sf.Program((sf.program.Events(units), eye, sf.program.TopK(units, k)))
+        for row, y in zip(x, sf.Engine(program, isa=isa).stream().run(x), strict=True):
+            assert y[:k].astype(int).tolist() == largest(row, k)
+            np.testing.assert_array_equal(y[k:], row[largest(row, k)])
+
+
+def check_log_softmax(isa):
+    for units in (*cases.SMALL_SIZES, 257):
+        x = cases.vector(cases.rng(units), units, 30.0)
+        eye = sf.program.Linear(sf.CSC.from_dense(np.eye(units)), np.zeros(units, np.float32))
+        out = sf.Engine(sf.Program((eye, sf.program.LogSoftmax(units))), isa=isa).stream().step(x)
+        value, bound = tolerances.log_softmax(x.astype(np.float64), np.zeros(units))
+        assert (np.abs(out - value) <= bound).all()
+        assert abs(np.exp(out.astype(np.float64)).sum() - 1) <= bound.max() * 1.01
+
+
 def check_layer_norm(isa):
     for units in (*cases.SMALL_SIZES, 100, 257):
         r = cases.rng(units)
@@ -160,6 +230,10 @@ CHECKS = (
         "cell_egru": lambda isa: check_cell(isa, "egru", {"reset_after": True}, {"reset_after": False}),
         "cell_lstm": lambda isa: check_cell(isa, "lstm", {}),
         "cell_relu": check_relu,
+        "cell_events": check_events,
+        "cell_kwta": check_kwta,
+        "cell_log_softmax": check_log_softmax,
+        "cell_top_k": check_top_k,
         "cell_layer_norm": check_layer_norm,
         "cell_rnn": lambda isa: check_cell(isa, "rnn", {"nonlinearity": "tanh"}, {"nonlinearity": "relu"}),
     }

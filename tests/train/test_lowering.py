@@ -11,7 +11,7 @@ import torch
 import sparsefold as sf
 from sparsefold.formats import CSC, Block, Complementary, Dense
 from sparsefold.lowering import choose
-from sparsefold.nn import EGRU, EGRUState, Stack
+from sparsefold.nn import EGRU, KWTA, EGRUState, Stack
 from sparsefold.sparsify import Block as BlockRule
 from sparsefold.sparsify import Magnitude, Pruner
 from tolerances import FREE_RUNNING_F32, program_step
@@ -116,6 +116,41 @@ def plays_as_in_torch(model: torch.nn.Module, x: torch.Tensor) -> sf.Program:
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(sf.Engine(program).stream().run(x.numpy()), expected, rtol=0, atol=FREE_RUNNING_F32)
     return program
+
+
+def test_kwta_and_log_softmax_play_as_in_torch() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(9, 36), KWTA(36, 9, k_eval=6, boost=1.0), torch.nn.Linear(36, 40), KWTA(40, 2, groups=5),
+        torch.nn.Linear(40, 17), torch.nn.LogSoftmax(-1),
+    )  # fmt: skip
+    model(torch.randn(50, 9))  # in training: the duty cycles move
+    program = plays_as_in_torch(model, torch.randn(40, 9))
+    assert [op.kind for op in program.ops] == ["linear", "kwta", "linear", "kwta", "linear", "log_softmax"]
+    assert (program.ops[1].k, program.ops[3].groups) == (6, 5)
+    with pytest.raises(ValueError, match="a LogSoftmax over axis 1 cannot be compiled"):
+        sf.compile_model(torch.nn.Sequential(torch.nn.Linear(9, 3), torch.nn.LogSoftmax(1)))
+
+
+def test_a_head_is_made_of_the_last_outputs() -> None:
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(9, 17), torch.randn(20, 9)
+    with torch.no_grad():
+        logits = model(x)
+    played = {
+        head: sf.Engine(sf.compile_model(model, head=head)).stream().run(x.numpy())
+        for head in ("log_softmax", "argmax", 4)
+    }
+    np.testing.assert_allclose(played["log_softmax"], logits.log_softmax(-1), rtol=0, atol=FREE_RUNNING_F32)
+    best = logits.topk(4)
+    np.testing.assert_array_equal(played[4][:, :4], best.indices)
+    np.testing.assert_allclose(played[4][:, 4:], best.values, rtol=0, atol=FREE_RUNNING_F32)
+    np.testing.assert_array_equal(played["argmax"], played[4][:, [0, 4]])
+    for wrong in ("softmax", 2.0, True):
+        with pytest.raises(ValueError, match="head is 'log_softmax', 'argmax', a number of largest values, or None"):
+            sf.compile_model(model, head=wrong)
+    with pytest.raises(ValueError, match="of 17 values in 1 equal parts, 18 of each cannot be kept"):
+        sf.compile_model(model, head=18)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}], ids=str)

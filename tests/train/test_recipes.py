@@ -607,7 +607,9 @@ def test_learning_happens_with_few_events_and_exactly_the_weights_asked_for(tmp_
     corpus = load_text()
     share = np.bincount(corpus.valid, minlength=corpus.tokens) / len(corpus.valid)
     entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
-    summary = text.run(text.Config(hidden=64, embedding=32, steps=150, density=0.25, decoder_density=0.5, eval_every=75), tmp_path)
+    summary = text.run(
+        text.Config(hidden=64, embedding=32, steps=150, density=0.25, decoder_density=0.5, eval_every=75), tmp_path
+    )
     assert 4 < entropy < 5.5
     assert summary["valid_bits_per_char"] < entropy - 0.8
     assert log(tmp_path)[-1]["event_rate"] < 0.15, "0.10 was asked for"

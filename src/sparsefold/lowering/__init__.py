@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsefold import program as ops
 from sparsefold.formats import Float, Format, Precision
 from sparsefold.lowering.choose import choose
-from sparsefold.nn import EGRU, Stack
+from sparsefold.nn import EGRU, KWTA, Stack
 from sparsefold.program import Op, Program
 
 
@@ -42,17 +42,22 @@ Rule = Callable[[str, Any, int], Sequence[Op | _Affine]]
 
 
 def compile_model(
-    model: torch.nn.Module, metadata: Mapping[str, Any] | None = None, weights: Precision = "f32"
+    model: torch.nn.Module,
+    metadata: Mapping[str, Any] | None = None,
+    weights: Precision = "f32",
+    head: Literal["log_softmax", "argmax"] | int | None = None,
 ) -> Program:
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
-            Linear, ReLU, LayerNorm, BatchNorm1d (folded into a layer beside it), Dropout and Identity. Evaluation mode
-            is compiled: dropout is gone, zoneout is its mean.
+            Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and Identity.
+            Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
         weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32;
             "w8a8" rounds dense inputs of a product to int8 too, with one scale a step, and sums are exact integers.
+        head: what is made of the outputs of every step: "log_softmax"; a number k for the indices of the k largest values and
+            then these values, largest first; "argmax" for k = 1; None for nothing.
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
@@ -64,9 +69,20 @@ def compile_model(
     if not folded:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
+        folded += _head(head, folded[-1].outputs)
         return Program(tuple(folded), dict(metadata or {})).rounded(weights)
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
+
+
+def _head(head: Any, width: int) -> list[Op]:
+    if head is None:
+        return []
+    if head == "log_softmax":
+        return [ops.LogSoftmax(width)]
+    if head != "argmax" and type(head) is not int:
+        raise ValueError(f"head is 'log_softmax', 'argmax', a number of largest values, or None; got {head!r}.")
+    return [ops.TopK(width, 1 if head == "argmax" else head)]
 
 
 def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -145,6 +161,16 @@ def _relu(name: str, module: Any, width: int) -> list[Op]:
     return [ops.ReLU(width)]
 
 
+def _kwta(name: str, module: Any, width: int) -> list[Op]:
+    return [ops.KWTA(module.units, module.k_eval, module.groups)]
+
+
+def _log_softmax(name: str, module: Any, width: int) -> list[Op]:
+    if module.dim != -1:
+        raise ValueError(f"{name}: a LogSoftmax over axis {module.dim} cannot be compiled, only one over the last, -1.")
+    return [ops.LogSoftmax(width)]
+
+
 def _layer_norm(name: str, module: Any, width: int) -> list[Op]:
     if len(module.normalized_shape) != 1:
         axes = len(module.normalized_shape)
@@ -219,7 +245,9 @@ _RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.RNN: _rnn,
     EGRU: _egru,
     torch.nn.ReLU: _relu,
+    KWTA: _kwta,
     torch.nn.LayerNorm: _layer_norm,
+    torch.nn.LogSoftmax: _log_softmax,
     torch.nn.BatchNorm1d: _batch_norm,
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,

@@ -2,10 +2,12 @@
 
 from .activity import Activity
 from .events import Triangle, event
+from .kwta import KWTA
 from .modules import EGRU, EGRUCell, EGRUState, Stack, StackState, anneal, param_groups
 
 __all__ = [
     "EGRU",
+    "KWTA",
     "Activity",
     "EGRUCell",
     "EGRUState",
