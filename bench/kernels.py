@@ -57,6 +57,16 @@ def stored(name: str, height: int, density: float, units: int, random: np.random
     return CSC.from_dense(flat, 3) if name == "csc" else Block.from_dense(flat, (height, 1), 3)
 
 
+def scipy_csr(matrix: Format, x: np.ndarray, exact: np.ndarray) -> float:
+    """Microseconds of SciPy's product of the same sparse matrix. It has no form for events: zeros of x are read too."""
+    from scipy.sparse import csr_array
+
+    rows = csr_array(matrix.to_dense())
+    if not np.allclose(rows @ x, exact @ x, rtol=0, atol=1e-4):
+        raise RuntimeError("SciPy's product is wrong: nothing is timed.")
+    return microseconds(lambda: [rows @ x for _ in range(16)], 16)
+
+
 def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> list[dict[str, Any]]:
     """Every format, density and event rate of one size, as timed lines."""
     lines: list[dict[str, Any]] = []
@@ -67,7 +77,7 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
             packed = _native.Packed(native_matrix(matrix))
             exact = matrix.to_dense().astype(np.float64)
             about = {"format": name, "height": height, "precision": precision, "density": density}
-            for rate in shapes["event_rate"]:
+            for rate in shapes["event_rate"] if precision != "w8a8" else ():  # which reads dense x alone
                 events = max(round(rate * units), 1)
                 sets = [np.sort(random.choice(units, events, replace=False)).astype(np.uint32) for _ in range(64)]
                 values = random.random(events).astype(np.float32)
@@ -86,8 +96,17 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
                 us = microseconds(partial(packed.matvec_lists, *lists, out), len(sets))
                 macs = int(matrix.column_elements[np.concatenate(sets)].sum()) / len(sets)
                 lines.append({"x": "events", **about, "event_rate": rate, "us": us, "macs": macs})
+            out = np.zeros(packed.padded_rows, np.float32)
+            packed.matvec(x32, out)
+            got = out.reshape(3, -1)[:, :units].reshape(-1)
+            # w8a8: a code of x may fall either way where float32 rounds it; one step of it reaches every row.
+            step = np.abs(x32).max() / 127 * np.abs(exact).max() if precision == "w8a8" else 0
+            if not np.allclose(got, matrix.matvec(x32.astype(np.float64)), rtol=0, atol=1e-4 + 3 * step):
+                raise RuntimeError(f"wrong product of dense x at H={units}, {about}: nothing is timed.")
             us = microseconds(partial(packed.matvec, x32, out, 16), 16)
             lines.append({"x": "dense", **about, "event_rate": 1.0, "us": us, "macs": matrix.elements})
+            if name == "csc":
+                lines.append({**lines[-1], "format": "scipy csr", "us": scipy_csr(matrix, x32, exact)})
             if name == "dense" and precision == "f32":
                 us = microseconds(lambda w=matrix.values: [w @ x32 for _ in range(16)], 16)
                 lines.append(

@@ -1,8 +1,9 @@
-"""Writes the tables of README.md and docs/benchmarks.md from committed results: ``make docs``. Nothing there is typed by hand."""
+"""Writes the tables and figures of README.md and docs from committed results: ``make docs``. Nothing there is typed by hand."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def kernels() -> str:
     ]
     for r in rows:
         events = r["x"] == "events"
-        if r["density"] not in (1.0, 0.1) or (events and r["event_rate"] != 0.1) or (not events and r["density"] < 1):
+        if r["density"] not in (1.0, 0.1) or (events and r["event_rate"] != 0.1):
             continue
         shape = f" {r['height']}x1" if r["format"] == "block" else f", group {r['height']}"
         name = r["format"] + (shape if r["format"] in ("block", "complementary") else "")
@@ -94,10 +95,106 @@ def steps() -> str:
     return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
+# Viridis, seven stops of it: lightness rises evenly, and every kind of colour blindness sees the order.
+_STOPS = ((68, 1, 84), (70, 50, 126), (54, 92, 141), (39, 127, 142), (31, 161, 135), (110, 206, 88), (253, 231, 37))
+_LOWEST, _HIGHEST = 0.25, 512.0  # speed-ups at the ends of the scale
+
+
+def _colour(speedup: float) -> tuple[str, str]:
+    """(fill, ink) of one cell."""
+    share = math.log(min(max(speedup, _LOWEST), _HIGHEST) / _LOWEST) / math.log(_HIGHEST / _LOWEST) * (len(_STOPS) - 1)
+    k = min(int(share), len(_STOPS) - 2)
+    fill = [round(a + (b - a) * (share - k)) for a, b in zip(_STOPS[k], _STOPS[k + 1], strict=True)]
+    light = 0.3 * fill[0] + 0.6 * fill[1] + 0.1 * fill[2] > 120
+    return "#" + "".join(f"{c:02x}" for c in fill), "#111111" if light else "#ffffff"
+
+
+def _title(r: dict[str, Any]) -> str:
+    names = {"block": f"blocks {r['height']}x1", "csc": "single weights (CSC)", "dense": "dense"}
+    name = names.get(r["format"], f"complementary, groups of {r['height']}")
+    return name + ("" if r["precision"] == "f32" else ", int8")
+
+
+def heatmap_svg() -> str:
+    """One small map for each format: event rate to the right, density upwards, speed-up by colour and number."""
+    rows = [json.loads(line) for line in newest("bench/results", "*/heatmap-*.jsonl").read_text().splitlines()]
+    maps: dict[str, dict[tuple[float, float], float]] = {}
+    for r in rows:
+        maps.setdefault(_title(r), {})[r["density"], r["event_rate"]] = r["speedup"]
+    rates = sorted({rate for cells in maps.values() for _, rate in cells})
+    w, h, left, top, gap, across = 40, 24, 62, 66, 34, 2
+    everything = sorted({d for cells in maps.values() for d, _ in cells}, reverse=True)
+    width, height = len(rates) * w + left + gap, len(everything) * h + 84
+    total = across * width + 12, top + math.ceil(len(maps) / across) * height + 4
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total[0]} {total[1]}" width="{total[0]}" '
+        f'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="11" fill="#1b1f23">',
+        f'<rect width="{total[0]}" height="{total[1]}" fill="#ffffff"/>',
+        '<text x="16" y="24" font-size="15" font-weight="bold">Speed-up against our own dense product, '
+        f"{rows[0]['units'] * 3} x {rows[0]['units']}, one core</text>",
+        '<line x1="16" y1="42" x2="46" y2="42" stroke="#d4004f" stroke-width="3"/>'
+        '<text x="54" y="46">break-even: on its right and above it, the dense product is faster</text>',
+    ]
+    for n, (name, cells) in enumerate(maps.items()):
+        x0, y0 = n % across * width + left, top + n // across * height + 24
+        densities = [d for d in everything if any((d, rate) in cells for rate in rates)]
+        out.append(f'<text x="{x0}" y="{y0 - 8}" font-size="13" font-weight="bold">{name}</text>')
+        faster = [[cells[d, rate] >= 1 for rate in rates] for d in densities]
+        for i, d in enumerate(densities):
+            y = y0 + i * h
+            out.append(f'<text x="{x0 - 6}" y="{y + 16}" text-anchor="end">{100 * d:.0f} %</text>')
+            for j, rate in enumerate(rates):
+                speedup = cells[d, rate]
+                fill, ink = _colour(speedup)
+                shown = f"{speedup:.0f}" if speedup >= 9.95 else f"{speedup:.1f}"
+                out.append(f'<rect x="{x0 + j * w}" y="{y}" width="{w}" height="{h}" fill="{fill}"/>')
+                out.append(
+                    f'<text x="{x0 + j * w + w / 2:g}" y="{y + 16}" text-anchor="middle" fill="{ink}">{shown}</text>'
+                )
+        line = []
+        for i in range(len(densities)):
+            for j in range(len(rates)):
+                x, y = x0 + j * w, y0 + i * h
+                if j + 1 < len(rates) and faster[i][j] != faster[i][j + 1]:
+                    line.append(f"M{x + w} {y}v{h}")
+                if i + 1 < len(densities) and faster[i][j] != faster[i + 1][j]:
+                    line.append(f"M{x} {y + h}h{w}")
+        if line:
+            path = "".join(line)
+            out.append(f'<path d="{path}" stroke="#ffffff" stroke-width="6" stroke-linecap="square" fill="none"/>')
+            out.append(f'<path d="{path}" stroke="#d4004f" stroke-width="3" stroke-linecap="square" fill="none"/>')
+        bottom = y0 + len(densities) * h
+        for j, rate in enumerate(rates):
+            out.append(
+                f'<text x="{x0 + j * w + w / 2:g}" y="{bottom + 14}" text-anchor="middle">{100 * rate:.0f}</text>'
+            )
+        out.append(
+            f'<text x="{x0 + len(rates) * w / 2:g}" y="{bottom + 30}" text-anchor="middle">units that speak, %</text>'
+        )
+        middle = y0 + len(densities) * h / 2
+        if len(densities) > 2:
+            out.append(
+                f'<text transform="translate({x0 - 48} {middle:g}) rotate(-90)" text-anchor="middle">weights stored</text>'
+            )
+    return "\n".join([*out, "</svg>", ""])
+
+
+def heatmap() -> str:
+    """The picture, and the result it is drawn from."""
+    path = newest("bench/results", "*/heatmap-*.jsonl")
+    about = json.loads(path.read_text().splitlines()[0])
+    where = f"{about['processor']}, {about['isa']}, one thread, pinned."
+    return (
+        "![Speed-up of the recurrent product over density and event rate, one map for each format](heatmap.svg)\n\n"
+        f"{where} From [{path.name}](../{path.relative_to(ROOT)})."
+    )
+
+
 SECTIONS = {
     "README.md": {"demo": demo_table},
-    "docs/benchmarks.md": {"learning-rates": learning_rates, "steps": steps, "kernels": kernels},
+    "docs/benchmarks.md": {"learning-rates": learning_rates, "steps": steps, "kernels": kernels, "heatmap": heatmap},
 }
+FIGURES = {"docs/heatmap.svg": heatmap_svg}
 
 
 def render(text: str, sections: dict[str, Any]) -> str:
@@ -116,6 +213,9 @@ def main() -> None:
     for page, sections in SECTIONS.items():
         path = ROOT / page
         path.write_text(render(path.read_text(), sections))
+        print(page)
+    for page, make in FIGURES.items():
+        (ROOT / page).write_text(make())
         print(page)
 
 

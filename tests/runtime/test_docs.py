@@ -26,6 +26,12 @@ def test_tables_are_generated(page: str) -> None:
     assert generate.render(text, generate.SECTIONS[page]) == text, f"{page} is not what 'make docs' writes"
 
 
+def test_figures_are_generated() -> None:
+    generate = generator()
+    for page, make in generate.FIGURES.items():
+        assert (ROOT / page).read_text() == make(), f"{page} is not what 'make docs' writes"
+
+
 def test_links_lead_somewhere() -> None:
     import re
 
