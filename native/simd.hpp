@@ -374,6 +374,29 @@ SF_INLINE uint32_t not_le(F16 x, F16 y) {
     const uint8x16_t bits = vbicq_u8(weights, vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
     return vaddv_u8(vget_low_u8(bits)) | static_cast<uint32_t>(vaddv_u8(vget_high_u8(bits))) << 8;
 }
+struct I16 {
+    int32x4_t a, b, c, d;
+};
+SF_INLINE I16 zero() { return {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}; }
+SF_INLINE void store(int32_t* p, I16 x) {
+    vst1q_s32(p, x.a);
+    vst1q_s32(p + 4, x.b);
+    vst1q_s32(p + 8, x.c);
+    vst1q_s32(p + 12, x.d);
+}
+SF_INLINE int32x4_t dot4_quarter(int32x4_t sum, const int8_t* w, int32x4_t x) {  // two products fit 16 bits
+    const int8x16_t codes = vld1q_s8(w), others = vreinterpretq_s8_s32(x);
+    const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(others)), high = vmull_high_s8(codes, others);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
+}
+SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {
+    return {dot4_quarter(sum.a, w, x.a), dot4_quarter(sum.b, w + 16, x.b), dot4_quarter(sum.c, w + 32, x.c),
+            dot4_quarter(sum.d, w + 48, x.d)};
+}
+SF_INLINE I16 load_dwords(const uint32_t* codes) {
+    const int32_t* p = reinterpret_cast<const int32_t*>(codes);
+    return {vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)};
+}
 template <uint32_t Height, class Column>
 SF_INLINE float32x4_t spread_quarter(const float* x, const Column* at) {
     if constexpr (Height >= 4) return vld1q_dup_f32(x + at[0]);

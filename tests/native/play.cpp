@@ -53,8 +53,9 @@ void product() {
     const auto index = read<uint32_t>(events < 0 ? 0 : events);
     const auto x = read<float>(events < 0 ? w.cols() : events);
     auto y = read<float>(w.padded_rows());
+    std::vector<int8_t> codes(w.code_bytes());
     if (events < 0)
-        w.matvec(*engine->kernels, x.data(), y.data());
+        w.matvec(*engine->kernels, x.data(), y.data(), codes.data());
     else
         w.matvec(*engine->kernels, Events{index.data(), x.data(), static_cast<uint32_t>(events)}, y.data());
     answer(y.data(), y.size());
