@@ -1,4 +1,4 @@
-# demo · test · check · bench. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
+# demo · test · check · bench · wheels. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
 # rebuilds the native library when native/ is newer. Nothing is left outside this folder.
 PYTHON ?= python3
 # A small download of torch without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -14,7 +14,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo test test-runtime check bench docs stub clean
+.PHONY: demo test test-runtime check bench wheels docs stub clean
 
 demo: .venv/.built
 	$(BIN)/sparsefold demo
@@ -36,6 +36,10 @@ check: .venv/.built
 bench: .venv/.built
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/steps.py
+
+# Into dist/, with every python3.11 or newer on the path, each wheel tested with numpy only.
+wheels:
+	$(PYTHON) .ci/wheels.py
 
 # The tables in README and docs, from the committed results; a test compares them.
 docs: .venv/.built
@@ -65,4 +69,4 @@ stub: .venv/.built
 	touch $@
 
 clean:
-	rm -rf .venv .venv-runtime build .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-runtime build dist .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -71,7 +71,9 @@ def main() -> None:
                 lines.append(
                     {
                         "engine": name,
-                        "network": {k: config[k] for k in ("cell", "hidden", "density", "decoder_density", "lr", "steps")},
+                        "network": {
+                            k: config[k] for k in ("cell", "hidden", "density", "decoder_density", "lr", "steps")
+                        },
                         "bits_per_char": evaluate(counted, corpus.test),
                         "event_rate": counted.counters.event_rate(),
                         "cost": counted.cost.to_dict(),
@@ -79,7 +81,12 @@ def main() -> None:
                         "settings": f"{engine.isa}, 1 thread, largest error of a step {worst:.1e}",
                     }
                 )
-        opponents = [rivals.onnx_runtime(dense), rivals.openvino(dense), rivals.torch_eager(dense), rivals.torch_int8(dense)]
+        opponents = [
+            rivals.onnx_runtime(dense),
+            rivals.openvino(dense),
+            rivals.torch_eager(dense),
+            rivals.torch_int8(dense),
+        ]
         bits = next(e["bits_per_char"] for e in lines if e["network"]["cell"] == "gru")
         for rival in opponents:
             lines.append({"engine": f"dense GRU, {rival.name}", "bits_per_char": bits, "settings": rival.settings})
@@ -94,7 +101,9 @@ def main() -> None:
         if line["engine"] in without_python:
             line["inside_us"] = without_python[line["engine"]]
             line["call_share"] = 1 - line["inside_us"] / latency.p50
-        print(f"{line['engine']:<28}{latency.p50:>8.2f} us{line['ratio_to_fastest_rival']:>7.1f}x {line.get('inside_us', 0):.2f}")
+        print(
+            f"{line['engine']:<28}{latency.p50:>8.2f} us{line['ratio_to_fastest_rival']:>7.1f}x {line.get('inside_us', 0):.2f}"
+        )
     print(write_lines(args.out, "byte-", about, lines))
 
 

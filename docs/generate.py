@@ -77,7 +77,7 @@ def kernels() -> str:
 
 
 def steps() -> str:
-    """Time of a whole step of networks of several sizes, ours in three precisions and every rival."""
+    """Time of a whole step of networks of several sizes, ours in three precisions and from C, and every rival."""
     path = newest("bench/results", "*/steps-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
@@ -89,9 +89,12 @@ def steps() -> str:
         name = f"**{r['engine']}**, {r['density']:.0%} of blocks, {r['event_rate']:.1%} events" if ours else r["engine"]
         times = f"{r['latency_us']['p50']:.2f} | {r['latency_us']['p99']:.2f}"
         ratios = f"{r['ratio_to_fastest_f32']:.1f}x | {r['ratio_to_fastest_int8']:.1f}x"
-        lines.append(f"| {r['units']} x {r['layers']} | {name} | {times} | {ratios} |")
+        size = f"{r['units']} x {r['layers']}"
+        size += "" if r.get("input_rate", 1) == 1 else f", {r['input_rate']:.0%} of x"
+        lines.append(f"| {size} | {name} | {times} | {ratios} |")
     about = rows[0]
-    where = f"{about['processor']}, {about['isa']}, one thread, pinned, Python call included."
+    apart = " except in the rows from C" if any(r["engine"].endswith(" C") for r in rows) else ""
+    where = f"{about['processor']}, {about['isa']}, one thread, pinned, Python call included{apart}."
     return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
@@ -217,7 +220,13 @@ def heatmap() -> str:
 
 SECTIONS = {
     "README.md": {"demo": demo_table},
-    "docs/benchmarks.md": {"learning-rates": learning_rates, "steps": steps, "whole-byte": whole_byte, "kernels": kernels, "heatmap": heatmap},
+    "docs/benchmarks.md": {
+        "learning-rates": learning_rates,
+        "steps": steps,
+        "whole-byte": whole_byte,
+        "kernels": kernels,
+        "heatmap": heatmap,
+    },
 }
 FIGURES = {"docs/heatmap.svg": heatmap_svg}
 

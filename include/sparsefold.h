@@ -45,7 +45,7 @@ SPARSEFOLD_API const char *sparsefold_status_text(sparsefold_status status);
 typedef struct sparsefold_engine sparsefold_engine;
 
 /* Reads a program from memory or from a file. The program is untrusted: whatever is wrong with it is an error.
- * isa: "avx512", "avx2" or "generic"; null: the environment's SPARSEFOLD_ISA if set, else the best of this processor.
+ * isa: "avx512", "avx2", "neon" or "generic"; null: the environment's SPARSEFOLD_ISA if set, else the best of this processor.
  * message: receives at most message_size bytes of one sentence that says what was wrong, always terminated; may be null. */
 SPARSEFOLD_API sparsefold_status sparsefold_load(const void *data, size_t size, const char *isa,
                                                  sparsefold_engine **engine, char *message, size_t message_size);

@@ -14,6 +14,9 @@ const std::vector<std::string>& available_isas() {
             found.push_back("avx512");
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
 #endif
+#ifdef SPARSEFOLD_ARM64
+        found.push_back("neon");  // part of every 64-bit Arm processor
+#endif
         found.push_back("generic");
         return found;
     }();
@@ -34,6 +37,9 @@ const Kernels& kernels(const std::string& isa, std::string* chosen) {
 #ifdef SPARSEFOLD_X86
         if (name == "avx512") return kernels_avx512;
         if (name == "avx2") return kernels_avx2;
+#endif
+#ifdef SPARSEFOLD_ARM64
+        if (name == "neon") return kernels_neon;
 #endif
         return kernels_generic;
     }

@@ -17,6 +17,17 @@ class FlushDenormals {
 
   private:
     unsigned saved_;
+#elif defined(__aarch64__)
+    FlushDenormals() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        set(saved_ | kFlushToZero);
+    }
+    ~FlushDenormals() { set(saved_); }
+
+  private:
+    static constexpr uint64_t kFlushToZero = 1u << 24;  // FPCR.FZ: of what is read and of what is written
+    static void set(uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value) : "memory"); }
+    uint64_t saved_;
 #endif
 };
 

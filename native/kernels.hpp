@@ -156,5 +156,6 @@ struct Kernels {
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_neon;
 
 }  // namespace sparsefold

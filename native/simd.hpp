@@ -1,6 +1,7 @@
 // The vector vocabulary: sixteen float lanes, about fifteen operations, one section per instruction set. A file that
-// defines SPARSEFOLD_ISA as `generic`, `avx2` or `avx512` gets its own copy in a namespace of that name, so that the
-// linker can never keep one instruction set's copy for another.
+// defines SPARSEFOLD_ISA as `generic`, `avx2`, `avx512` or `neon` gets its own copy in a namespace of that name, so
+// that the linker can never keep one instruction set's copy for another. NEON is asked for by SPARSEFOLD_NEON: every
+// 64-bit Arm compiler has it, also where the plain loops are wanted.
 #pragma once
 #ifndef SPARSEFOLD_ISA
 #error "define SPARSEFOLD_ISA before including simd.hpp"
@@ -9,6 +10,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(SPARSEFOLD_NEON)
+#include <arm_neon.h>
 #endif
 
 #define SF_INLINE inline __attribute__((always_inline))
@@ -282,6 +285,133 @@ SF_INLINE F16 keep(uint32_t bits, F16 x) {
     return {_mm256_and_ps(lane_mask(bits), x.a), _mm256_and_ps(lane_mask(bits >> 8), x.b)};
 }
 
+#elif defined(SPARSEFOLD_NEON)
+
+constexpr uint32_t kAccumulators = 4;  // sixteen of the 32 registers; four pipes of latency four stay busy
+constexpr uint32_t kTileGroups = 4;
+
+struct F16 {
+    float32x4_t a, b, c, d;
+};
+SF_INLINE float32x4_t load4(const float* p) { return vld1q_f32(p); }
+SF_INLINE float32x4_t load4(const bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+SF_INLINE float32x4_t load4(const int8_t* p) {
+    uint32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(four)))));
+}
+#define SF_EACH1(f) {f(x.a), f(x.b), f(x.c), f(x.d)}
+#define SF_EACH2(f) {f(x.a, y.a), f(x.b, y.b), f(x.c, y.c), f(x.d, y.d)}
+SF_INLINE F16 set1(float x) {
+    const float32x4_t v = vdupq_n_f32(x);
+    return {v, v, v, v};
+}
+SF_INLINE F16 load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}; }
+SF_INLINE F16 load(const bf16* p) {
+    const uint16x8_t low = vld1q_u16(&p->bits), high = vld1q_u16(&p[8].bits);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(low), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(low, 16)),
+            vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(high), 16)),
+            vreinterpretq_f32_u32(vshll_high_n_u16(high, 16))};
+}
+SF_INLINE F16 load(const int8_t* p) {
+    const int8x16_t bytes = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))};
+}
+SF_INLINE void store(float* p, F16 x) {
+    vst1q_f32(p, x.a);
+    vst1q_f32(p + 4, x.b);
+    vst1q_f32(p + 8, x.c);
+    vst1q_f32(p + 12, x.d);
+}
+SF_INLINE F16 add(F16 x, F16 y) { return SF_EACH2(vaddq_f32); }
+SF_INLINE F16 sub(F16 x, F16 y) { return SF_EACH2(vsubq_f32); }
+SF_INLINE F16 mul(F16 x, F16 y) { return SF_EACH2(vmulq_f32); }
+SF_INLINE F16 div(F16 x, F16 y) { return SF_EACH2(vdivq_f32); }
+SF_INLINE F16 sqrt(F16 x) { return SF_EACH1(vsqrtq_f32); }
+SF_INLINE F16 fma(F16 x, F16 y, F16 z) {
+    return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b), vfmaq_f32(z.c, x.c, y.c), vfmaq_f32(z.d, x.d, y.d)};
+}
+SF_INLINE F16 min(F16 x, F16 y) { return SF_EACH2(vminq_f32); }  // NaN in either wins
+SF_INLINE F16 max(F16 x, F16 y) { return SF_EACH2(vmaxq_f32); }
+SF_INLINE F16 round(F16 x) { return SF_EACH1(vrndnq_f32); }
+SF_INLINE float32x4_t scale2_quarter(float32x4_t a, float32x4_t n) {  // NaN becomes the integer 0; `a` carries it on
+    const int32x4_t bits = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+    return vmulq_f32(a, vreinterpretq_f32_s32(bits));
+}
+SF_INLINE F16 scale2(F16 x, F16 y) { return SF_EACH2(scale2_quarter); }
+
+/// All bits of a lane, or none: what a comparison leaves in the registers, which cost nothing to use there.
+struct Lanes {
+    uint32x4_t a, b, c, d;
+};
+SF_INLINE float32x4_t keep_quarter(uint32x4_t lanes, float32x4_t x) {
+    return vreinterpretq_f32_u32(vandq_u32(lanes, vreinterpretq_u32_f32(x)));
+}
+SF_INLINE F16 keep(Lanes x, F16 y) { return SF_EACH2(keep_quarter); }
+SF_INLINE F16 add_where(F16 x, Lanes lanes, F16 z) { return add(x, keep(lanes, z)); }
+SF_INLINE Lanes equal(const uint8_t* p, uint8_t value) {
+    // Bytes widened before they are compared: the compiler does that once for all the values that one place is asked
+    // for.
+    const uint8x16_t bytes = vld1q_u8(p);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_high_u8(bytes);
+    const uint32x4_t wanted = vdupq_n_u32(value);
+    return {vceqq_u32(vmovl_u16(vget_low_u16(low)), wanted), vceqq_u32(vmovl_high_u16(low), wanted),
+            vceqq_u32(vmovl_u16(vget_low_u16(high)), wanted), vceqq_u32(vmovl_high_u16(high), wanted)};
+}
+SF_INLINE Lanes lanes_of(uint32_t bits) {
+    const uint32x4_t first = {1, 2, 4, 8}, all = vdupq_n_u32(bits);
+    return {vtstq_u32(all, first), vtstq_u32(all, vshlq_n_u32(first, 4)), vtstq_u32(all, vshlq_n_u32(first, 8)),
+            vtstq_u32(all, vshlq_n_u32(first, 12))};
+}
+SF_INLINE F16 keep(uint32_t bits, F16 x) { return keep(lanes_of(bits), x); }
+SF_INLINE uint32_t not_le(F16 x, F16 y) {
+    const Lanes le = SF_EACH2(vcleq_f32);
+    const uint16x8_t low = vcombine_u16(vmovn_u32(le.a), vmovn_u32(le.b));
+    const uint16x8_t high = vcombine_u16(vmovn_u32(le.c), vmovn_u32(le.d));
+    const uint8x16_t weights = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t bits = vbicq_u8(weights, vcombine_u8(vmovn_u16(low), vmovn_u16(high)));
+    return vaddv_u8(vget_low_u8(bits)) | static_cast<uint32_t>(vaddv_u8(vget_high_u8(bits))) << 8;
+}
+struct I16 {
+    int32x4_t a, b, c, d;
+};
+SF_INLINE I16 zero() { return {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}; }
+SF_INLINE void store(int32_t* p, I16 x) {
+    vst1q_s32(p, x.a);
+    vst1q_s32(p + 4, x.b);
+    vst1q_s32(p + 8, x.c);
+    vst1q_s32(p + 12, x.d);
+}
+SF_INLINE int32x4_t dot4_quarter(int32x4_t sum, const int8_t* w, int32x4_t x) {  // two products fit 16 bits
+    const int8x16_t codes = vld1q_s8(w), others = vreinterpretq_s8_s32(x);
+    const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(others)), high = vmull_high_s8(codes, others);
+    return vpadalq_s16(sum, vpaddq_s16(low, high));
+}
+SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {
+    return {dot4_quarter(sum.a, w, x.a), dot4_quarter(sum.b, w + 16, x.b), dot4_quarter(sum.c, w + 32, x.c),
+            dot4_quarter(sum.d, w + 48, x.d)};
+}
+SF_INLINE I16 load_dwords(const uint32_t* codes) {
+    const int32_t* p = reinterpret_cast<const int32_t*>(codes);
+    return {vld1q_s32(p), vld1q_s32(p + 4), vld1q_s32(p + 8), vld1q_s32(p + 12)};
+}
+template <uint32_t Height, class Column>
+SF_INLINE float32x4_t spread_quarter(const float* x, const Column* at) {
+    if constexpr (Height >= 4) return vld1q_dup_f32(x + at[0]);
+    if constexpr (Height == 2) return vcombine_f32(vld1_dup_f32(x + at[0]), vld1_dup_f32(x + at[1]));
+    return float32x4_t{x[at[0]], x[at[1]], x[at[2]], x[at[3]]};
+}
+template <uint32_t Height, class Column>
+SF_INLINE F16 spread(const float* x, const Column* at) {
+    if constexpr (Height == 16) return set1(x[at[0]]);
+    return {spread_quarter<Height>(x, at), spread_quarter<Height>(x, at + 4 / Height),
+            spread_quarter<Height>(x, at + 8 / Height), spread_quarter<Height>(x, at + 12 / Height)};
+}
+#undef SF_EACH1
+#undef SF_EACH2
+
 #else
 
 constexpr uint32_t kAccumulators = 2;
@@ -361,6 +491,13 @@ SF_INLINE void axpy(float* y, const Value* w, float x) {
 #if defined(__AVX2__) || defined(__AVX512F__)
     if constexpr (Height == 8) return _mm256_storeu_ps(y, _mm256_fmadd_ps(load8(w), _mm256_set1_ps(x), load8(y)));
     if constexpr (Height == 4) return _mm_storeu_ps(y, _mm_fmadd_ps(load4(w), _mm_set1_ps(x), load4(y)));
+#elif defined(SPARSEFOLD_NEON)
+    if constexpr (Height == 8) {
+        const float32x4_t low = vfmaq_n_f32(load4(y), load4(w), x), high = vfmaq_n_f32(load4(y + 4), load4(w + 4), x);
+        vst1q_f32(y, low);
+        return vst1q_f32(y + 4, high);
+    }
+    if constexpr (Height == 4) return vst1q_f32(y, vfmaq_n_f32(load4(y), load4(w), x));
 #endif
     for (uint32_t i = 0; i < Height; ++i) y[i] += widen(w[i]) * x;
 }
@@ -387,7 +524,7 @@ SF_INLINE I16 pick(const I16& codes, uint32_t k) {
     return load_dwords(lanes);
 }
 SF_INLINE F16 add_where(const F16& a, uint32_t bits, const F16& b) { return add(a, keep(bits, b)); }
-#if !defined(__AVX2__)
+#if !defined(__AVX2__) && !defined(SPARSEFOLD_NEON)
 SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
     uint32_t bits = 0;
     for (uint32_t i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(p[i] == a) << i;

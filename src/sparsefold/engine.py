@@ -42,7 +42,8 @@ class Engine:
         program: what to play.
         fold: ``"auto"`` replaces an embedding and the input product after it by one table in memory where that takes at most
             8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way.
-        isa: ``"avx512"``, ``"avx2"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else the best of this processor.
+        isa: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else the best of this
+            processor.
 
     Raises:
         ValueError: the processor lacks ``isa``.

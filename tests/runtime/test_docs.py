@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,29 @@ def test_figures_are_generated() -> None:
     generate = generator()
     for page, make in generate.FIGURES.items():
         assert (ROOT / page).read_text() == make(), f"{page} is not what 'make docs' writes"
+
+
+def test_rows_from_c_and_of_sparse_inputs_say_so(monkeypatch, tmp_path: Path) -> None:
+    generate = generator()
+    about = {"processor": "A", "isa": "avx2", "units": 128, "layers": 1, "latency_us": {"p50": 1.5, "p99": 2.5}}
+    about |= {"ratio_to_fastest_f32": 7.25, "ratio_to_fastest_int8": 6.25, "density": 0.1, "event_rate": 0.11}
+    path = tmp_path / "steps-2026-01-01-abc.jsonl"
+    monkeypatch.setattr(generate, "newest", lambda *_: path)
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+
+    def made(**line: object) -> list[str]:
+        path.write_text(json.dumps(about | line) + "\n")
+        table = generate.steps().splitlines()
+        return [table[2], table[-1]]
+
+    figures = "10% of blocks, 11.0% events | 1.50 | 2.50 | 7.2x | 6.2x |"
+    for name in ("ours, f32, from C", "ours, f32, exported C"):
+        row, foot = made(engine=name, input_rate=1.0)
+        assert row == f"| 128 x 1 | **{name}**, {figures}"
+        assert "Python call included except in the rows from C. From" in foot
+    row, foot = made(engine="ours, f32", input_rate=0.1)
+    assert row == f"| 128 x 1, 10% of x | **ours, f32**, {figures}"
+    assert "Python call included. From" in foot
 
 
 def test_links_lead_somewhere() -> None:

@@ -735,12 +735,13 @@ def test_padding_never_leaks(isa):
 
 # --- denormals ----------------------------------------------------------------------------------------------------------
 
-x86_64 = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="denormals are flushed on x86-64 only."
+flushes = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"),
+    reason="denormals are flushed on x86-64 and 64-bit Arm only.",
 )
 
 
-@x86_64
+@flushes
 def test_a_decaying_state_ends_in_zero_and_never_in_denormals(isa):
     silent = GRU(sf.Dense(Z((48, 1)), 3), sf.Dense(Z((48, 16)), 3), Z(48, F), Z(48, F))  # z = 1/2: h halves
     stream = sf.Engine(Program((silent,)), isa=isa).stream()
@@ -749,7 +750,7 @@ def test_a_decaying_state_ends_in_zero_and_never_in_denormals(isa):
     assert (stream.step(Z(1, F)) == 0).all()
 
 
-@x86_64
+@flushes
 def test_a_denormal_input_counts_as_zero_and_the_processor_is_as_before(isa):
     linear = cases.Linear(sf.Dense(np.ones((16, 1))), Z(16, F))
     stream = sf.Engine(Program((linear,)), isa=isa).stream()

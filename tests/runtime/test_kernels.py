@@ -85,21 +85,24 @@ def codes_of(x):
     return np.rint(x * (np.float32(127) / largest)).astype(np.int64), largest / np.float32(127)
 
 
-def check_matvec_of_codes(isa):
+def check_product_of_codes(case, matrix, packed):
     """Against sums of integers, bit by bit: only the last multiplication by both scales rounds."""
+    r = cases.rng(case.units, case.cols)
+    for x in (cases.vector(r, case.cols), np.zeros(case.cols, np.float32), np.ones(case.cols, np.float32)):
+        codes, scale = codes_of(x)
+        weight_codes = np.rint(matrix.to_dense() / matrix.scale[:, None]).astype(np.int64)
+        sums = (weight_codes @ codes).astype(np.float32)
+        out, real = padded(matrix, np.zeros(matrix.shape[0], np.float32), 0)
+        packed.matvec(x, out)
+        np.testing.assert_array_equal(out[real], sums * (matrix.scale * scale), str(case))
+        assert not out[~real].any(), (case, "padding was written")
+
+
+def check_matvec_of_codes(isa):
     for storage in cases.STORAGES:
         for case in cases.matrix_cases(storage):
             matrix, _, borrowed = made(case, "w8a8")
-            packed = _native.Packed(borrowed, isa)
-            r = cases.rng(case.units, case.cols)
-            for x in (cases.vector(r, case.cols), np.zeros(case.cols, np.float32), np.ones(case.cols, np.float32)):
-                codes, scale = codes_of(x)
-                weight_codes = np.rint(matrix.to_dense() / matrix.scale[:, None]).astype(np.int64)
-                sums = (weight_codes @ codes).astype(np.float32)
-                out, real = padded(matrix, np.zeros(matrix.shape[0], np.float32), 0)
-                packed.matvec(x, out)
-                np.testing.assert_array_equal(out[real], sums * (matrix.scale * scale), str(case))
-                assert not out[~real].any(), (case, "padding was written")
+            check_product_of_codes(case, matrix, _native.Packed(borrowed, isa))
 
 
 def check_cell(isa, kind, *options):
