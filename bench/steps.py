@@ -28,18 +28,19 @@ from sparsefold.engine import Engine, interpret
 from sparsefold.export_c import write_c
 from sparsefold.formats import Block, Dense, Format, Precision
 from sparsefold.nn import Stack
-from sparsefold.program import EGRU, Program
+from sparsefold.program import EGRU, Events, Program
 from sparsefold.recipes import rivals
 
 ROOT = Path(__file__).resolve().parent.parent
 # units, layers, density, event rate wanted, share of x that is not zero, steps timed
 NETWORKS = [
-    (128, 1, 0.1, 0.1, 1.0, 5000), (256, 1, 0.1, 0.1, 1.0, 5000), (512, 1, 0.1, 0.1, 1.0, 3000), (1350, 3, 0.1, 0.1, 1.0, 1000)
+    (128, 1, 0.1, 0.1, 1.0, 5000), (256, 1, 0.1, 0.1, 1.0, 5000), (512, 1, 0.1, 0.1, 1.0, 3000),
+    (1350, 3, 0.1, 0.1, 1.0, 1000), (1350, 3, 0.1, 0.1, 0.1, 1000),
 ]  # fmt: skip
 LARGEST_FROM_C = 256  # units of one layer
 PARITY_STEPS = 20
 WARMUP = 50
-PRECISIONS: tuple[Precision, ...] = ("f32", "bf16", "i8")
+PRECISIONS: tuple[Precision, ...] = ("f32", "bf16", "i8", "w8a8")
 
 
 def matrix(units: int, density: float, random: np.random.Generator) -> Format:
@@ -61,7 +62,7 @@ def network(
     units: int, layers: int, density: float, rate: float, input_rate: float, random: np.random.Generator
 ) -> Program:
     """EGRU layers whose units speak at about ``rate``: thresholds are quantiles of u, found layer by layer."""
-    ops: list[Any] = []  # what reads x in front of the layers
+    ops: list[Any] = [Events(units)] if input_rate < 1 else []
     x = sequence(300, units, input_rate, random)
     for k in range(layers):
         weights = matrix(units, density, random), matrix(units, density, random)
