@@ -20,6 +20,8 @@ from sparsefold.formats import VALUE_TYPES
 from sparsefold.program import Embedding, Program, ProgramError, matrices
 from sparsefold.progress import Progress
 
+SAMPLE_BYTES = 20_000  # of a text, played to count events before formats are chosen
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``sparsefold``. Returns the exit status: 0, 2 for wrong input, 130 when interrupted."""
@@ -81,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
     compile_.add_argument("checkpoint", type=Path)
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    compile_.add_argument("--sample", type=Path, metavar="FILE", help="text whose events are counted to choose formats")
+    compile_.add_argument("--tune", action="store_true", help="time every format on this processor")
     compile_.add_argument("--weights", choices=list(VALUE_TYPES), default="f32", help="precision of the matrices")
 
     run = add("run", _run, "Generate text with a compiled model, as a stream.")
@@ -192,7 +196,13 @@ def _compile(args: argparse.Namespace) -> None:
     best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     _, facts = read_checkpoint(best)
     model, facts = _recipe(facts["about"]["recipe"]).load(best)
-    program = compile_model(model, facts["about"] | {"training": facts["progress"]}, args.weights)
+    about = facts["about"] | {"training": facts["progress"]}
+    sample = None
+    if args.sample:
+        from sparsefold.data.text import encode
+
+        sample = encode(args.sample.read_bytes()[:SAMPLE_BYTES], about["vocabulary"])
+    program = compile_model(model, about, args.weights, sample=sample, tune=args.tune)
     program.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
     print(_ops_table(program))
@@ -327,9 +337,29 @@ def _inspect(args: argparse.Namespace) -> None:
         print(
             "The engine folds the embedding into the first layer's input product: one table of at most 8 MB in memory."
         )
+    for line in _choices_table(program.metadata.get("choices")):
+        print(line)
     for key, value in program.metadata.items():
+        if key == "choices":
+            continue
         text = json.dumps(value)
         print(f"{key}: {text if len(text) <= 400 else text[:400] + ' ...'}")
+
+
+def _choices_table(choices: Any) -> list[str]:
+    """Lines of a table of what ``metadata["choices"]`` says; none where it says something else, for a file is not trusted."""
+    try:
+        lines = [f"{'matrix':<16}{'chosen':<34}{'ns':>10}  {'known by':<22}next best"]
+        for c in choices:
+            others = [(str(name), float(ns)) for name, ns in c["candidates"] if name != c["chosen"]]
+            rate = "dense x" if c["rate"] == "dense x" else f"{float(c['event_rate']):.1%} {str(c['rate'])[:10]}"
+            second = f"{others[0][0][:40]}, {others[0][1]:,.0f}" if others else ""
+            known = f"{str(c['by'])[:10]}, {rate}"
+            name = f"{int(c['op'])} {str(c['matrix'])[:12]}"
+            lines.append(f"{name:<16}{str(c['chosen'])[:33]:<34}{float(c['ns']):>10,.0f}  {known:<22}{second}")
+        return lines if len(lines) > 1 else []
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return []
 
 
 def _export_c(args: argparse.Namespace) -> None:

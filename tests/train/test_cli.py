@@ -149,6 +149,27 @@ def test_compile_takes_a_folder_or_a_file_and_makes_the_same(call, made, tmp_pat
     assert metadata["training"]["step"] == 30
 
 
+def test_compile_tunes_with_a_text_and_inspect_says_why(call, made, tmp_path):
+    (tmp_path / "sample.txt").write_bytes(b"def f(x):\n    return x\n" * 20)
+    words = ["compile", made / "run", "-o", tmp_path / "tuned.sfold", "--tune", "--sample", tmp_path / "sample.txt"]
+    assert call(*words)[0] == 0
+    for file, known in ((tmp_path / "tuned.sfold", "timed, "), (made / "text.sfold", "estimated, 10.0% assumed")):
+        shown = call("inspect", file)[1]
+        row = next(line for line in shown.splitlines() if line.startswith("1 weight_hh"))
+        assert known in row and ("counted" in row) == (known == "timed, "), shown
+        assert "choices:" not in shown
+
+
+@pytest.mark.parametrize(
+    "choices", ["x", [1], [{}], [{"op": "a"}], {"op": 1}, [{"op": 1, "matrix": "m", "candidates": [[1]]}], []], ids=str
+)
+def test_inspect_shows_no_choices_where_a_file_says_nonsense(choices, call, tmp_path):
+    op = sf.program.Linear(sf.Dense(np.ones((2, 3))), np.zeros(2, np.float32))
+    sf.Program((op,), {"choices": choices, "a": 1}).save(tmp_path / "x.sfold")
+    status, shown, _ = call("inspect", tmp_path / "x.sfold")
+    assert status == 0 and "known by" not in shown and "a: 1" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -269,7 +270,83 @@ def test_single_elements_become_csc_and_one_of_each_set_complementary() -> None:
 def test_metadata_reaches_the_file(tmp_path) -> None:
     program = sf.compile_model(torch.nn.Linear(3, 2), {"vocabulary": [1, 2]})
     program.save(tmp_path / "m.sfold")
-    assert sf.Program.load(tmp_path / "m.sfold").metadata == {"vocabulary": [1, 2]}
+    metadata = sf.Program.load(tmp_path / "m.sfold").metadata
+    assert metadata["vocabulary"] == [1, 2] and set(metadata) == {"vocabulary", "choices"}
+
+
+def pruned_model() -> Stack:
+    """Event layers in blocks of 16x1 and an output layer that reads a dense state."""
+    torch.manual_seed(0)
+    model = Stack(
+        torch.nn.Embedding(16, 32), EGRU(32, 64, threshold=0.05), EGRU(64, 64, threshold=0.05, output="state"),
+        torch.nn.Linear(64, 16),
+    )  # fmt: skip
+    names = [n for n, p in model.named_parameters() if p.dim() == 2 and n != "0.weight"]
+    pruner = Pruner(model, {name: BlockRule(0.2, (16, 1)) for name in names})
+    pruner.step()
+    return model.eval()
+
+
+def test_the_program_says_what_was_chosen_and_why() -> None:
+    program = sf.compile_model(pruned_model())
+    choices = {(c["op"], c["matrix"]): c for c in program.metadata["choices"]}
+    assert {key: c["rate"] for key, c in choices.items()} == {
+        (1, "weight_ih"): "dense x", (1, "weight_hh"): "assumed", (2, "weight_ih"): "assumed", (2, "weight_hh"): "assumed",
+        (3, "weight"): "dense x",
+    }  # fmt: skip
+    for (i, name), c in choices.items():
+        assert c["chosen"] == sf.program.matrices(program.ops[i])[name].description
+        assert c["by"] == "estimated" and c["ns"] >= c["candidates"][0][1] > 0
+        assert c["candidates"] == sorted(c["candidates"], key=lambda p: p[1])
+
+
+def test_a_sample_is_played_and_its_events_are_counted() -> None:
+    model = pruned_model()
+    tokens = np.random.default_rng(0).integers(0, 13, (3, 50))
+    program = sf.compile_model(model, sample=tokens)
+    stream = sf.Engine(program).stream()
+    for sequence in tokens:
+        stream.reset()
+        stream.run(sequence)
+    counts, choices = stream.counters, {(c["op"], c["matrix"]): c for c in program.metadata["choices"]}
+    for i in (1, 2):
+        assert choices[i, "weight_hh"]["event_rate"] == pytest.approx(
+            counts.hidden_reads[i].sum() / (150 * 64), abs=1e-4
+        )
+        assert choices[i, "weight_hh"]["rate"] == "counted"
+    assert choices[2, "weight_ih"]["event_rate"] == pytest.approx(counts.input_reads[2].sum() / (150 * 64), abs=1e-4)
+    with pytest.raises(ValueError, match=r"sample must be \(T,\) or \(B, T\) token ids"):
+        sf.compile_model(model, sample=tokens[None])
+    with pytest.raises(ValueError, match="sample holds no step"):
+        sf.compile_model(model, sample=tokens[:, :0])
+
+
+def test_a_tuned_program_plays_the_same_in_the_formats_that_were_fastest(monkeypatch) -> None:
+    model, x = pruned_model(), np.random.default_rng(0).integers(0, 13, 60)
+    expected = sf.Engine(sf.compile_model(model)).stream().run(x)
+    tuned = sf.compile_model(model, tune=True, sample=x)
+    assert all(c["by"] == "timed" and c["isa"] for c in tuned.metadata["choices"])
+    np.testing.assert_allclose(sf.Engine(tuned).stream().run(x), expected, rtol=0, atol=FREE_RUNNING_F32)
+    asked = []
+
+    def slow_blocks(matrix, reads):
+        asked.append((type(matrix).__name__, reads.events))
+        return 100.0 if isinstance(matrix, Block) else 1.0 if isinstance(matrix, CSC) else 50.0
+
+    monkeypatch.setattr(sys.modules["sparsefold.lowering.choose"], "timed", slow_blocks)
+    other = sf.compile_model(model, tune=True)
+    assert isinstance(other.ops[1].weight_hh, CSC) and not isinstance(tuned.ops[1].weight_hh, CSC)
+    assert {("CSC", True), ("CSC", False), ("Dense", True)} <= set(asked)
+    np.testing.assert_allclose(sf.Engine(other).stream().run(x), expected, rtol=0, atol=FREE_RUNNING_F32)
+
+
+def test_prices_that_are_timed_alike_go_to_the_smaller_file(monkeypatch) -> None:
+    monkeypatch.setattr(
+        sys.modules["sparsefold.lowering.choose"], "timed", lambda m, _: 1.0 if isinstance(m, Dense) else 0.5
+    )
+    chosen = sf.compile_model(pruned_model(), tune=True).ops[1].weight_hh
+    found = list(sys.modules["sparsefold.lowering.choose"].candidates(chosen.to_dense(), 3))
+    assert chosen.nbytes == min(m.nbytes for m in found)
 
 
 @pytest.mark.parametrize(

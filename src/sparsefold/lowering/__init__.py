@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsefold import program as ops
-from sparsefold.formats import Float, Format, Precision
-from sparsefold.lowering.choose import choose
+from sparsefold.formats import Dense, Float, Format, Precision
+from sparsefold.lowering.choose import choose, choose_all
 from sparsefold.nn import EGRU, KWTA, Stack
 from sparsefold.program import Op, Program
 
@@ -46,6 +46,8 @@ def compile_model(
     metadata: Mapping[str, Any] | None = None,
     weights: Precision = "f32",
     head: Literal["log_softmax", "argmax"] | int | None = None,
+    sample: Any = None,
+    tune: bool = False,
 ) -> Program:
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
@@ -58,6 +60,10 @@ def compile_model(
             "w8a8" rounds dense inputs of a product to int8 too, with one scale a step, and sums are exact integers.
         head: what is made of the outputs of every step: "log_softmax"; a number k for the indices of the k largest values and
             then these values, largest first; "argmax" for k = 1; None for nothing.
+        sample: inputs as the model will meet them, (T,) or (B, T) token ids or (T, I) or (B, T, I) values; they are played
+            once to count how many units speak, on which the choice of formats depends. None: 10 % is assumed.
+        tune: choose formats by timing every candidate on this processor, instead of by prices measured once. Either way
+            ``metadata["choices"]`` and ``sparsefold inspect`` say what was chosen and why.
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
@@ -70,7 +76,8 @@ def compile_model(
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
         folded += _head(head, folded[-1].outputs)
-        return Program(tuple(folded), dict(metadata or {})).rounded(weights)
+        program = choose_all(Program(tuple(folded), dict(metadata or {})), sample, tune, weights)
+        return program.rounded(weights)
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
 
@@ -215,14 +222,14 @@ def _scaled_outputs(op: ops.Linear | ops.Embedding, affine: _Affine) -> Op:
     affine.check(op.outputs)
     if isinstance(op, ops.Embedding):
         return ops.Embedding(_rounded(op.weight * affine.scale + affine.shift))
-    weight = choose(_rounded(op.weight.to_dense() * affine.scale[:, None]))
+    weight = Dense(_rounded(op.weight.to_dense() * affine.scale[:, None]))
     return ops.Linear(weight, _rounded(op.bias * affine.scale + affine.shift))
 
 
 def _scaled_inputs(op: ops.Linear | ops.Recurrent, affine: _Affine) -> Op:
     affine.check(op.inputs)
     old, bias = (op.weight, op.bias) if isinstance(op, ops.Linear) else (op.weight_ih, op.bias_ih)
-    weight = choose(_rounded(old.to_dense() * affine.scale), old.gates)
+    weight = Dense(_rounded(old.to_dense() * affine.scale), old.gates)
     bias = _rounded(bias + old.to_dense() @ affine.shift)
     if isinstance(op, ops.Linear):
         return ops.Linear(weight, bias)
@@ -272,7 +279,7 @@ def _bias(bias: Tensor | None, size: int) -> Float:
 
 
 def _matrix(weight: Tensor, gates: int = 1) -> Format:
-    return choose(_array(weight), gates)
+    return Dense.from_dense(_array(weight), gates)  # until all of the program is known
 
 
 __all__ = ["choose", "compile_model"]
