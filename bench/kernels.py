@@ -25,6 +25,7 @@ from sparsefold.formats import CSC, Block, Complementary, Dense, Format
 from sparsefold.progress import Progress
 
 SHAPES = Path(__file__).parent / "shapes.toml"
+TURNS = 9
 
 
 def microseconds(call: Callable[[], Any], repeat: int, rounds: int = 15) -> float:
@@ -57,19 +58,20 @@ def stored(name: str, height: int, density: float, units: int, random: np.random
     return CSC.from_dense(flat, 3) if name == "csc" else Block.from_dense(flat, (height, 1), 3)
 
 
-def scipy_csr(matrix: Format, x: np.ndarray, exact: np.ndarray) -> float:
-    """Microseconds of SciPy's product of the same sparse matrix. It has no form for events: zeros of x are read too."""
+def scipy_csr(matrix: Format, x: np.ndarray, exact: np.ndarray) -> Callable[[], Any]:
+    """Sixteen of SciPy's products of the same sparse matrix. It has no form for events: zeros of x are read too."""
     from scipy.sparse import csr_array
 
     rows = csr_array(matrix.to_dense())
     if not np.allclose(rows @ x, exact @ x, rtol=0, atol=1e-4):
         raise RuntimeError("SciPy's product is wrong: nothing is timed.")
-    return microseconds(lambda: [rows @ x for _ in range(16)], 16)
+    return lambda: [rows @ x for _ in range(16)]
 
 
 def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> list[dict[str, Any]]:
     """Every format, density and event rate of one size, as timed lines."""
     lines: list[dict[str, Any]] = []
+    calls: list[tuple[Callable[[], Any], int]] = []  # of each line, and how many products it makes
     x32 = random.standard_normal(units).astype(np.float32)
     for density in shapes["density"]:
         for name, height, precision in shapes["dense" if density == 1 else "formats"]:
@@ -93,9 +95,10 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
                 # Every call reads another event set, as a moving state does.
                 starts = (np.arange(len(sets) + 1) * events).astype(np.uint32)
                 lists = np.concatenate(sets), np.tile(values, len(sets)), starts
-                us = microseconds(partial(packed.matvec_lists, *lists, out), len(sets))
+                out = np.zeros(packed.padded_rows, np.float32)
                 macs = int(matrix.column_elements[np.concatenate(sets)].sum()) / len(sets)
-                lines.append({"x": "events", **about, "event_rate": rate, "us": us, "macs": macs})
+                lines.append({"x": "events", **about, "event_rate": rate, "macs": macs})
+                calls.append((partial(packed.matvec_lists, *lists, out), len(sets)))
             out = np.zeros(packed.padded_rows, np.float32)
             packed.matvec(x32, out)
             got = out.reshape(3, -1)[:, :units].reshape(-1)
@@ -103,15 +106,18 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
             step = np.abs(x32).max() / 127 * np.abs(exact).max() if precision == "w8a8" else 0
             if not np.allclose(got, matrix.matvec(x32.astype(np.float64)), rtol=0, atol=1e-4 + 3 * step):
                 raise RuntimeError(f"wrong product of dense x at H={units}, {about}: nothing is timed.")
-            us = microseconds(partial(packed.matvec, x32, out, 16), 16)
-            lines.append({"x": "dense", **about, "event_rate": 1.0, "us": us, "macs": matrix.elements})
+            lines.append({"x": "dense", **about, "event_rate": 1.0, "macs": matrix.elements})
+            calls.append((partial(packed.matvec, x32, out, 16), 16))
             if name == "csc":
-                lines.append({**lines[-1], "format": "scipy csr", "us": scipy_csr(matrix, x32, exact)})
+                lines.append({**lines[-1], "format": "scipy csr"})
+                calls.append((scipy_csr(matrix, x32, exact), 16))
             if name == "dense" and precision == "f32":
-                us = microseconds(lambda w=matrix.values: [w @ x32 for _ in range(16)], 16)
-                lines.append(
-                    {"x": "dense", **about, "format": "numpy", "event_rate": 1.0, "us": us, "macs": matrix.elements}
-                )
+                lines.append({**lines[-1], "format": "numpy"})
+                calls.append((lambda w=matrix.values: [w @ x32 for _ in range(16)], 16))
+    # In turns, so that a slow moment of the machine meets every case, and in few of its turns.
+    turns = [[microseconds(call, repeat, rounds=3) for call, repeat in calls] for _ in range(TURNS)]
+    for e, us in zip(lines, np.median(turns, 0).tolist(), strict=True):
+        e["us"] = us
     yardstick = next(e["us"] for e in lines if e["x"] == "dense" and e["format"] == "dense" and e["precision"] == "f32")
     for e in lines:
         e["macs_per_ns"], e["speedup"] = e["macs"] / e["us"] / 1e3, yardstick / e["us"]
