@@ -75,6 +75,20 @@ SPARSEFOLD_API sparsefold_status sparsefold_stream_reset(sparsefold_stream *stre
 SPARSEFOLD_API sparsefold_status sparsefold_step_token(sparsefold_stream *stream, int64_t token, float *y);
 SPARSEFOLD_API sparsefold_status sparsefold_step_values(sparsefold_stream *stream, const float *x, float *y);
 
+/* One step of each of `count` different streams of this engine, bit for bit what a step of each alone gives: tokens (count), or
+ * x (count, inputs); y (count, outputs). They share what is read of the weights, and the engine's threads. Neither allocates.
+ * A stream of another engine, or named twice, is SPARSEFOLD_ERROR_ARGUMENT. */
+SPARSEFOLD_API sparsefold_status sparsefold_step_batch_tokens(const sparsefold_engine *engine,
+                                                              sparsefold_stream *const *streams, size_t count,
+                                                              const int64_t *tokens, float *y);
+SPARSEFOLD_API sparsefold_status sparsefold_step_batch_values(const sparsefold_engine *engine,
+                                                              sparsefold_stream *const *streams, size_t count,
+                                                              const float *x, float *y);
+
+/* Between how many threads a batch is divided, the caller's among them: 1 at first, at most 256. Not while one is played. They
+ * sleep between batches, and no bit depends on them; a child of fork plays its batches in one thread. */
+SPARSEFOLD_API sparsefold_status sparsefold_set_threads(sparsefold_engine *engine, size_t threads);
+
 typedef enum {
     SPARSEFOLD_STEPS = 0,       /* one value: steps played; op is not read */
     SPARSEFOLD_EVENTS = 1,      /* one value per unit of an egru or relu: events it emitted */

@@ -163,9 +163,12 @@ struct PyPacked {
     }
 };
 
+class PyStream;
+
 struct PyEngine {
     Program program;
     std::shared_ptr<const Engine> engine;
+    Crew::Pointer crew;
 
     PyEngine() = default;
     PyEngine(const PyEngine&) = delete;
@@ -237,11 +240,20 @@ struct PyEngine {
         const uint32_t units = size32(weight.shape(0));
         program.add_layer_norm(weight.data(), vector(bias, units, "bias"), units, epsilon);
     }
-    void finish(const std::string& isa, uint64_t fold_limit) {
+    void finish(const std::string& isa, uint64_t fold_limit, size_t threads) {
         open();
         if (program.ops().empty()) throw std::invalid_argument("a program needs at least one op.");
+        if (threads < 1 || threads > Crew::kMost)
+            throw std::invalid_argument("a batch is divided between 1 and " + std::to_string(Crew::kMost) +
+                                        " threads, got " + std::to_string(threads) + ".");
+        crew.reset(new Crew(threads));
         engine = std::make_shared<const Engine>(std::move(program), isa, fold_limit);
     }
+    void step_batch_tokens(const std::vector<PyStream*>& streams, Array<int64_t, 1> tokens,
+                           nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) const;
+    void step_batch_values(const std::vector<PyStream*>& streams, Array<float, 2> x,
+                           nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) const;
+    void play_batch(const std::vector<PyStream*>& streams, const int64_t* tokens, const float* x, float* out) const;
     const Engine& get() const {
         if (!engine) throw std::invalid_argument("this engine is not finished.");
         return *engine;
@@ -276,6 +288,13 @@ class FloatBuffer {
     }
     Py_buffer view_{};
 };
+
+void check_token(const Program& program, int64_t token) {
+    if (token < 0 || token >= static_cast<int64_t>(program.inputs()))
+        throw std::invalid_argument("token " + std::to_string(token) +
+                                    " is outside the vocabulary: this program knows tokens 0 to " +
+                                    std::to_string(program.inputs() - 1) + ".");
+}
 
 class PyStream {
   public:
@@ -353,13 +372,12 @@ class PyStream {
   private:
     /// Held while a step runs without the interpreter's lock.
     struct Lock {
-        explicit Lock(Stream& s) : stream(s) {
-            if (stream.busy.exchange(true, std::memory_order_acquire))
+        explicit Lock(Stream& s) : claim(s) {
+            if (!claim)
                 throw std::runtime_error(
                     "this stream is in use by another thread. Give each thread its own engine.stream().");
         }
-        ~Lock() { stream.busy.store(false, std::memory_order_release); }
-        Stream& stream;
+        Claim claim;
     };
 
     OpState& at(size_t op) {
@@ -367,12 +385,7 @@ class PyStream {
             throw std::invalid_argument("the program has no op " + std::to_string(op) + ".");
         return stream_.state(op);
     }
-    void check_token(int64_t token) const {
-        if (token < 0 || token >= static_cast<int64_t>(engine_->program.inputs()))
-            throw std::invalid_argument("token " + std::to_string(token) +
-                                        " is outside the vocabulary: this program knows tokens 0 to " +
-                                        std::to_string(engine_->program.inputs() - 1) + ".");
-    }
+    void check_token(int64_t token) const { sparsefold::check_token(engine_->program, token); }
     int64_t token(nb::handle x) const {
         PyObject* index = PyLong_CheckExact(x.ptr()) ? (Py_INCREF(x.ptr()), x.ptr()) : PyNumber_Index(x.ptr());
         if (!index) {
@@ -410,9 +423,53 @@ class PyStream {
         }
     }
 
+    friend struct PyEngine;
     std::shared_ptr<const Engine> engine_;
     Stream stream_;
 };
+
+void PyEngine::step_batch_tokens(const std::vector<PyStream*>& streams, Array<int64_t, 1> tokens,
+                                 nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) const {
+    const Program& p = get().program;
+    if (!p.takes_tokens() || tokens.shape(0) != streams.size() || out.shape(0) != streams.size() ||
+        out.shape(1) != p.outputs())
+        throw std::invalid_argument("the batch does not fit the program.");
+    for (size_t s = 0; s < streams.size(); ++s) check_token(p, tokens(s));
+    play_batch(streams, tokens.data(), nullptr, out.data());
+}
+
+void PyEngine::step_batch_values(const std::vector<PyStream*>& streams, Array<float, 2> x,
+                                 nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) const {
+    const Program& p = get().program;
+    if (p.takes_tokens() || x.shape(0) != streams.size() || x.shape(1) != p.inputs() ||
+        out.shape(0) != streams.size() || out.shape(1) != p.outputs())
+        throw std::invalid_argument("the batch does not fit the program.");
+    play_batch(streams, nullptr, x.data(), out.data());
+}
+
+void PyEngine::play_batch(const std::vector<PyStream*>& streams, const int64_t* tokens, const float* x,
+                          float* out) const {
+    for (size_t s = 0; s < streams.size(); ++s)
+        if (!streams[s] || streams[s]->engine_ != engine)
+            throw std::invalid_argument("stream " + std::to_string(s) +
+                                        " of the batch is of another engine. A batch takes streams of the engine that "
+                                        "plays it, made by its stream().");
+    const auto stream = [&](size_t s) -> Stream& { return streams[s]->stream_; };
+    const Claims claims(stream, streams.size());
+    if (!claims) {
+        const size_t refused = claims.refused();
+        for (size_t s = 0; s < refused; ++s)
+            if (streams[s] == streams[refused])
+                throw std::invalid_argument("streams " + std::to_string(s) + " and " + std::to_string(refused) +
+                                            " of the batch are the same one. A batch plays one step of each stream: "
+                                            "name each once.");
+        throw std::runtime_error("stream " + std::to_string(refused) +
+                                 " of the batch is in use by another thread. Give each thread its own "
+                                 "engine.stream().");
+    }
+    nb::gil_scoped_release release;
+    crew->step_batch(stream, streams.size(), tokens, x, out);
+}
 
 std::vector<std::string> kernel_names() {
     return {
@@ -471,7 +528,9 @@ NB_MODULE(_native, m) {
         .def("add_log_softmax", &PyEngine::add_log_softmax, "units"_a)
         .def("add_top_k", &PyEngine::add_top_k, "units"_a, "k"_a)
         .def("add_layer_norm", &PyEngine::add_layer_norm, "weight"_a, "bias"_a, "epsilon"_a)
-        .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a)
+        .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a, "threads"_a = 1)
+        .def("step_batch_tokens", &PyEngine::step_batch_tokens, "streams"_a, "tokens"_a, "out"_a)
+        .def("step_batch_values", &PyEngine::step_batch_values, "streams"_a, "x"_a, "out"_a)
         .def_prop_ro("isa", [](const PyEngine& e) { return e.get().isa; })
         .def_prop_ro("folded", [](const PyEngine& e) { return e.get().program.ops().front().folded; })
         .def_prop_ro("nbytes", [](const PyEngine& e) { return e.get().program.nbytes(); });

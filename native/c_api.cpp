@@ -1,6 +1,7 @@
 // The C interface: handles around Engine and Stream. No exception passes it.
 #include "../include/sparsefold.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <new>
@@ -12,6 +13,7 @@ using namespace sparsefold;
 
 struct sparsefold_engine {
     std::shared_ptr<const Engine> engine;
+    Crew::Pointer crew;
     sparsefold_info info;
 };
 
@@ -46,22 +48,6 @@ sparsefold_status guarded(char* message, size_t size, Body body) noexcept {
     }
 }
 
-/// The stream for one thread; `*this` is false when another has it.
-class Claim {
-  public:
-    explicit Claim(Stream& stream)
-        : stream_(stream), claimed_(!stream.busy.exchange(true, std::memory_order_acquire)) {}
-    ~Claim() {
-        if (claimed_) stream_.busy.store(false, std::memory_order_release);
-    }
-    Claim(const Claim&) = delete;
-    explicit operator bool() const { return claimed_; }
-
-  private:
-    Stream& stream_;
-    bool claimed_;
-};
-
 sparsefold_status step(sparsefold_stream* handle, bool takes_tokens, int64_t token, const float* x, float* y) {
     if (!handle || !y || (!takes_tokens && !x)) return SPARSEFOLD_ERROR_ARGUMENT;
     Stream& stream = handle->stream;
@@ -71,6 +57,27 @@ sparsefold_status step(sparsefold_stream* handle, bool takes_tokens, int64_t tok
     const Claim claim(stream);
     if (!claim) return SPARSEFOLD_ERROR_BUSY;
     stream.step(token, x, y);
+    return SPARSEFOLD_OK;
+}
+
+sparsefold_status step_batch(const sparsefold_engine* handle, sparsefold_stream* const* handles, size_t n,
+                             bool takes_tokens, const int64_t* tokens, const float* x, float* y) {
+    if (!handle || (n && (!handles || !y || !(takes_tokens ? static_cast<const void*>(tokens) : x))))
+        return SPARSEFOLD_ERROR_ARGUMENT;
+    const Program& program = handle->engine->program;
+    if (program.takes_tokens() != takes_tokens) return SPARSEFOLD_ERROR_ARGUMENT;
+    for (size_t s = 0; s < n; ++s) {
+        if (!handles[s] || &handles[s]->stream.engine() != handle->engine.get()) return SPARSEFOLD_ERROR_ARGUMENT;
+        if (takes_tokens && (tokens[s] < 0 || tokens[s] >= static_cast<int64_t>(program.inputs())))
+            return SPARSEFOLD_ERROR_TOKEN;
+    }
+    const auto stream = [&](size_t s) -> Stream& { return handles[s]->stream; };
+    const Claims claims(stream, n);
+    if (!claims) {
+        const auto* const end = handles + claims.refused();
+        return std::find(handles, end, *end) == end ? SPARSEFOLD_ERROR_BUSY : SPARSEFOLD_ERROR_ARGUMENT;
+    }
+    handle->crew->step_batch(stream, n, tokens, x, y);
     return SPARSEFOLD_OK;
 }
 
@@ -109,6 +116,7 @@ sparsefold_status sparsefold_load(const void* data, size_t size, const char* isa
     return guarded(message, message_size, [&] {
         auto made = std::make_unique<sparsefold_engine>();
         made->engine = std::make_shared<const Engine>(load_program(data, size), isa ? isa : "", kFoldLimit);
+        made->crew.reset(new Crew(1));
         const Program& program = made->engine->program;
         made->info = {program.inputs(), program.outputs(), program.ops().size(), program.takes_tokens(),
                       made->engine->isa.c_str()};
@@ -171,6 +179,21 @@ sparsefold_status sparsefold_step_token(sparsefold_stream* stream, int64_t token
 
 sparsefold_status sparsefold_step_values(sparsefold_stream* stream, const float* x, float* y) {
     return step(stream, false, 0, x, y);
+}
+
+sparsefold_status sparsefold_step_batch_tokens(const sparsefold_engine* engine, sparsefold_stream* const* streams,
+                                               size_t count, const int64_t* tokens, float* y) {
+    return step_batch(engine, streams, count, true, tokens, nullptr, y);
+}
+
+sparsefold_status sparsefold_step_batch_values(const sparsefold_engine* engine, sparsefold_stream* const* streams,
+                                               size_t count, const float* x, float* y) {
+    return step_batch(engine, streams, count, false, nullptr, x, y);
+}
+
+sparsefold_status sparsefold_set_threads(sparsefold_engine* engine, size_t threads) {
+    if (!engine || threads < 1 || threads > Crew::kMost) return SPARSEFOLD_ERROR_ARGUMENT;
+    return guarded(nullptr, 0, [&] { engine->crew.reset(new Crew(threads)); });
 }
 
 sparsefold_status sparsefold_counters(sparsefold_stream* handle, size_t op, sparsefold_counter counter,

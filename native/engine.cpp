@@ -1,5 +1,10 @@
 #include "engine.hpp"
 
+#include <unistd.h>
+
+#include <algorithm>
+#include <type_traits>
+
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
@@ -34,6 +39,41 @@ class FlushDenormals {
 void count(std::vector<uint64_t>& counters, const Events& events) {
     for (uint32_t k = 0; k < events.count; ++k) ++counters[events.index[k]];
 }
+
+/// What an op without weights to multiply makes of one stream's x.
+const float* pointwise(const Kernels& k, const Op& op, OpState& s, const float* x) {
+    switch (op.kind) {
+        case Op::Kind::log_softmax: {
+            std::memcpy(s.output, x, op.outputs * sizeof(float));
+            NormArgs args{op.outputs, 0, nullptr, nullptr, s.output};
+            k.cell_log_softmax(args);
+            return s.output;
+        }
+        case Op::Kind::top_k: {
+            TopArgs args{op.inputs, op.k, x, s.output, s.output + op.k};
+            k.cell_top_k(args);
+            return s.output;
+        }
+        case Op::Kind::layer_norm: {
+            std::memcpy(s.output, x, op.outputs * sizeof(float));
+            NormArgs norm{op.outputs, op.epsilon, op.scale.data(), op.bias_input.data(), s.output};
+            k.cell_layer_norm(norm);
+            return s.output;
+        }
+        default:
+            s.cell.gi = x;
+            (op.kind == Op::Kind::relu     ? k.cell_relu
+             : op.kind == Op::Kind::events ? k.cell_events
+                                           : k.cell_kwta)(s.cell);
+            return s.cell.y;
+    }
+}
+
+using One = std::integral_constant<size_t, 1>;
+template <class N>
+constexpr size_t room = kBatch;
+template <>
+constexpr size_t room<One> = 1;
 
 }  // namespace
 
@@ -128,122 +168,232 @@ void Stream::set_emitted(size_t op, const float* y) {
     }
 }
 
-const float* Stream::recurrent(const Op& op, OpState& s, int64_t token, const Signal& x) {
-    const Kernels& k = *engine_->kernels;
-    CellArgs& cell = s.cell;
-    const uint32_t units = pad(op.outputs);
-    const size_t stride = size_t{op.gates} * units, gates_bytes = stride * sizeof(float);
-    const Events spoken{cell.event_index, cell.event_value, cell.event_count};
-    const bool egru = op.kind == Op::Kind::egru;
-
-    // The folded table holds W_i x + b_i of every token; reading it in place saves the copy.
-    float* const gi = const_cast<float*>(cell.gi);
-    float* const gh = const_cast<float*>(cell.gh);
-    if (op.table.size()) {
-        cell.gi = op.table.data() + static_cast<size_t>(token) * stride;
+template <class N>
+void Stream::product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y) {
+    const Kernels& kernels = *streams[0]->engine_->kernels;
+    if constexpr (std::is_same_v<N, One>) {
+        matrix.matvec(kernels, x[0], y[0], streams[0]->codes_.data());
     } else {
-        std::memcpy(gi, op.bias_input.data(), gates_bytes);
-        if (op.reads_events) {
-            count(s.input_reads, x.events);
-            op.input.matvec(k, x.events, gi);
-        } else {
-            op.input.matvec(k, x.dense, gi, codes_.data());
-        }
+        int8_t* codes[room<N>]{};
+        for (size_t s = 0; s < n; ++s) codes[s] = streams[s]->codes_.data();
+        matrix.matvec_batch(kernels, n, x, y, codes);
     }
-
-    std::memcpy(gh, op.bias_hidden.data(), gates_bytes);
-    if (egru) {
-        count(s.hidden_reads, spoken);
-        op.hidden.matvec(k, spoken, gh);
-    } else {
-        op.hidden.matvec(k, cell.h, gh, codes_.data());
-    }
-    if (!op.reset_after) {
-        k.reset_gate(cell);
-        float* const gh_n = gh + size_t{2} * units;
-        if (egru) {
-            for (uint32_t e = 0; e < spoken.count; ++e) s.scaled[e] = cell.r[spoken.index[e]] * spoken.value[e];
-            op.hidden_n.matvec(k, Events{spoken.index, s.scaled, spoken.count}, gh_n);
-        } else {
-            for (uint32_t j = 0; j < units; ++j) s.scaled[j] = cell.r[j] * cell.h[j];
-            op.hidden_n.matvec(k, s.scaled, gh_n, codes_.data());
-        }
-    }
-
-    const auto pointwise = egru                        ? k.cell_egru
-                           : op.kind == Op::Kind::lstm ? k.cell_lstm
-                           : op.kind == Op::Kind::rnn  ? k.cell_rnn
-                                                       : k.cell_gru;
-    pointwise(cell);
-    cell.gi = gi;
-    return egru ? (op.emits_events ? cell.y : cell.u) : cell.h;
 }
 
-void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
+template <class N>
+void Stream::product(const Matrix& matrix, Stream* const* streams, N n, const Events* x, float* const* y) {
+    for (size_t s = 0; s < n; ++s) matrix.matvec(*streams[0]->engine_->kernels, x[s], y[s]);
+}
+
+/// y of every stream += W x of op i, whose y holds the bias.
+template <class N>
+void Stream::input_product(size_t i, Stream* const* streams, N n, const Signal* signals, float* const* y) {
+    const Op& op = streams[0]->engine_->program.ops()[i];
+    if (op.reads_events) {
+        Events lists[room<N>]{};
+        for (size_t s = 0; s < n; ++s) {
+            lists[s] = signals[s].events;
+            count(streams[s]->states_[i].input_reads, lists[s]);
+        }
+        product(op.input, streams, n, lists, y);
+    } else {
+        const float* x[room<N>]{};
+        for (size_t s = 0; s < n; ++s) x[s] = signals[s].dense;
+        product(op.input, streams, n, x, y);
+    }
+}
+
+template <class N>
+void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals) {
+    const Op& op = streams[0]->engine_->program.ops()[i];
+    const Kernels& k = *streams[0]->engine_->kernels;
+    const uint32_t units = pad(op.outputs);
+    const size_t stride = size_t{op.gates} * units, gates_bytes = stride * sizeof(float);
+    const bool egru = op.kind == Op::Kind::egru;
+    const auto cell = [&](size_t s) -> CellArgs& { return streams[s]->states_[i].cell; };
+    float *gi[room<N>]{}, *gh[room<N>]{};
+    const float* h[room<N>]{};
+    Events spoken[room<N>]{};
+    for (size_t s = 0; s < n; ++s) {
+        gi[s] = const_cast<float*>(cell(s).gi);
+        gh[s] = const_cast<float*>(cell(s).gh);
+        h[s] = cell(s).h;
+        spoken[s] = {cell(s).event_index, cell(s).event_value, cell(s).event_count};
+    }
+
+    // The folded table holds W_i x + b_i of every token; reading it in place saves the copy.
+    if (op.table.size()) {
+        for (size_t s = 0; s < n; ++s) cell(s).gi = op.table.data() + static_cast<size_t>(token[s]) * stride;
+    } else {
+        for (size_t s = 0; s < n; ++s) std::memcpy(gi[s], op.bias_input.data(), gates_bytes);
+        input_product(i, streams, n, signals, gi);
+    }
+
+    for (size_t s = 0; s < n; ++s) std::memcpy(gh[s], op.bias_hidden.data(), gates_bytes);
+    if (egru) {
+        for (size_t s = 0; s < n; ++s) count(streams[s]->states_[i].hidden_reads, spoken[s]);
+        product(op.hidden, streams, n, spoken, gh);
+    } else {
+        product(op.hidden, streams, n, h, gh);
+    }
+    if (!op.reset_after) {
+        const float* scaled[room<N>]{};
+        float* gh_n[room<N>]{};
+        for (size_t s = 0; s < n; ++s) {
+            k.reset_gate(cell(s));
+            float* const to = streams[s]->states_[i].scaled;
+            const float* const r = cell(s).r;
+            if (egru)
+                for (uint32_t e = 0; e < spoken[s].count; ++e) to[e] = r[spoken[s].index[e]] * spoken[s].value[e];
+            else
+                for (uint32_t j = 0; j < units; ++j) to[j] = r[j] * h[s][j];
+            spoken[s].value = scaled[s] = to;
+            gh_n[s] = gh[s] + size_t{2} * units;
+        }
+        if (egru)
+            product(op.hidden_n, streams, n, spoken, gh_n);
+        else
+            product(op.hidden_n, streams, n, scaled, gh_n);
+    }
+
+    const auto update = egru                        ? k.cell_egru
+                        : op.kind == Op::Kind::lstm ? k.cell_lstm
+                        : op.kind == Op::Kind::rnn  ? k.cell_rnn
+                                                    : k.cell_gru;
+    for (size_t s = 0; s < n; ++s) {
+        update(cell(s));
+        cell(s).gi = gi[s];
+        signals[s].dense = egru ? (op.emits_events ? cell(s).y : cell(s).u) : cell(s).h;
+    }
+}
+
+template <class N>
+void Stream::play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
+                  uint8_t* trace) {
     const FlushDenormals flush;
-    const std::vector<Op>& ops = engine_->program.ops();
-    const Kernels& k = *engine_->kernels;
-    Signal signal;
-    signal.dense = x;
+    const std::vector<Op>& ops = streams[0]->engine_->program.ops();
+    const Kernels& k = *streams[0]->engine_->kernels;
+    Signal signals[room<N>];
+    for (size_t s = 0; s < n; ++s) signals[s].dense = x[s];
     for (size_t i = 0; i < ops.size(); ++i) {
         const Op& op = ops[i];
-        OpState& s = states_[i];
         switch (op.kind) {
             case Op::Kind::embedding:
-                if (!op.folded) signal.dense = op.table.data() + static_cast<size_t>(token) * pad(op.outputs);
+                if (op.folded) break;
+                for (size_t s = 0; s < n; ++s)
+                    signals[s].dense = op.table.data() + static_cast<size_t>(token[s]) * pad(op.outputs);
                 break;
-            case Op::Kind::linear:
-                std::memcpy(s.output, op.bias_input.data(), op.bias_input.size() * sizeof(float));
-                if (op.reads_events) {
-                    count(s.input_reads, signal.events);
-                    op.input.matvec(k, signal.events, s.output);
-                } else {
-                    op.input.matvec(k, signal.dense, s.output, codes_.data());
+            case Op::Kind::linear: {
+                float* y[room<N>]{};
+                for (size_t s = 0; s < n; ++s) {
+                    y[s] = streams[s]->states_[i].output;
+                    std::memcpy(y[s], op.bias_input.data(), op.bias_input.size() * sizeof(float));
                 }
-                signal.dense = s.output;
+                input_product(i, streams, n, signals, y);
+                for (size_t s = 0; s < n; ++s) signals[s].dense = y[s];
                 break;
+            }
             case Op::Kind::relu:
             case Op::Kind::events:
             case Op::Kind::kwta:
-                s.cell.gi = signal.dense;
-                (op.kind == Op::Kind::relu     ? k.cell_relu
-                 : op.kind == Op::Kind::events ? k.cell_events
-                                               : k.cell_kwta)(s.cell);
-                signal.dense = s.cell.y;
+            case Op::Kind::log_softmax:
+            case Op::Kind::top_k:
+            case Op::Kind::layer_norm:
+                for (size_t s = 0; s < n; ++s)
+                    signals[s].dense = pointwise(k, op, streams[s]->states_[i], signals[s].dense);
                 break;
-            case Op::Kind::log_softmax: {
-                std::memcpy(s.output, signal.dense, op.outputs * sizeof(float));
-                NormArgs args{op.outputs, 0, nullptr, nullptr, s.output};
-                k.cell_log_softmax(args);
-                signal.dense = s.output;
-                break;
-            }
-            case Op::Kind::top_k: {
-                TopArgs args{op.inputs, op.k, signal.dense, s.output, s.output + op.k};
-                k.cell_top_k(args);
-                signal.dense = s.output;
-                break;
-            }
-            case Op::Kind::layer_norm: {
-                std::memcpy(s.output, signal.dense, op.outputs * sizeof(float));
-                NormArgs norm{op.outputs, op.epsilon, op.scale.data(), op.bias_input.data(), s.output};
-                k.cell_layer_norm(norm);
-                signal.dense = s.output;
-                break;
-            }
             default:
-                signal.dense = recurrent(op, s, token, signal);
+                recurrent(i, streams, n, token, signals);
         }
         if (!op.speaks()) continue;
-        signal.events = {s.cell.event_index, s.cell.event_value, s.cell.event_count};
-        count(s.events, signal.events);
-        if (!trace) continue;
+        for (size_t s = 0; s < n; ++s) {
+            OpState& state = streams[s]->states_[i];
+            signals[s].events = {state.cell.event_index, state.cell.event_value, state.cell.event_count};
+            count(state.events, signals[s].events);
+        }
+        if (!trace) continue;  // of one stream
+        const Events& events = signals[0].events;
         std::memset(trace, 0, op.outputs);
-        for (uint32_t e = 0; e < signal.events.count; ++e) trace[signal.events.index[e]] = 1;
+        for (uint32_t e = 0; e < events.count; ++e) trace[events.index[e]] = 1;
         trace += op.outputs;
     }
-    std::memcpy(out, signal.dense, ops.back().outputs * sizeof(float));
-    ++steps_;
+    for (size_t s = 0; s < n; ++s) {
+        std::memcpy(out[s], signals[s].dense, ops.back().outputs * sizeof(float));
+        ++streams[s]->steps_;
+    }
+}
+
+void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
+    Stream* const self = this;
+    play(&self, One{}, &token, &x, &out, trace);
+}
+
+void Stream::step_group(Stream* const* streams, size_t n, const int64_t* token, const float* const* x,
+                        float* const* out) {
+    play(streams, n, token, x, out, nullptr);
+}
+
+Crew::Crew(size_t threads) : process_(getpid()) {
+    try {
+        while (threads_.size() + 1 < threads) threads_.emplace_back([this] { serve(); });
+    } catch (...) {  // the system gives no more of them
+        dismiss();
+        throw;
+    }
+}
+
+Crew::~Crew() { dismiss(); }
+
+void Crew::Delete::operator()(Crew* crew) const {
+    if (crew->process_ == getpid()) delete crew;  // in a child of fork its threads do not live, and none can be joined
+}
+
+void Crew::dismiss() {
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+}
+
+void Crew::work_off() {
+    for (size_t part; (part = next_.fetch_add(1, std::memory_order_relaxed)) < parts_;) work_(context_, part);
+}
+
+void Crew::serve() {
+    uint64_t seen = 0;
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+        wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+        if (stop_) return;
+        seen = round_;
+        lock.unlock();
+        work_off();
+        lock.lock();
+        if (--busy_ == 0) done_.notify_one();
+    }
+}
+
+void Crew::run(size_t parts, Work work, const void* context) {
+    const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
+    if (!turn || threads_.empty() || parts < 2 || process_ != getpid()) {
+        for (size_t part = 0; part < parts; ++part) work(context, part);
+        return;
+    }
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        parts_ = parts;
+        work_ = work;
+        context_ = context;
+        next_.store(0, std::memory_order_relaxed);
+        busy_ = threads_.size();
+        ++round_;
+    }
+    wake_.notify_all();
+    work_off();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return busy_ == 0; });
 }
 
 }  // namespace sparsefold

@@ -1,9 +1,13 @@
 // Playing a program: one Stream is one state with its own counters; many streams share one Program. `step` allocates
 // nothing and counts integers only (events emitted, columns read); src/sparsefold/cost.py alone multiplies.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "dispatch.hpp"
@@ -36,6 +40,12 @@ class Stream {
     /// receives program.outputs() floats. The caller has checked the token. `trace`, if given, receives one byte per
     /// unit of every EGRU and ReLU, in order: 1 where it emitted.
     void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr);
+
+    /// One step of each of `n` different streams of one engine, at most kBatch, as `step` would play it, to the bit:
+    /// op by op, so that they share what the caches hold of its weights.
+    static void step_group(Stream* const* streams, size_t n, const int64_t* token, const float* const* x,
+                           float* const* out);
+
     void reset();  // state to zero; counters stay
     void reset_counters();
     void set_emitted(size_t op, const float* y);  // y of step t-1; what is not zero is an event
@@ -54,13 +64,121 @@ class Stream {
         const float* dense = nullptr;
         Events events{};
     };
-    const float* recurrent(const Op& op, OpState& state, int64_t token, const Signal& x);
+    // Of `n` streams: a compile-time 1 for `step`, so that a step and a batch are one text.
+    template <class N>
+    static void play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
+                     uint8_t* trace);
+    template <class N>
+    static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
+    template <class N>
+    static void product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y);
+    template <class N>
+    static void product(const Matrix& matrix, Stream* const* streams, N n, const Events* x, float* const* y);
+    template <class N>
+    static void input_product(size_t i, Stream* const* streams, N n, const Signal* signals, float* const* y);
     std::shared_ptr<const Engine> engine_;
     Buffer<float> arena_;
     std::vector<OpState> states_;
     std::vector<int8_t> codes_;  // room for a dense x in int8
     uint64_t steps_ = 0;
     size_t trace_width_ = 0;
+};
+
+/// A stream for one thread; false when another has it.
+class Claim {
+  public:
+    explicit Claim(Stream& stream)
+        : stream_(stream), claimed_(!stream.busy.exchange(true, std::memory_order_acquire)) {}
+    ~Claim() {
+        if (claimed_) stream_.busy.store(false, std::memory_order_release);
+    }
+    Claim(const Claim&) = delete;
+    explicit operator bool() const { return claimed_; }
+
+  private:
+    Stream& stream_;
+    bool claimed_;
+};
+
+/// All streams of a batch for one thread, or none of them. `refused()` is the first that another has, or that the
+/// batch names twice; `n` when all are claimed.
+template <class Streams>
+class Claims {
+  public:
+    Claims(const Streams& stream, size_t n) : stream_(stream), n_(n) {
+        while (claimed_ < n && !stream(claimed_).busy.exchange(true, std::memory_order_acquire)) ++claimed_;
+        refused_ = claimed_;
+        if (claimed_ < n) release();
+    }
+    ~Claims() { release(); }
+    Claims(const Claims&) = delete;
+    explicit operator bool() const { return refused_ == n_; }
+    size_t refused() const { return refused_; }
+
+  private:
+    void release() {
+        while (claimed_) stream_(--claimed_).busy.store(false, std::memory_order_release);
+    }
+    const Streams& stream_;
+    size_t n_, claimed_ = 0, refused_ = 0;
+};
+
+/// The threads that share a batch: the caller's and `threads - 1` of its own, which sleep in between. One batch at a
+/// time has their help; who comes meanwhile, or in a child of fork, plays alone. No bit depends on it.
+class Crew {
+  public:
+    static constexpr size_t kMost = 256;  // a wrong number must not fill the machine
+    explicit Crew(size_t threads);        // at least 1, at most kMost
+    ~Crew();
+    Crew(const Crew&) = delete;
+    struct Delete {
+        void operator()(Crew* crew) const;
+    };
+    using Pointer = std::unique_ptr<Crew, Delete>;
+    size_t threads() const { return threads_.size() + 1; }
+
+    /// One step of each of `n` different streams of one engine. `stream(s)` is stream s; token (n), x (n, inputs),
+    /// out (n, outputs).
+    template <class Streams>
+    void step_batch(const Streams& stream, size_t n, const int64_t* token, const float* x, float* out) {
+        if (n == 0) return;
+        const size_t share = std::min(kBatch, (n + threads() - 1) / threads());
+        const auto play = [&](size_t part) {
+            const Program& program = stream(0).engine().program;
+            Stream* streams[kBatch];
+            const float* xs[kBatch];
+            float* outs[kBatch];
+            const size_t first = part * share, size = std::min(share, n - first);
+            for (size_t s = 0; s < size; ++s) {
+                streams[s] = &stream(first + s);
+                xs[s] = x ? x + (first + s) * program.inputs() : nullptr;
+                outs[s] = out + (first + s) * program.outputs();
+            }
+            if (size == 1) return streams[0]->step(token ? token[first] : 0, xs[0], outs[0]);
+            Stream::step_group(streams, size, token ? token + first : nullptr, xs, outs);
+        };
+        run((n + share - 1) / share,
+            [](const void* context, size_t part) { (*static_cast<decltype(play)*>(context))(part); }, &play);
+    }
+
+  private:
+    using Work = void (*)(const void* context, size_t part);
+    void run(size_t parts, Work work, const void* context);
+    void serve();
+    void work_off();
+    void dismiss();
+    std::vector<std::thread> threads_;
+    const int process_;
+    std::mutex turn_, mutex_;
+    std::condition_variable wake_, done_;
+    bool stop_ = false;
+    uint64_t round_ = 0;
+    size_t busy_ = 0;
+    // The batch; written under mutex_ while all threads sleep.
+    size_t parts_ = 0;
+    Work work_ = nullptr;
+    const void* context_ = nullptr;
+    std::atomic<size_t> next_{0};
 };
 
 }  // namespace sparsefold

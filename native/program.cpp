@@ -29,6 +29,80 @@ Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
     return out;
 }
 
+/// Dense x of `n` streams.
+struct Batch {
+    size_t n;
+    const float* const* x;
+};
+
+// A packed matrix as a sequence of packed matrices of about kPieceBytes of weights, for the same kernels:
+// visit(piece, its first column, its first row). No sum of any row changes its order by it.
+constexpr size_t kPieceBytes = 16 << 10;  // half of the smallest first-level cache; x and y take the rest
+
+/// Whole panels keep one sum a row and may stop between columns; narrower ones keep several and do not.
+template <class Value, class Visit>
+void in_pieces(const Dense<Value>& w, const Visit& visit) {
+    for (uint32_t row = 0; row < w.rows; row += kPanel) {
+        const uint32_t width = std::min(w.rows - row, kPanel);
+        const uint32_t step = width < kPanel ? w.cols : static_cast<uint32_t>(kPieceBytes / (kPanel * sizeof(Value)));
+        const Value* const panel = w.values + size_t{row} * w.cols;
+        for (uint32_t c = 0; c < w.cols; c += step)
+            visit(Dense<Value>{panel + size_t{c} * width, width, std::min(w.cols - c, step)}, c, row);
+    }
+}
+
+/// The first after `from` at which what lies between `start`s fills a piece of `bytes` each, or `count`.
+uint32_t piece_end(const uint32_t* start, uint32_t from, uint32_t count, size_t bytes) {
+    uint32_t to = from + 1;
+    while (to < count && (start[to] - start[from]) * bytes < kPieceBytes) ++to;
+    return to;
+}
+
+template <class Value, class Visit>
+void in_pieces(const Block<Value>& w, const Visit& visit) {
+    Block<Value> piece = w;
+    for (uint32_t c = 0, end; c < w.cols; c = end) {
+        end = piece_end(w.start, c, w.cols, w.height * sizeof(Value));
+        piece.start = w.start + c;
+        piece.cols = end - c;
+        visit(piece, c, 0);
+    }
+}
+
+template <class Strips, class Visit>
+void in_strips(const Strips& w, size_t vector_bytes, const Visit& visit) {
+    for (uint32_t p = 0, end; p < w.strips; p = end) {
+        end = piece_end(w.start, p, w.strips, vector_bytes);
+        Strips piece = w;
+        piece.start += p;
+        if (piece.scale) piece.scale += p * w.height;
+        piece.strips = end - p;
+        visit(piece, p);
+    }
+}
+
+template <class Value, class Visit>
+void in_pieces(const Rows<Value>& w, const Visit& visit) {
+    in_strips(w, kLanes * sizeof(Value), [&](Rows<Value>& piece, uint32_t p) {
+        if (piece.tail) piece.tail += p;
+        visit(piece, 0, p * w.height);
+    });
+}
+
+template <class Visit>
+void in_pieces(const RowsOfCodes& w, const Visit& visit) {
+    in_strips(w, 4 * kLanes, [&](RowsOfCodes& piece, uint32_t p) { visit(piece, 0, p * w.height); });
+}
+
+/// One gate each: its sums begin at zero, so that columns cannot be parted.
+template <class Value, class Visit>
+void in_pieces(const Complementary<Value>& w, const Visit& visit) {
+    Complementary<Value> piece = w;
+    piece.gates = 1;
+    const size_t size = size_t{ceil_div(w.sets, kLanes)} * w.cols * kLanes;
+    for (uint32_t g = 0; g < w.gates; ++g, piece.values += size, piece.live += size) visit(piece, 0, g * pad(w.units));
+}
+
 }  // namespace
 
 Matrix::Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_t last_gate)
@@ -258,13 +332,23 @@ void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
     }
 }
 
-template <class X>
-void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
+template <class X, class Y>
+void Matrix::product(const Kernels& kernels, const X& x, const Y& y) const {
     const auto call = [&](auto dense_x, auto event_x, const auto& packed) {
         if constexpr (std::is_same_v<X, Events>)
             event_x(packed, x, y);
+        else if constexpr (std::is_same_v<X, Batch>)
+            in_pieces(packed, [&](const auto& piece, uint32_t column, uint32_t row) {
+                for (size_t s = 0; s < x.n; ++s) dense_x(piece, x.x[s] + column, y[s] + row);
+            });
         else
             dense_x(packed, x, y);
+    };
+    const auto scale = [&](const float* factors) {
+        if constexpr (std::is_same_v<X, Batch>)
+            for (size_t s = 0; s < x.n; ++s) kernels.scale(y[s], factors, padded_rows());
+        else
+            kernels.scale(y, factors, padded_rows());
     };
     const uint16_t* const index16 = index32_.size() ? nullptr : index16_.data();
     const auto by_format = [&](const auto* values, auto dense, auto events_dense, auto rows, auto block,
@@ -276,11 +360,11 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
             case MatrixView::Format::block:
                 if constexpr (!std::is_same_v<X, Events>)
                     if (by_rows_)
-                        return rows(
+                        return call(
+                            rows, rows,
                             Rows<Value>{values, index16, index32_.data(), start_.data(),
                                         tail_.size() ? tail_.data() : nullptr, scale_.size() ? scale_.data() : nullptr,
-                                        height_, padded_rows() / height_},
-                            x, y);
+                                        height_, padded_rows() / height_});
                 return call(block, events_block,
                             Block<Value>{values, index16, index32_.data(), length_.size() ? length_.data() : nullptr,
                                          start_.data(), height_, cols_});
@@ -301,25 +385,42 @@ void Matrix::product(const Kernels& kernels, const X& x, float* y) const {
         case MatrixView::Precision::i8:
             if (by_rows_) return by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
             // sums of codes: y in units of each row's scale, and back
-            kernels.scale(y, inverse_.data(), padded_rows());
+            scale(inverse_.data());
             by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
-            return kernels.scale(y, scale_.data(), padded_rows());
+            return scale(scale_.data());
         case MatrixView::Precision::w8a8:
             break;  // reads codes only
     }
 #undef SPARSEFOLD_SLOTS
 }
 
+RowsOfCodes Matrix::rows_of_codes() const {
+    return {codes_.data(),
+            index16_.size() ? index16_.data() : nullptr,
+            index32_.size() ? index32_.data() : nullptr,
+            start_.data(),
+            scale_.data(),
+            height_,
+            padded_rows() / height_};
+}
+
 void Matrix::matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const {
     if (precision_ != MatrixView::Precision::w8a8) return product(kernels, x, y);
     const float x_scale = kernels.codes_of(x, codes, cols_);
-    kernels.matvec_rows_w8a8(RowsOfCodes{codes_.data(), index16_.size() ? index16_.data() : nullptr,
-                                         index32_.size() ? index32_.data() : nullptr, start_.data(), scale_.data(),
-                                         height_, padded_rows() / height_},
-                             codes, x_scale, y);
+    kernels.matvec_rows_w8a8(rows_of_codes(), codes, x_scale, y);
 }
 
 void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { product(kernels, x, y); }
+
+void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,
+                          int8_t* const* codes) const {
+    if (precision_ != MatrixView::Precision::w8a8) return product(kernels, Batch{n, x}, y);
+    float scales[kBatch];
+    for (size_t s = 0; s < n; ++s) scales[s] = kernels.codes_of(x[s], codes[s], cols_);
+    in_pieces(rows_of_codes(), [&](const RowsOfCodes& piece, uint32_t, uint32_t row) {
+        for (size_t s = 0; s < n; ++s) kernels.matvec_rows_w8a8(piece, codes[s], scales[s], y[s] + row);
+    });
+}
 
 size_t Matrix::nbytes() const {
     return (values_.size() + scale_.size() + inverse_.size()) * sizeof(float) + halves_.size() * sizeof(bf16) +

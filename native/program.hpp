@@ -51,6 +51,8 @@ class Buffer {
     size_t size_ = 0;
 };
 
+constexpr size_t kBatch = 16;  // streams that play together
+
 /// A weight matrix as a file holds it; pointers are borrowed.
 struct MatrixView {
     enum class Format { dense, block, complementary } format = Format::dense;
@@ -84,6 +86,10 @@ class Matrix {
     /// y += W x, y with gates padded; x is what the matrix was packed for. `codes` is room for `code_bytes()`.
     void matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const;
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
+    /// The same for `n` dense x at once, at most kBatch: the weights are read in pieces that stay in the nearest cache
+    /// for all of them. Every sum keeps its order.
+    void matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,
+                      int8_t* const* codes) const;
     uint32_t rows() const { return rows_; }  // without padding
     uint32_t cols() const { return cols_; }
     size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? size_t{cols_} + kCodeColumns : 0; }
@@ -100,8 +106,9 @@ class Matrix {
     void pack_rows(const MatrixView& view, const Segments& segments);
     void pack_complementary(const MatrixView& view, uint32_t first_gate);
     void narrow(const MatrixView& view, uint32_t first_gate);
-    template <class X>
-    void product(const Kernels& kernels, const X& x, float* y) const;
+    template <class X, class Y>
+    void product(const Kernels& kernels, const X& x, const Y& y) const;
+    RowsOfCodes rows_of_codes() const;
     bool by_rows_ = false;  // packed as `Rows` or `RowsOfCodes`
     MatrixView::Format format_ = MatrixView::Format::dense;
     uint32_t rows_ = 0, cols_ = 0, gates_ = 0;

@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy
@@ -129,7 +130,19 @@ class Engine:
         bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         epsilon: float,
     ) -> None: ...
-    def finish(self, isa: str, fold_limit: int) -> None: ...
+    def finish(self, isa: str, fold_limit: int, threads: int = 1) -> None: ...
+    def step_batch_tokens(
+        self,
+        streams: Sequence[Stream],
+        tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    ) -> None: ...
+    def step_batch_values(
+        self,
+        streams: Sequence[Stream],
+        x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu")],
+    ) -> None: ...
     @property
     def isa(self) -> str: ...
     @property
