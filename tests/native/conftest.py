@@ -98,7 +98,7 @@ def embed(request, c_build, sanitized, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("embed")
     how = ["-L", c_build, "-lsparsefold", f"-Wl,-rpath,{c_build}"]
     if request.param == "static":
-        how = [c_build / "libsparsefold.a", "-lstdc++", "-lm"]
+        how = [c_build / "libsparsefold.a", "-lstdc++", "-lm", "-pthread"]
     strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
     shell(tool("cc"), *strict, "-I", ROOT / "include", ROOT / "examples/embed.c", "-o", folder / "embed", *how)
     return folder / "embed"

@@ -51,6 +51,9 @@ def lib(c_build):
         ("stream_reset", c_int, [c_void_p]),
         ("step_token", c_int, [c_void_p, c_int64, POINTER(c_float)]),
         ("step_values", c_int, [c_void_p, POINTER(c_float), POINTER(c_float)]),
+        ("step_batch_tokens", c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_int64), POINTER(c_float)]),
+        ("step_batch_values", c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float), POINTER(c_float)]),
+        ("set_threads", c_int, [c_void_p, c_size_t]),
         ("counters", c_int, [c_void_p, c_size_t, c_int, POINTER(c_uint64), POINTER(c_size_t)]),
     ]:
         function = getattr(library, f"sparsefold_{name}")
@@ -300,6 +303,68 @@ def test_a_packed_matrix_at_an_odd_address_gives_the_bits_of_python(storage, lib
 def test_every_cut_is_refused_by_both(lib):
     for size in range(len(make.SOUND)):
         assert verdicts(lib, make.SOUND[:size])[:2] == (False, False)
+
+
+# --- many streams at once ------------------------------------------------------------------------------------------------
+
+
+def batch(lib, engine, streams, x, takes_tokens, y):
+    """The status of one step of ``streams``."""
+    handles = (c_void_p * len(streams))(*streams)
+    if takes_tokens:
+        x = np.array(x, np.int64).ctypes.data_as(POINTER(c_int64))
+        return lib.sparsefold_step_batch_tokens(engine, handles, len(streams), x, floats(y))
+    return lib.sparsefold_step_batch_values(engine, handles, len(streams), floats(x), floats(y))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", cases.NETWORKS)
+def test_a_batch_gives_the_bits_of_python(name, threads, lib):
+    program = network(name)
+    inputs = np.stack([cases.sequence(program, 6, salt) for salt in range(19)], 1)
+    _, engine, _ = load(lib, program.to_bytes())
+    assert lib.sparsefold_set_threads(engine, threads) == OK
+    streams = [lib.sparsefold_stream_new(engine) for _ in range(19)]
+    expected, y = [sf.Engine(program).stream() for _ in streams], np.empty((19, program.outputs), np.float32)
+    for x in inputs:
+        assert batch(lib, engine, streams, x, program.takes_tokens, y) == OK
+        steps = [s.step(int(v) if program.takes_tokens else v) for s, v in zip(expected, x, strict=True)]
+        assert y.tobytes() == np.stack(steps).tobytes()
+    count, value = c_size_t(1), (c_uint64 * 1)()
+    for stream in streams:
+        assert lib.sparsefold_counters(stream, 0, STEPS, value, byref(count)) == OK and value[0] == 6
+        lib.sparsefold_stream_free(stream)
+    lib.sparsefold_free(engine)
+
+
+def test_a_refused_batch_changes_nothing(lib):
+    (_, engine, _), (_, other, _) = load(lib, make.SOUND), load(lib, make.SOUND)
+    a, b, foreign = (lib.sparsefold_stream_new(e) for e in (engine, engine, other))
+    y = np.full((3, 3), 7, np.float32)
+    for streams, tokens, status in [
+        ([a, b, a], [0, 1, 2], ARGUMENT), ([a, foreign], [0, 1], ARGUMENT), ([a, None], [0, 1], ARGUMENT),
+        ([a, b], [0, 3], TOKEN), ([a, b], [-1, 0], TOKEN),
+    ]:  # fmt: skip
+        assert batch(lib, engine, streams, tokens, True, y) == status
+    assert batch(lib, engine, [a], np.zeros((1, 3)), False, y) == ARGUMENT
+    assert batch(lib, None, [a], [0], True, y) == ARGUMENT
+    one, token = (c_void_p * 1)(a), (c_int64 * 1)(0)
+    assert lib.sparsefold_step_batch_tokens(engine, None, 1, token, floats(y)) == ARGUMENT
+    assert lib.sparsefold_step_batch_tokens(engine, one, 1, None, floats(y)) == ARGUMENT
+    assert lib.sparsefold_step_batch_tokens(engine, one, 1, token, None) == ARGUMENT
+    assert lib.sparsefold_step_batch_tokens(engine, None, 0, None, None) == OK
+    for threads in (0, 257, 2**64 - 1):
+        assert lib.sparsefold_set_threads(engine, threads) == ARGUMENT
+    assert lib.sparsefold_set_threads(None, 1) == ARGUMENT
+    assert (y == 7).all()
+    count, value = c_size_t(1), (c_uint64 * 1)()
+    for stream in (a, b, foreign):
+        assert lib.sparsefold_counters(stream, 0, STEPS, value, byref(count)) == OK and value[0] == 0
+    assert batch(lib, engine, [a, b], [0, 1], True, y) == OK  # no claim was left behind
+    for stream in (a, b, foreign):
+        lib.sparsefold_stream_free(stream)
+    lib.sparsefold_free(engine)
+    lib.sparsefold_free(other)
 
 
 # --- what a caller can do wrong ------------------------------------------------------------------------------------------

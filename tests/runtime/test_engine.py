@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -328,6 +329,167 @@ def test_many_streams_equal_many_engines(name):
         same_bits(alone.run(x), np.stack(out))
         same_bits(alone.save_state(), stream.save_state())
         same_bits(dict(alone.counters.events), dict(stream.counters.events))
+
+
+# --- one step of many streams ---------------------------------------------------------------------------------------------
+
+
+def counted(stream):
+    """Every counter, for comparison."""
+    c = stream.counters
+    arrays = {f"{n}.{i}": a for n in ("events", "input_reads", "hidden_reads") for i, a in getattr(c, n).items()}
+    return {"steps": np.array(c.steps), **arrays}
+
+
+def compare_batch(program, sizes, isa, threads=1, steps=4):
+    """Batches of several sizes over the same streams, in changing order, against each stream stepped by itself."""
+    engine, most = sf.Engine(program, isa=isa, threads=threads), max(sizes)
+    inputs = [cases.sequence(program, steps * len(sizes), salt) for salt in range(most)]
+    alone, together = ([engine.stream() for _ in inputs] for _ in range(2))
+    order, t = np.arange(most), 0
+    for size in sizes:
+        for _ in range(steps):
+            chosen = order[:size]
+            x = np.array([inputs[s][t] for s in chosen])
+            out = engine.step_batch([together[s] for s in chosen], x)
+            expected = [alone[s].step(int(v) if program.takes_tokens else v) for s, v in zip(chosen, x, strict=True)]
+            same_bits(out, np.stack(expected))
+            order, t = np.roll(order, 3), t + 1
+    for a, b in zip(alone, together, strict=True):
+        same_bits(a.save_state(), b.save_state())
+        same_bits(counted(a), counted(b))
+
+
+@pytest.mark.parametrize("name", cases.NETWORKS)
+def test_a_batch_gives_the_bits_of_each_stream_alone(name, isa):
+    compare_batch(network(name), (1, 2, 5, 17), isa)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("name", ["three", "mixed-3", "mixed-w8a8", "layer-norm-of-events", "gru-overlay"])
+def test_threads_change_no_bit_of_a_batch(name, threads, isa):
+    compare_batch(network(name), (1, 2, 5, 33), isa, threads, steps=8)
+
+
+# Matrices of several pieces of the first-level cache each, in rows, in columns and in panels, the last one narrower.
+@pytest.mark.parametrize("precision", ["f32", "bf16", "i8", "w8a8"])
+@pytest.mark.parametrize(
+    "storage", [None, (16, 1), (8, 4), (5, 3), "csc", cases.Overlay(4), cases.Overlay(2, 16)], ids=str
+)
+def test_a_batch_over_matrices_of_many_pieces_keeps_every_sum_in_order(storage, precision, isa):
+    r = cases.rng(12)
+    program = Program((cases.gru(r, 200, 190, storage, 0.5), cases.linear(r, 190, 301, storage, 0.5)))
+    compare_batch(program.rounded(precision), (3, 16), isa, steps=2)
+
+
+def test_a_batch_of_none_and_an_out_of_ones_own():
+    for name in ("tokens", "gru"):
+        program = network(name)
+        engine = sf.Engine(program)
+        assert engine.step_batch([], cases.sequence(program, 0)).shape == (0, program.outputs)
+        streams, x = [engine.stream() for _ in range(3)], cases.sequence(program, 3)
+        out = np.full((5, program.outputs), np.nan, F)
+        assert engine.step_batch(tuple(streams), x, out[1:4]).base is out
+        same_bits(out[1:4], np.stack([engine.stream().run(v[None])[0] for v in x]))
+        assert np.isnan(out[[0, 4]]).all()
+
+
+def test_a_wrong_batch_is_refused_and_nothing_is_played():
+    program = network("tokens")
+    engine, values = sf.Engine(program), sf.Engine(network("gru"))
+    a, b, other, v = engine.stream(), engine.stream(), sf.Engine(program).stream(), values.stream()
+    for streams, x, out, sentence in [
+        ([a, b, a], [1, 2, 3], None, "streams 0 and 2 of the batch are the same one"),
+        ([a, other], [1, 2], None, "stream 1 of the batch is of another engine"),
+        ([a, None], [1, 2], None, "a batch is a sequence of streams"),
+        (None, [1, 2], None, "a batch is a sequence of streams"),
+        ([a, b], [1, 7], None, "token 7 is outside the vocabulary"),
+        ([a, b], [1, -1], None, "token -1 is outside"),
+        ([a, b], [1], None, r"a batch of 2 is \(2,\) token ids"),
+        ([a, b], [1.0, 2.0], None, "token ids; got float64"),
+        ([a, b], [[1], [2]], None, r"token ids; got int64 \(2, 1\)"),
+        ([a, b], [1, 2], Z((2, 6), F), r"out must be a writable contiguous float32 array of shape \(2, 7\)"),
+        ([a, b], [1, 2], Z((2, 7)), "got float64 of shape"),
+        ([a, b], [1, 2], Z((7, 2), F).T, "out must be"),
+        ([a, b], [1, 2], [[0.0] * 7] * 2, "got list"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            engine.step_batch(streams, x, out)
+    fixed = Z((2, 7), F)
+    fixed.flags.writeable = False
+    with pytest.raises(ValueError, match="out must be a writable"):
+        engine.step_batch([a, b], [1, 2], fixed)
+    for x in (Z((1, 4), F), Z(3, F), Z((2, 3), F)):
+        with pytest.raises(ValueError, match=r"a batch of 1 for this program has shape \(1, 3\)"):
+            values.step_batch([v], x)
+    assert [s.counters.steps for s in (a, b, other, v)] == [0, 0, 0, 0]
+    engine.step_batch([a, b], [1, 2])  # no claim was left behind
+    assert a.counters.steps == b.counters.steps == 1
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 1.0, True, "2"])
+def test_a_number_of_threads_that_is_none_is_refused(threads):
+    with pytest.raises(ValueError, match="threads must be a whole number from 1 to 256"):
+        sf.Engine(network("gru"), threads=threads)
+
+
+def test_a_batch_with_a_stream_in_use_is_refused_whole():
+    program = Program((cases.gru(cases.rng(4), 8, 256),))
+    engine = sf.Engine(program, threads=2)
+    streams, x = [engine.stream() for _ in range(4)], cases.sequence(program, 8000)
+    thread = threading.Thread(target=streams[2].run, args=(x,))
+    thread.start()
+    while not streams[2]._core.steps:
+        time.sleep(0.0005)
+    with pytest.raises(RuntimeError, match="stream 2 of the batch is in use by another thread"):
+        engine.step_batch(streams, x[:4])
+    assert thread.is_alive()
+    thread.join()
+    assert [s.counters.steps for s in streams] == [0, 0, 8000, 0]
+    engine.step_batch(streams, x[:4])
+
+
+def test_batches_of_one_engine_in_two_threads_equal_batches_in_turn():
+    program = network("three")
+    engine = sf.Engine(program, threads=2)
+    inputs = np.stack([cases.sequence(program, 300, salt) for salt in range(10)], 1)
+    found = {}
+
+    def play(first):
+        streams = [engine.stream() for _ in range(5)]
+        found[first] = np.stack([engine.step_batch(streams, x) for x in inputs[:, first : first + 5]])
+
+    threads = [threading.Thread(target=play, args=(first,)) for first in (0, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for s in range(10):
+        same_bits(np.ascontiguousarray(found[s // 5 * 5][:, s % 5]), engine.stream().run(inputs[:, s]))
+
+
+def test_a_child_of_fork_plays_its_batches_alone_and_ends():
+    done = in_a_process(
+        f"import sys; sys.path.insert(0, {str(Path(cases.__file__).parent)!r})"
+        """
+import os, cases, sparsefold as sf
+program = cases.network("three")
+engine = sf.Engine(program, threads=3)
+def play():
+    streams = [engine.stream() for _ in range(6)]
+    return b"".join(engine.step_batch(streams, [t] * 6).tobytes() for t in range(5))
+before = play()
+child = os.fork()
+if child == 0:
+    same = play() == before
+    del engine
+    os._exit(0 if same else 1)
+assert os.waitpid(child, 0)[1] == 0
+assert play() == before
+print("ok")
+"""
+    )
+    assert done.stdout == "ok\n", done.stderr
 
 
 # --- state --------------------------------------------------------------------------------------------------------------
