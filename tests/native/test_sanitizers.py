@@ -6,10 +6,23 @@ import subprocess
 
 import pytest
 
+import cases
+
 
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_core_runs_clean(sanitizer: str, sanitized) -> None:
     stress = sanitized(sanitizer, ["tests/native/stress.cpp"], "stress")
     done = subprocess.run([str(stress)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"
+
+
+def test_threads_share_an_engine_cleanly(sanitized, tmp_path) -> None:
+    names = ["three", "mixed-3", "mixed-w8a8", "layer-norm-of-events", "tokens-overlay"]
+    for name in names:
+        cases.network(name).save(tmp_path / name)
+    program = sanitized("thread", ["tests/native/threads.c"], "threads")
+    command = [str(program), *(str(tmp_path / name) for name in names)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "ok\n"
