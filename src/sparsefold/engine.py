@@ -153,7 +153,8 @@ class Engine:
             out = np.empty(shape, np.float32)
         elif not (
             isinstance(out, np.ndarray)
-            and (out.dtype, out.shape) == (np.float32, shape)
+            and out.dtype == np.float32
+            and out.shape == shape
             and out.flags.c_contiguous
             and out.flags.writeable
         ):
