@@ -36,6 +36,7 @@ check: .venv/.built
 bench: .venv/.built
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/steps.py
+	$(BIN)/python bench/throughput.py
 
 # Into dist/, with every python3.11 or newer on the path, each wheel tested with numpy only.
 wheels:

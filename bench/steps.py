@@ -135,7 +135,7 @@ class FromC:
         inputs.tofile(self.words[2])
         timer = [ROOT / "bench/steps.c", "-o", self.words[0]]
         if library:
-            shell(tool("cc"), "-std=c99", "-O2", "-I", ROOT / "include", *timer, library, "-lstdc++", "-lm")
+            shell(tool("cc"), "-std=c99", "-O2", "-I", ROOT / "include", *timer, library, "-lstdc++", "-lm", "-pthread")
         else:
             _, source = write_c(program, folder, "net")
             flags = ["-std=c99", "-O3", "-march=native"]

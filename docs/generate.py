@@ -98,6 +98,35 @@ def steps() -> str:
     return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
+def throughput() -> str:
+    """Streams in real time of one core and of two, by precision and batch size, and what a step reads."""
+    found = sorted((ROOT / "bench/results").glob("*/throughput-*.jsonl"), key=lambda path: path.name)
+    if not found:
+        return "Not measured yet."
+    path = found[-1]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    cases: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for r in rows:
+        cases.setdefault((r["precision"], r["batch"]), {})[r["how"]] = r
+    lines = [
+        "| weights | batch | µs of one step | streams, one core | two cores, a batch each | `threads=2` | kB read by one step alone |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (precision, batch), ways in cases.items():
+        one, others = ways["one core"], [ways.get(how) for how in ("two cores, a batch each", "threads=2")]
+        figures = " | ".join(f"{r['streams']} ({r['streams'] / one['streams']:.2f}x)" if r else "" for r in others)
+        read = sum(one["cost"][name] for name in ("bytes_weights", "bytes_index", "bytes_state")) / 1e3
+        lines.append(
+            f"| {precision} | {batch} | {one['us_per_step']:.1f} | **{one['streams']}** | {figures} | {read:,.0f} |"
+        )
+    about = rows[0]
+    where = (
+        f"{about['units']} x {about['layers']} units, {about['density']:.0%} of blocks, {about['event_rate']:.1%} events, "
+        f"{about['steps_per_second']} steps a second. {about['processor']}, {about['isa']}, Python call included."
+    )
+    return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
+
+
 def whole_byte() -> str:
     """Time and quality of a whole byte, ours in every precision against the dense GRU of every rival."""
     path = newest("bench/results", "*/byte-*.jsonl")
@@ -223,6 +252,7 @@ SECTIONS = {
     "docs/benchmarks.md": {
         "learning-rates": learning_rates,
         "steps": steps,
+        "throughput": throughput,
         "whole-byte": whole_byte,
         "kernels": kernels,
         "heatmap": heatmap,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,34 @@ def test_rows_from_c_and_of_sparse_inputs_say_so(monkeypatch, tmp_path: Path) ->
     row, foot = made(engine="ours, f32", input_rate=0.1)
     assert row == f"| 128 x 1, 10% of x | **ours, f32**, {figures}"
     assert "Python call included. From" in foot
+
+
+def test_the_table_of_streams_is_made_of_the_newest_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = generator()
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    assert generate.throughput() == "Not measured yet."
+    folder = tmp_path / "bench/results/a-machine"
+    folder.mkdir(parents=True)
+    line: dict[str, object] = {
+        "units": 1350, "layers": 3, "density": 0.1, "event_rate": 0.115, "steps_per_second": 100, "precision": "bf16",
+        "processor": "A Processor", "isa": "avx2", "cost": {"bytes_weights": 9e5, "bytes_index": 1e5, "bytes_state": 5e4},
+    }  # fmt: skip
+    ways = [
+        {"batch": 1, "how": "one core", "us_per_step": 125.0, "streams": 80},
+        {"batch": 8, "how": "one core", "us_per_step": 100.0, "streams": 100},
+        {"batch": 8, "how": "two cores, a batch each", "us_per_step": 52.6, "streams": 190},
+        {"batch": 8, "how": "threads=2", "us_per_step": 55.6, "streams": 180},
+    ]
+    (folder / "throughput-2025-01-01-b.jsonl").write_text("damaged")
+    newest = folder / "throughput-2025-01-02-a.jsonl"
+    newest.write_text("".join(json.dumps(line | way) + "\n" for way in ways))
+    table = generate.throughput()
+    assert "| bf16 | 1 | 125.0 | **80** |  |  | 1,050 |" in table
+    assert "| bf16 | 8 | 100.0 | **100** | 190 (1.90x) | 180 (1.80x) | 1,050 |" in table
+    assert table.endswith(
+        "1350 x 3 units, 10% of blocks, 11.5% events, 100 steps a second. A Processor, avx2, Python call included. "
+        "From [throughput-2025-01-02-a.jsonl](../bench/results/a-machine/throughput-2025-01-02-a.jsonl)."
+    )
 
 
 def test_links_lead_somewhere() -> None:
