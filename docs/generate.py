@@ -109,7 +109,8 @@ def throughput() -> str:
     for r in rows:
         cases.setdefault((r["precision"], r["batch"]), {})[r["how"]] = r
     lines = [
-        "| weights | batch | µs of one step | streams, one core | two cores, a batch each | `threads=2` | kB read by one step alone |",
+        "| weights | batch | µs of one step | streams, one core | two cores, a batch each | "
+        "`threads=2` | kB read by one step alone |",
         "|---|---|---|---|---|---|---|",
     ]
     for (precision, batch), ways in cases.items():
