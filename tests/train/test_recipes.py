@@ -602,6 +602,7 @@ def test_training_in_another_thread_leaves_the_signals_alone(config, tmp_path):
     assert summaries[0]["steps"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:2.weight. 108 rows per gate")  # of the text's own alphabet
 def test_learning_happens_with_few_events_and_exactly_the_weights_asked_for(tmp_path):
     """On CPython's text, 150 steps: far below the entropy of single bytes, which no memory is needed for."""
     corpus = load_text()
