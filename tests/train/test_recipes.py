@@ -614,7 +614,9 @@ def test_learning_happens_with_few_events_and_exactly_the_weights_asked_for(tmp_
     assert 4 < entropy < 5.5
     assert summary["valid_bits_per_char"] < entropy - 0.8
     assert log(tmp_path)[-1]["event_rate"] < 0.15, "0.10 was asked for"
-    assert log(tmp_path)[-1]["density"] == {"1.weight_hh_l0": 0.25, "2.weight": 0.5}
+    density = log(tmp_path)[-1]["density"]
+    assert density["1.weight_hh_l0"] == 0.25
+    assert density["2.weight"] == pytest.approx(0.5, abs=0.02), "half of the blocks, of which the last ones are short"
     weight = load_file(tmp_path / "last.safetensors")["model.1.weight_hh_l0"]
     live = (weight.reshape(-1, 16, 64) != 0).any(1)
     assert live.sum() == round(0.25 * live.numel())
