@@ -10,8 +10,11 @@ const std::vector<std::string>& available_isas() {
         std::vector<std::string> found;
 #ifdef SPARSEFOLD_X86
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2"))
+                found.push_back("avx512vnni");
             found.push_back("avx512");
+        }
         if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back("avx2");
 #endif
 #ifdef SPARSEFOLD_ARM64
@@ -35,6 +38,7 @@ const Kernels& kernels(const std::string& isa, std::string* chosen) {
         if (each != name) continue;
         if (chosen) *chosen = name;
 #ifdef SPARSEFOLD_X86
+        if (name == "avx512vnni") return kernels_avx512vnni;
         if (name == "avx512") return kernels_avx512;
         if (name == "avx2") return kernels_avx2;
 #endif

@@ -8,7 +8,8 @@ namespace sparsefold {
 
 constexpr uint32_t kLanes = 16;  // rows of one vector; every gate starts at a multiple of it
 constexpr uint32_t kCodeColumns = 16;
-constexpr uint32_t kPanel = 128;  // rows of one panel of a packed dense matrix
+constexpr uint32_t kMarkedColumns = 4096;  // at most, where a strip's columns are marked by bits
+constexpr uint32_t kPanel = 128;           // rows of one panel of a packed dense matrix
 
 constexpr uint32_t pad(uint32_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -59,14 +60,16 @@ struct Rows {
 };
 
 /// The same for x in int8 codes: four columns stand side by side in each of the sixteen lanes. A strip is filled up
-/// with zeros to whole vectors and to a multiple of kCodeColumns columns. x holds kCodeColumns codes more than it has
-/// columns.
+/// with zeros to whole vectors and to a multiple of kCodeColumns columns. x holds 64 codes more than it has columns.
 struct RowsOfCodes {
     const int8_t* values;      // (vectors, 4 * kLanes): lane i holds row i % height of columns 4 * (i / height) on
     const uint16_t* column16;  // (vectors, 4 * kLanes / height) where every column fits 16 bits, else null
     const uint32_t* column32;  // (vectors, 4 * kLanes / height) otherwise; null too where height 16 holds all columns
     const uint32_t* start;     // (strips + 1)
     const float* scale;        // (padded rows)
+    const uint64_t* marks;     // (strips, words) bit i of word k: column 64 k + i; null but for height 16
+    const int32_t* added;      // (padded rows) 128 times the sum of a row's codes; null as `marks`
+    uint32_t words;
     uint32_t height;
     uint32_t strips;
 };
@@ -156,6 +159,7 @@ struct Kernels {
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512vnni;
 extern const Kernels kernels_neon;
 
 }  // namespace sparsefold

@@ -68,9 +68,47 @@ SF_INLINE void matvec(const Dense<Value>& w, const Columns& x, float* y) {
 /// Four segments of whole vectors, whose rows differ: every sum is under way before the first is stored.
 template <class Value, class Row>
 SF_INLINE void axpy4(float* y, const Row* row, const Value* w, const F16& x) {
+    const Row at[4] = {row[0], row[1], row[2], row[3]};
     F16 sum[4];
-    for (uint32_t i = 0; i < 4; ++i) sum[i] = fma(load(w + i * kLanes), x, load(y + row[i]));
-    for (uint32_t i = 0; i < 4; ++i) store(y + row[i], sum[i]);
+    for (uint32_t i = 0; i < 4; ++i) sum[i] = fma(load(w + i * kLanes), x, load(y + at[i]));
+    for (uint32_t i = 0; i < 4; ++i) store(y + at[i], sum[i]);
+}
+
+/// Segments of whole vectors. Where each column ends is not to be guessed, and a loop over its segments would be
+/// mispredicted at every end: the segments of many columns are written down first, by fours and what is left of each
+/// column apart, and then what is read is known long before it is needed.
+template <class Value, class Row, class Columns>
+SF_INLINE void whole_segments(const Block<Value>& w, const Row* row, const Columns& x, float* y) {
+    constexpr uint32_t kRoom = 512, kAhead = 8;
+    const Value* const values = w.values;
+    const uint32_t* const start = w.start;
+    const auto segment = [values](uint32_t s) { return values + static_cast<size_t>(s) * kLanes; };
+    uint32_t fours[kRoom + kLanes], ones[kRoom + kLanes];
+    float x_fours[kRoom + kLanes], x_ones[kRoom + kLanes];
+    for (uint32_t k = 0; k < x.count;) {
+        uint32_t n = 0, left = 0;
+        for (; k < x.count && n + kLanes <= kRoom && left + kLanes <= kRoom; ++k) {
+            const uint32_t column = x.column(k), last = start[column + 1];
+            uint32_t s = start[column];
+            const F16 value = set1(x.value(k));
+            if (last - s >= 4 * kLanes)  // long enough for a loop of its own
+                for (; s + 4 <= last; s += 4) axpy4(y, row + s, segment(s), value);
+            const uint32_t count = (last - s) / 4;
+            ramp(fours + n, s, 4);
+            store(x_fours + n, value);
+            ramp(ones + left, s + 4 * count, 1);
+            store(x_ones + left, value);
+            n += count;
+            left += (last - s) % 4;
+        }
+        ramp(fours + n, 0, 0);  // what is asked for behind the last
+        for (uint32_t i = 0; i < n; ++i) {
+            const char* const ahead = reinterpret_cast<const char*>(segment(fours[i + kAhead]));
+            for (uint32_t line = 0; line < sizeof(Value); ++line) __builtin_prefetch(ahead + 64 * line);
+            axpy4(y, row + fours[i], segment(fours[i]), set1(x_fours[i]));
+        }
+        for (uint32_t i = 0; i < left; ++i) axpy<kLanes>(y + row[ones[i]], segment(ones[i]), x_ones[i]);
+    }
 }
 
 /// Height 0: any height, `length` rows of each segment exist.
@@ -84,10 +122,7 @@ SF_INLINE void segments(const Block<Value>& w, const Row* row, const Columns& x,
             add_at(y, row + first, w.values + first, value, last - first);
         } else if constexpr (Height != 0) {
             const Value* values = w.values + static_cast<size_t>(first) * Height;
-            uint32_t s = first;
-            if constexpr (Height == kLanes)  // rows of a column differ: four sums before the first is stored
-                for (; s + 4 <= last; s += 4, values += 4 * Height) axpy4(y, row + s, values, set1(value));
-            for (; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
+            for (uint32_t s = first; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
         } else {
             const Value* values = w.values + static_cast<size_t>(first) * w.height;
             for (uint32_t s = first; s < last; ++s, values += w.height)
@@ -100,7 +135,7 @@ template <class Value, class Row, class Columns>
 SF_INLINE void by_height(const Block<Value>& w, const Row* row, const Columns& x, float* y) {
     switch (w.height) {
         case 16:
-            return segments<16>(w, row, x, y);
+            return whole_segments(w, row, x, y);
         case 8:
             return segments<8>(w, row, x, y);
         case 4:
@@ -203,6 +238,32 @@ SF_INLINE void strips_of_codes(const RowsOfCodes& w, Column column, const int8_t
     }
 }
 
+/// The same of strips of sixteen rows whose columns are marked: what a strip reads of x is picked together while the
+/// strip before is multiplied. Codes raised by 128 are unsigned, as the instruction wants them.
+SF_INLINE void marked_strips_of_codes(const RowsOfCodes& w, const int8_t* x, float x_scale, float* y) {
+    constexpr uint32_t kChains = 4;
+    static_assert(kCodeColumns == 4 * kChains, "a strip holds whole rounds of all sums");
+    uint8_t picked[2][kMarkedColumns + 64];
+    const auto pick = [&](uint32_t p) {
+        uint8_t* to = picked[p % 2];
+        const uint64_t* const marks = w.marks + static_cast<size_t>(p) * w.words;
+        for (uint32_t k = 0; k < w.words; ++k) to += pick_codes(to, x + 64 * k, marks[k]);
+    };
+    if (w.strips) pick(0);
+    for (uint32_t p = 0; p < w.strips; ++p, y += kLanes) {
+        if (p + 1 < w.strips) pick(p + 1);
+        const int8_t* values = w.values + static_cast<size_t>(w.start[p]) * 4 * kLanes;
+        const uint8_t* codes = picked[p % 2];
+        I16 sums[kChains] = {zero(), zero(), zero(), zero()};
+        for (uint32_t v = w.start[p]; v < w.start[p + 1]; v += kChains)
+            for (uint32_t c = 0; c < kChains; ++c, values += 4 * kLanes, codes += 4) {
+                sums[c] = dot4_raised(sums[c], values, codes);
+            }
+        const F16 sum = lowered(sums[0], sums[1], sums[2], sums[3], w.added + p * kLanes);
+        store(y, fma(sum, mul(load(w.scale + p * kLanes), set1(x_scale)), load(y)));
+    }
+}
+
 template <class Column>
 SF_INLINE void by_height(const RowsOfCodes& w, Column column, const int8_t* x, float x_scale, float* y) {
     switch (w.height) {
@@ -220,7 +281,9 @@ SF_INLINE void by_height(const RowsOfCodes& w, Column column, const int8_t* x, f
 }
 
 static void matvec_rows_w8a8(const RowsOfCodes& w, const int8_t* x, float x_scale, float* y) {
-    if (w.column16)
+    if (kPicksCodes && w.marks)
+        marked_strips_of_codes(w, x, x_scale, y);
+    else if (w.column16)
         by_height(w, w.column16, x, x_scale, y);
     else if (w.column32)
         by_height(w, w.column32, x, x_scale, y);
@@ -251,7 +314,7 @@ static float codes_of(const float* x, int8_t* codes, uint32_t n) {
         else
             store_codes(codes + i, some, round(mul(some < kLanes ? load_first(x + i, some) : load(x + i), inverse)));
     }
-    for (uint32_t k = 0; k < kCodeColumns; ++k) codes[n + k] = 0;  // what is read beyond the last column
+    for (uint32_t k = 0; k < 64; ++k) codes[n + k] = 0;  // what is read beyond the last column
     return bad ? __builtin_nanf("") : tiny ? 0.0f : top / 127.0f;
 }
 

@@ -91,7 +91,13 @@ void in_pieces(const Rows<Value>& w, const Visit& visit) {
 
 template <class Visit>
 void in_pieces(const RowsOfCodes& w, const Visit& visit) {
-    in_strips(w, 4 * kLanes, [&](RowsOfCodes& piece, uint32_t p) { visit(piece, 0, p * w.height); });
+    in_strips(w, 4 * kLanes, [&](RowsOfCodes& piece, uint32_t p) {
+        if (piece.marks) {
+            piece.marks += size_t{p} * w.words;
+            piece.added += p * w.height;
+        }
+        visit(piece, 0, p * w.height);
+    });
 }
 
 /// One gate each: its sums begin at zero, so that columns cannot be parted.
@@ -252,6 +258,8 @@ void Matrix::pack_rows(const MatrixView& view, const Segments& segments) {
     index16_ = Buffer<uint16_t>(narrow && !all ? vectors * columns : 0);
     index32_ = Buffer<uint32_t>(narrow || all ? 0 : vectors * columns);
     tail_ = Buffer<uint16_t>(side == 1 && columns > 1 ? strips : 0);
+    const size_t words = ceil_div(cols_, 64);
+    if (side == 4 && height_ == kLanes && !all && cols_ <= kMarkedColumns) marks_ = Buffer<uint64_t>(strips * words);
     std::fill(used.begin(), used.end(), 0);
     segments([&](uint32_t c, uint32_t row, uint32_t length, uint32_t first, const float* values, size_t distance) {
         const uint32_t p = row / height_, in_strip = used[p]++, at = in_strip % columns;
@@ -261,6 +269,7 @@ void Matrix::pack_rows(const MatrixView& view, const Segments& segments) {
             lanes[size_t{i} * side] = values[i * distance] * unscaled(view, first + i);
         if (tail_.size()) tail_[p] = static_cast<uint16_t>((1u << (at + 1) * height_) - 1);
         if (all) return;
+        if (marks_.size()) marks_[p * words + c / 64] |= uint64_t{1} << c % 64;
         if (narrow)
             index16_[vector * columns + at] = static_cast<uint16_t>(c);
         else
@@ -321,6 +330,11 @@ void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
             codes_[i] = static_cast<int8_t>(code);
         }
         values_ = Buffer<float>();
+        added_ = Buffer<int32_t>(marks_.size() ? padded_rows() : 0);
+        if (added_.size())
+            for (uint32_t p = 0; p + 1 < start_.size(); ++p)
+                for (size_t i = size_t{start_[p]} * 4 * kLanes; i < size_t{start_[p + 1]} * 4 * kLanes; ++i)
+                    added_[p * kLanes + i / 4 % kLanes] += 128 * codes_[i];
         const uint32_t units = rows_ / gates_;
         scale_ = Buffer<float>(padded_rows());
         inverse_ = Buffer<float>(padded_rows());
@@ -400,6 +414,9 @@ RowsOfCodes Matrix::rows_of_codes() const {
             index32_.size() ? index32_.data() : nullptr,
             start_.data(),
             scale_.data(),
+            marks_.size() ? marks_.data() : nullptr,
+            added_.data(),
+            ceil_div(cols_, 64),
             height_,
             padded_rows() / height_};
 }
@@ -425,7 +442,8 @@ void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* 
 size_t Matrix::nbytes() const {
     return (values_.size() + scale_.size() + inverse_.size()) * sizeof(float) + halves_.size() * sizeof(bf16) +
            codes_.size() + (index32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
-           (index16_.size() + tail_.size()) * sizeof(uint16_t) + live_.size();
+           (index16_.size() + tail_.size()) * sizeof(uint16_t) + live_.size() + marks_.size() * sizeof(uint64_t) +
+           added_.size() * sizeof(int32_t);
 }
 
 Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {

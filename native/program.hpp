@@ -92,7 +92,7 @@ class Matrix {
                       int8_t* const* codes) const;
     uint32_t rows() const { return rows_; }  // without padding
     uint32_t cols() const { return cols_; }
-    size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? size_t{cols_} + kCodeColumns : 0; }
+    size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? size_t{cols_} + 64 : 0; }
     uint32_t gates() const { return gates_; }
     uint32_t padded_rows() const { return gates_ ? gates_ * pad(rows_ / gates_) : 0; }
     size_t nbytes() const;
@@ -120,6 +120,8 @@ class Matrix {
     Buffer<uint16_t> index16_;       // rows of segments, or columns of strips
     Buffer<uint32_t> index32_, length_, start_;
     Buffer<uint16_t> tail_;
+    Buffer<uint64_t> marks_;  // w8a8 in strips of sixteen rows: the columns of a strip as bits
+    Buffer<int32_t> added_;
     Buffer<uint8_t> live_;
     uint32_t height_ = kLanes, sets_ = 0, overlay_ = 0;
 };

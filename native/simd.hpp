@@ -136,8 +136,12 @@ SF_INLINE void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
 SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {  // |x| * (w with the sign of x): two of them never saturate
     const __m512i values = _mm512_loadu_si512(w);
     const __m512i turned = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(x.v), _mm512_setzero_si512(), values);
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpbusd_epi32(sum.v, _mm512_abs_epi8(x.v), turned)};
+#else
     const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(x.v), turned);
     return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
+#endif
 }
 SF_INLINE void store_codes(int8_t* p, uint32_t n, F16 a) {  // integral lanes within +-127
     const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v));
@@ -187,6 +191,11 @@ SF_INLINE F16 spread(const float* x, const Column* at) {
         lanes =
             _mm512_mask_broadcastss_ps(lanes, static_cast<__mmask16>(0xffffu << c * Height), _mm_load_ss(x + at[c]));
     return {lanes};
+}
+SF_INLINE void ramp(uint32_t* p, uint32_t first, uint32_t step) {  // p[i] = first + i * step
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(step))),
+                                            _mm512_set1_epi32(static_cast<int>(first))));
 }
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* index, float* value) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -502,6 +511,31 @@ SF_INLINE void axpy(float* y, const Value* w, float x) {
     for (uint32_t i = 0; i < Height; ++i) y[i] += widen(w[i]) * x;
 }
 
+/// The codes x[i] of the set bits i, in order and raised by 128, to the front of `to`, of which 64 bytes are written;
+/// the products of the same four such codes with each lane's four weights; and four sums less what raising added.
+#if defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
+constexpr bool kPicksCodes = true;
+SF_INLINE uint32_t pick_codes(uint8_t* to, const int8_t* x, uint64_t bits) {
+    const __m512i raised = _mm512_xor_si512(_mm512_loadu_si512(x), _mm512_set1_epi8(-128));
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi8(bits, raised));
+    return static_cast<uint32_t>(__builtin_popcountll(bits));
+}
+SF_INLINE I16 dot4_raised(I16 sum, const int8_t* w, const uint8_t* codes) {
+    int four;
+    __builtin_memcpy(&four, codes, sizeof four);
+    return {_mm512_dpbusd_epi32(sum.v, _mm512_set1_epi32(four), _mm512_loadu_si512(w))};
+}
+SF_INLINE F16 lowered(I16 a, I16 b, I16 c, I16 d, const int32_t* added) {
+    const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(a.v, b.v), _mm512_add_epi32(c.v, d.v));
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_loadu_si512(added)))};
+}
+#else
+constexpr bool kPicksCodes = false;  // one by one is no faster than by column number
+SF_INLINE uint32_t pick_codes(uint8_t*, const int8_t*, uint64_t) { return 0; }
+SF_INLINE I16 dot4_raised(I16 sum, const int8_t*, const uint8_t*) { return sum; }
+SF_INLINE F16 lowered(const I16&, const I16&, const I16&, const I16&, const int32_t*) { return set1(0.0f); }
+#endif
+
 #if !defined(__AVX512F__)
 template <uint32_t Count, class Column>
 SF_INLINE I16 gather_codes(const int8_t* x, const Column* at) {
@@ -545,6 +579,9 @@ SF_INLINE void store_codes(int8_t* p, uint32_t n, const F16& a) {  // integral l
     float lanes[kLanes];
     store(lanes, a);
     for (uint32_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+SF_INLINE void ramp(uint32_t* p, uint32_t first, uint32_t step) {
+    for (uint32_t i = 0; i < kLanes; ++i) p[i] = first + i * step;
 }
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_t* index, float* value) {
     float lanes[kLanes];

@@ -42,7 +42,7 @@ class Engine:
         program: what to play.
         fold: ``"auto"`` replaces an embedding and the input product after it by one table in memory where that takes at most
             8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way.
-        isa: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else the best of this
+        isa: ``"avx512vnni"``, ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else the best of this
             processor.
         threads: between how many threads :meth:`step_batch` divides its streams, the caller's among them; at most 256. They
             sleep between batches. Outputs are the same bits with any number.

@@ -17,6 +17,7 @@ FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-w"],
 }
+FLAGS["avx512vnni"] = [*FLAGS["avx512"], "-mavx512vnni", "-mavx512vbmi2"]
 SOURCES = {f"native/{name}.cpp": [] for name in ("dispatch", "program", "engine", "load", "c_api")}
 SOURCES |= {f"native/isa_{isa}.cpp": flags for isa, flags in FLAGS.items()}
 

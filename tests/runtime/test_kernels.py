@@ -483,7 +483,7 @@ def test_activations_want_whole_vectors():
 def objects(isa=None):
     """Object files of the kernels of ``isa``, or of everything that must run on any processor."""
     built = sorted((Path(__file__).parents[2] / "build").glob("*/CMakeFiles/*/native/*.cpp.o"))
-    special = {f"isa_{name}.cpp.o" for name in ("avx2", "avx512")}
+    special = {f"isa_{name}.cpp.o" for name in ("avx2", "avx512", "avx512vnni")}
     chosen = [o for o in built if (o.name == f"isa_{isa}.cpp.o" if isa else o.name not in special)]
     if not chosen:
         pytest.skip("the object files of the extension are not here: it was installed from a wheel.")
@@ -504,10 +504,10 @@ def test_what_every_processor_runs_holds_no_wide_registers():
         assert not wide, (file.name, wide[:3])
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512"])
+@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512vnni"])
 def test_wide_objects_hold_wide_registers_and_offer_the_linker_nothing_but_their_table(name):
     for file in objects(name):
-        wide = {"avx2": "%ymm", "avx512": "%zmm"}[name]
+        wide = "%ymm" if name == "avx2" else "%zmm"
         assert wide in tool("objdump", "-d", "--no-show-raw-insn", str(file))
         offered = [line.split()[1:] for line in tool("nm", "-C", "--defined-only", str(file)).splitlines()]
         assert [" ".join(rest) for kind, *rest in offered if kind in "TWVDuB"] == [f"sparsefold::kernels_{name}"]
