@@ -144,7 +144,9 @@ def test_import_and_engine_take_little_more_than_numpy(tmp_path, record_property
     )
     record_property("import_ms", 1e3 * (ours - bare))
     record_property("import_mb", ours_memory - bare_memory)
-    assert ours - bare <= 0.060, f"{1e3 * (ours - bare):.0f} ms more than numpy's {1e3 * bare:.0f} ms"
+    # 60 ms are those of a processor that imports numpy in 100: a slow moment of a shared one stretches both alike.
+    limit = 0.060 * max(1, bare / 0.100)
+    assert ours - bare <= limit, f"{1e3 * (ours - bare):.0f} ms more than numpy's {1e3 * bare:.0f} ms"
     assert ours_memory - bare_memory <= 40
 
 

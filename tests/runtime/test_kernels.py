@@ -375,6 +375,24 @@ def test_a_packed_matrix_owns_its_weights(isa):
     assert out[:3].tolist() == [6, 22, 38]
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16", "i8"])
+@pytest.mark.parametrize(("units", "density"), [(1100, 1.0), (330, 0.4), (16, 0.9)])
+def test_more_segments_than_are_listed_at_once(units, density, precision, isa):
+    """A column may hold more segments than a list has room for, and all events together hold more than any."""
+    case = cases.MatrixCase(units, 700, 3, (16, 1), density)
+    matrix, size, borrowed = made(case, precision)
+    check_product(case, matrix, size, _native.Packed(borrowed, isa), 0.9, by_events=True)
+
+
+@pytest.mark.parametrize("cols", [63, 64, 65, 4095, 4096, 4097])
+@pytest.mark.parametrize("density", [0.1, 1.0])
+def test_codes_picked_by_bits_and_by_number(cols, density, isa):
+    """Strips of sixteen rows mark up to 4096 columns by bits, and number more."""
+    case = cases.MatrixCase(40, cols, 2, (16, 1), density)
+    matrix, _, borrowed = made(case, "w8a8")
+    check_product_of_codes(case, matrix, _native.Packed(borrowed, isa))
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_w8a8_product_of_what_is_not_finite_is_no_number(bad, isa):
     for storage in cases.STORAGES:
