@@ -25,11 +25,13 @@ struct Engine {
 /// State and counters of one op of one stream; pointers into the stream's arena.
 struct OpState {
     CellArgs cell{};
-    float* scaled = nullptr;             // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;             // linear, layer norm
-    std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
-    std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
-    std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
+    float* scaled = nullptr;                     // r * y or r * h, when the reset gate acts before the product
+    float* output = nullptr;                     // linear, layer norm
+    float *sent_x = nullptr, *sent_h = nullptr;  // of a delta network; its memories are cell.gi and cell.gh
+    uint32_t age = 0;                            // steps since they were summed anew
+    std::vector<uint64_t> events;                // EGRU, ReLU: per unit, events emitted
+    std::vector<uint64_t> input_reads;           // per input column, how often its event was read; empty for dense x
+    std::vector<uint64_t> hidden_reads;          // the same for the recurrent matrix; empty for dense h
 };
 
 class Stream {
@@ -70,6 +72,7 @@ class Stream {
                      uint8_t* trace);
     template <class N>
     static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
+    void accumulate_changes(size_t i, bool hidden, const float* x);
     template <class N>
     static void product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y);
     template <class N>
@@ -80,6 +83,9 @@ class Stream {
     Buffer<float> arena_;
     std::vector<OpState> states_;
     std::vector<int8_t> codes_;  // room for a dense x in int8
+    // Room for the changes of one product, and for its sums.
+    uint32_t* changed_ = nullptr;
+    float *change_ = nullptr, *sums_ = nullptr;
     uint64_t steps_ = 0;
     size_t trace_width_ = 0;
 };
