@@ -334,7 +334,7 @@ def state(program: sf.Program, *salt: int) -> dict[str, np.ndarray]:
         if isinstance(op, EGRU):
             out[f"{i}.y"] = (vector(r, op.outputs) * (r.random(op.outputs) < 0.3)).astype(np.float32)
         if isinstance(op, Recurrent) and "age" in op.carried():
-            out[f"{i}.age"] = np.array([r.integers(0, DELTA_REFRESH)], np.float32)
+            out[f"{i}.age"] = np.array([DELTA_REFRESH - 5], np.float32)  # a few steps on, the memories are summed anew
             for at, weight, bias in (("x", op.weight_ih, op.bias_ih), ("h", op.weight_hh, op.bias_hh)):
                 if f"sent_{at}" in op.carried():
                     sent = out[f"{i}.sent_{at}"] = vector(r, weight.shape[1], 0.5)

@@ -46,7 +46,12 @@ class Counts:
 
         ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first; none, when left out.
         ``steps`` is read only where the program has neither, so that no trace tells the number.
+
+        Raises:
+            ValueError: the program sends changes, which no trace records. Take ``Stream.counters``.
         """
+        if any(isinstance(op, Recurrent) and "age" in op.carried() for op in program.ops):
+            raise ValueError("a trace says nothing of the changes this program sends. Take Stream.counters.")
         events, input_reads, hidden_reads = {}, {}, {}
         steps = len(next(iter(trace.values()))) if trace else steps
         for i, emitted in trace.items():
