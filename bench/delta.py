@@ -49,7 +49,9 @@ def data() -> Path:
     """The folder with models and recordings of others."""
     folder = os.environ.get("SPARSEFOLD_DATA")
     if not folder:
-        raise FileNotFoundError("set SPARSEFOLD_DATA to the folder that holds models/nsnet2, models/dtln, models/silero_vad.")
+        raise FileNotFoundError(
+            "set SPARSEFOLD_DATA to the folder that holds models/nsnet2, models/dtln, models/silero_vad."
+        )
     return Path(folder)
 
 
@@ -77,7 +79,9 @@ def nsnet2() -> Model:
     folder = data() / "models/nsnet2"
     load = lambda name: np.load(folder / f"{name}.npy")  # noqa: E731
     layers = [recurrent(GRU, *(load(f"onnx__GRU_{n}") for n in names)) for names in ((184, 185, 186), (204, 205, 206))]
-    first, *rest = (linear(load(f"onnx__MatMul_{n}"), load(f"fc{k}_bias")) for k, n in enumerate((166, 207, 208, 209), 1))
+    first, *rest = (
+        linear(load(f"onnx__MatMul_{n}"), load(f"fc{k}_bias")) for k, n in enumerate((166, 207, 208, 209), 1)
+    )
     ops = first, *layers, rest[0], ReLU(600), rest[1], ReLU(600), rest[2]
     log_power = lambda m: np.log10(np.maximum(m.astype(np.float64) ** 2, 1e-12)).astype(np.float32)  # noqa: E731
     return Model("NSNet2", Program(ops), 160, log_power)
@@ -108,20 +112,11 @@ def magnitudes(audio: NDArray[Any], hop: int) -> NDArray[np.float32]:
     return np.abs(np.fft.rfft(frames * np.hanning(FFT), axis=1)).astype(np.float32)
 
 
-def spectrum_error(magnitude: NDArray[Any], dense: NDArray[Any]) -> Callable[[list[NDArray[Any]]], float]:
-    """The loss: of the spectrum that the gains leave, relative to what the dense network leaves."""
-    gain = lambda logits: 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))  # noqa: E731
-    expected = gain(dense) * magnitude
-    return lambda outputs: float(
-        np.linalg.norm(gain(outputs[0]) * magnitude - expected) / np.linalg.norm(expected)
-    )
-
-
 def pieces(model: Model) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
-    """Magnitudes of the recording in pieces: every fourth to calibrate on, and those in the middle between them to check."""
+    """Magnitudes of the recording in pieces: every eighth to calibrate on, and those in the middle between them to check."""
     whole = magnitudes(recording(), model.hop)
     cut = [whole[k : k + PIECE] for k in range(0, len(whole) - PIECE + 1, PIECE)]
-    return cut[::4], cut[2::4]
+    return cut[::8], cut[4::8]
 
 
 def spectrum_error(program: Program, model: Model, spectra: list[NDArray[np.float32]]) -> Loss:

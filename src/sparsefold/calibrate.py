@@ -125,7 +125,7 @@ def calibrate_delta(program: Program, sample: Any, loss: Loss | None = None, max
 
 @dataclass(frozen=True)
 class _Point:
-    thresholds: dict[Site, float | None]
+    thresholds: Mapping[Site, float | None]
     loss: float
     cost: Cost
     rates: dict[Site, float]
@@ -200,7 +200,7 @@ class _Search:
             heappush(queue, (-worth, site))
         return now
 
-    def _measure(self, thresholds: dict[Site, float | None]) -> _Point:
+    def _measure(self, thresholds: Mapping[Site, float | None]) -> _Point:
         program = with_deltas(self.dense, thresholds)
         engine = Engine(program)
         stream = engine.stream()
@@ -231,8 +231,8 @@ class _Search:
         played: Sequence[NDArray[Any]] = self.sequences
         if not all(isinstance(op, Weightless) for op in ops):
             played = self._run(Engine(Program(ops)).stream())
-        squares = float(np.mean([np.mean(np.square(values, dtype=np.float64)) for values in played]))
-        return max(squares**0.5, 1e-12)
+        squares = np.mean([np.mean(np.square(values, dtype=np.float64)) for values in played])
+        return max(float(np.sqrt(squares)), 1e-12)
 
     def _report(self, best: _Point) -> Calibration:
         steps = self.before.cost.steps

@@ -498,7 +498,10 @@ def _recurrent_products(
 ) -> tuple[NDArray[Any], NDArray[Any]]:
     """Both products of op ``i`` that reads x and its own h; where it sends changes, from the memories that they move."""
     found = list(_products(op, x, now[f"{i}.h"], dtype))
-    sides = (("x", x, op.weight_ih, op.bias_ih, op.delta_input), ("h", now[f"{i}.h"], op.weight_hh, op.bias_hh, op.delta_hidden))
+    sides = (
+        ("x", x, op.weight_ih, op.bias_ih, op.delta_input),
+        ("h", now[f"{i}.h"], op.weight_hh, op.bias_hh, op.delta_hidden),
+    )
     if f"{i}.age" in now:
         now[f"{i}.age"] = (now[f"{i}.age"] + 1) % DELTA_REFRESH
     for at, (name, value, weight, bias, threshold) in enumerate(sides):

@@ -482,6 +482,7 @@ class _Writer:
         else:
             add = self._matrix(f"weight_hh_{i}", op.weight_hh)
             gh, recurrent = self._changes(i, "h", add, h, H, rows, bias_hh, op.delta_hidden)
+        product: list[str]
         if folded:
             assert self.table is not None
             table = self._array("table", self.table, comment="W_ih x + b_ih of every token")

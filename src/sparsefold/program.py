@@ -626,7 +626,9 @@ def _validate_delta(where: str, op: Recurrent) -> None:
         threshold = getattr(op, name)
         if threshold is None:
             continue
-        _check(not isinstance(op, EGRU), f"{where}: {name} is of a gru, an lstm or an rnn; an egru sends events already.")
+        _check(
+            not isinstance(op, EGRU), f"{where}: {name} is of a gru, an lstm or an rnn; an egru sends events already."
+        )
         sound = isinstance(threshold, int | float) and not isinstance(threshold, bool) and 0 <= threshold <= 1e30
         _check(sound, f"{where}: {name} must be a number in [0, 1e30], got {threshold}.")
     _check(
