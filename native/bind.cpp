@@ -353,18 +353,10 @@ class PyStream {
         if (name == "c") return copy(s.cell.c, s.cell.units, nb::dtype<float>());
         if (name == "y") return copy(s.cell.y, s.cell.units, nb::dtype<float>());
         if (name == "u") return copy(s.cell.u, s.cell.units, nb::dtype<float>());
-        if (name == "age") {
-            const float age = static_cast<float>(s.age);
-            return copy(&age, 1, nb::dtype<float>());
-        }
-        if (const float* const sent = name == "sent_x" ? s.sent_x : name == "sent_h" ? s.sent_h : nullptr)
-            return copy(sent, name == "sent_x" ? ops()[op].inputs : ops()[op].outputs, nb::dtype<float>());
-        if (const float* const padded = memory(op, name)) {
-            std::vector<float> rows(size_t{ops()[op].gates} * s.cell.units);
-            by_gate(op, [&](size_t g, size_t units) {
-                std::memcpy(rows.data() + g * units, padded + g * pad(s.cell.units), units * sizeof(float));
-            });
-            return copy(rows.data(), rows.size(), nb::dtype<float>());
+        if (const Carried c = stream_.changes(op, name); c.at) {
+            std::vector<float> values(c.size());
+            c.read(values.data());
+            return copy(values.data(), values.size(), nb::dtype<float>());
         }
         if (name == "events") return counters(s.events);
         if (name == "input_reads") return counters(s.input_reads);
@@ -374,24 +366,12 @@ class PyStream {
     void write(size_t op, const std::string& name, Vector values) {
         const Lock lock(stream_);
         OpState& s = at(op);
-        float* const padded = memory(op, name);
-        const size_t size = name == "age"      ? s.sent_x || s.sent_h
-                            : name == "sent_x" ? s.sent_x ? ops()[op].inputs : 0
-                            : padded           ? size_t{ops()[op].gates} * s.cell.units
-                                               : s.cell.units;
+        const Carried changes = stream_.changes(op, name);
+        const size_t size = changes.at ? changes.size() : s.cell.units;
         if (values.shape(0) != size || size == 0) throw std::invalid_argument("cannot write '" + name + "'.");
-        if (name == "age") {
-            if (!(values(0) >= 0 && values(0) < kDeltaRefresh))
-                throw std::invalid_argument("an age is at least 0 and less than " + std::to_string(kDeltaRefresh) +
-                                            ".");
-            s.age = static_cast<uint32_t>(values(0));
-        } else if (padded) {
-            by_gate(op, [&](size_t g, size_t units) {
-                std::memcpy(padded + g * pad(s.cell.units), values.data() + g * units, units * sizeof(float));
-            });
-        } else if (float* const sent = name == "sent_x" ? s.sent_x : name == "sent_h" ? s.sent_h : nullptr) {
-            std::memcpy(sent, values.data(), values.nbytes());
-        } else if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
+        if (changes.at)
+            changes.write(values.data());
+        else if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
             std::memcpy(state, values.data(), values.nbytes());
         else if (name == "y" && s.cell.u)  // of an EGRU; a ReLU's y is carried nowhere
             stream_.set_emitted(op, values.data());
@@ -411,18 +391,6 @@ class PyStream {
         Claim claim;
     };
 
-    const std::vector<Op>& ops() const { return engine_->program.ops(); }
-    /// The sums of a delta network, whose gates lie padded, or null.
-    float* memory(size_t op, const std::string& name) {
-        OpState& s = at(op);
-        if (name == "memory_x" && s.sent_x) return const_cast<float*>(s.cell.gi);
-        if (name == "memory_h" && s.sent_h) return const_cast<float*>(s.cell.gh);
-        return nullptr;
-    }
-    template <class Copy>
-    void by_gate(size_t op, const Copy& copy) const {
-        for (size_t g = 0; g < ops()[op].gates; ++g) copy(g, ops()[op].outputs);
-    }
     OpState& at(size_t op) {
         if (op >= engine_->program.ops().size())
             throw std::invalid_argument("the program has no op " + std::to_string(op) + ".");

@@ -120,6 +120,7 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
                 s.cell.gh = take(size_t{op.gates} * units);
                 s.cell.h = take(units);
             }
+            if (op.sends_changes()) s.age = take(1);
             if (op.delta.input >= 0) s.sent_x = take(op.inputs);
             if (op.delta.hidden >= 0) s.sent_h = take(units);
             if (op.kind == Op::Kind::lstm) s.cell.c = take(units);
@@ -173,7 +174,6 @@ void Stream::reset() {
         const Op& op = engine_->program.ops()[i];
         OpState& s = states_[i];
         s.cell.event_count = 0;
-        s.age = 0;
         if (op.delta.input >= 0) copy(s.cell.gi, op.bias_input);
         if (op.delta.hidden >= 0) copy(s.cell.gh, op.bias_hidden);
     }
@@ -183,6 +183,17 @@ void Stream::reset_counters() {
     steps_ = 0;
     for (OpState& s : states_)
         for (auto* counters : {&s.events, &s.input_reads, &s.hidden_reads}) counters->assign(counters->size(), 0);
+}
+
+Carried Stream::changes(size_t op, const std::string& name) {
+    const Op& of = engine_->program.ops()[op];
+    const OpState& s = states_[op];
+    if (name == "age") return {s.age, 1};
+    if (name == "sent_x") return {s.sent_x, of.inputs};
+    if (name == "sent_h") return {s.sent_h, of.outputs};
+    if (name == "memory_x" && s.sent_x) return {const_cast<float*>(s.cell.gi), of.outputs, of.gates};
+    if (name == "memory_h" && s.sent_h) return {const_cast<float*>(s.cell.gh), of.outputs, of.gates};
+    return {};
 }
 
 void Stream::set_emitted(size_t op, const float* y) {
@@ -242,7 +253,7 @@ void Stream::accumulate_changes(size_t i, bool hidden, const float* x) {
     const uint32_t units = hidden ? op.outputs : op.inputs;
     DeltaArgs args{units, hidden ? op.delta.hidden : op.delta.input, x, sent, changed_, change_, 0};
     k.cell_delta(args);
-    if (s.age == 0) {
+    if (*s.age == 0) {
         copy(memory, hidden ? op.bias_hidden : op.bias_input);
         CellArgs all{};  // every value that is not zero
         all.units = units;
@@ -276,8 +287,8 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
 
     if (op.sends_changes())
         for (size_t s = 0; s < n; ++s) {
-            uint32_t& age = streams[s]->states_[i].age;
-            age = (age + 1) % kDeltaRefresh;
+            float& age = *streams[s]->states_[i].age;
+            age = age + 1 < kDeltaRefresh ? age + 1 : 0;
         }
 
     // The folded table holds W_i x + b_i of every token; reading it in place saves the copy.
