@@ -195,7 +195,7 @@ int main() {
                 for (int form = 0; form < 6; ++form) play(network(isa, units, br, bc, form, form % 2 ? ~0ull : 0), 12);
             }
     }
-    const auto shared = network("", 130, 16, 1, 4, ~0ull);  // whose memories of changes are summed anew once
+    const auto shared = network("", 130, 16, 1, 3, ~0ull);  // whose memories of changes are summed anew once
     std::thread other([&] { play(shared, 1100); });
     play(shared, 1100);
     other.join();
