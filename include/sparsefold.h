@@ -93,8 +93,9 @@ SPARSEFOLD_API sparsefold_status sparsefold_set_threads(sparsefold_engine *engin
 typedef enum {
     SPARSEFOLD_STEPS = 0,       /* one value: steps played; op is not read */
     SPARSEFOLD_EVENTS = 1,      /* one value per unit of an egru or relu: events it emitted */
-    SPARSEFOLD_INPUT_READS = 2, /* one per input column of an op that reads their events: how often one read it */
-    SPARSEFOLD_HIDDEN_READS = 3 /* one per unit of an egru: how often its event was read by its own recurrent matrix */
+    SPARSEFOLD_INPUT_READS = 2, /* one per input column of an op that reads their events, or changes: how often it read one */
+    SPARSEFOLD_HIDDEN_READS = 3 /* one per unit of an egru, or of an op that sends the changes of its units: how often its own
+                                 * recurrent matrix read one */
 } sparsefold_counter;
 
 /* Copies a counter of one op. *count: in, the room in values; out, how many values there are (0 where the op does not count

@@ -190,10 +190,11 @@ struct PyEngine {
         open();
         program.add_linear(weight.view, vector(bias, weight.view.rows, "bias"));
     }
-    void add_gru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool reset_after) {
+    void add_gru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool reset_after,
+                 float delta_input, float delta_hidden) {
         open();
         program.add_gru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
-                        vector(bias_hh, hh.view.rows, "bias_hh"), reset_after);
+                        vector(bias_hh, hh.view.rows, "bias_hh"), reset_after, {delta_input, delta_hidden});
     }
     void add_egru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, Vector threshold,
                   bool reset_after, const std::string& reset, bool always, bool emits_events, float zoneout) {
@@ -205,15 +206,17 @@ struct PyEngine {
                          vector(bias_hh, hh.view.rows, "bias_hh"), vector(threshold, hh.view.cols, "threshold"),
                          reset_after, kind, always, emits_events, zoneout);
     }
-    void add_lstm(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh) {
+    void add_lstm(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, float delta_input,
+                  float delta_hidden) {
         open();
         program.add_lstm(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
-                         vector(bias_hh, hh.view.rows, "bias_hh"));
+                         vector(bias_hh, hh.view.rows, "bias_hh"), {delta_input, delta_hidden});
     }
-    void add_rnn(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool relu) {
+    void add_rnn(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool relu, float delta_input,
+                 float delta_hidden) {
         open();
         program.add_rnn(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
-                        vector(bias_hh, hh.view.rows, "bias_hh"), relu);
+                        vector(bias_hh, hh.view.rows, "bias_hh"), relu, {delta_input, delta_hidden});
     }
     void add_relu() {
         open();
@@ -350,6 +353,11 @@ class PyStream {
         if (name == "c") return copy(s.cell.c, s.cell.units, nb::dtype<float>());
         if (name == "y") return copy(s.cell.y, s.cell.units, nb::dtype<float>());
         if (name == "u") return copy(s.cell.u, s.cell.units, nb::dtype<float>());
+        if (const Carried c = stream_.changes(op, name); c.at) {
+            std::vector<float> values(c.size());
+            c.read(values.data());
+            return copy(values.data(), values.size(), nb::dtype<float>());
+        }
         if (name == "events") return counters(s.events);
         if (name == "input_reads") return counters(s.input_reads);
         if (name == "hidden_reads") return counters(s.hidden_reads);
@@ -358,9 +366,12 @@ class PyStream {
     void write(size_t op, const std::string& name, Vector values) {
         const Lock lock(stream_);
         OpState& s = at(op);
-        if (values.shape(0) != s.cell.units || s.cell.units == 0)
-            throw std::invalid_argument("cannot write '" + name + "'.");
-        if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
+        const Carried changes = stream_.changes(op, name);
+        const size_t size = changes.at ? changes.size() : s.cell.units;
+        if (values.shape(0) != size || size == 0) throw std::invalid_argument("cannot write '" + name + "'.");
+        if (changes.at)
+            changes.write(values.data());
+        else if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
             std::memcpy(state, values.data(), values.nbytes());
         else if (name == "y" && s.cell.u)  // of an EGRU; a ReLU's y is carried nowhere
             stream_.set_emitted(op, values.data());
@@ -517,11 +528,14 @@ NB_MODULE(_native, m) {
         .def(nb::init<>())
         .def("add_embedding", &PyEngine::add_embedding, "weight"_a)
         .def("add_linear", &PyEngine::add_linear, "weight"_a, "bias"_a)
-        .def("add_gru", &PyEngine::add_gru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reset_after"_a)
+        .def("add_gru", &PyEngine::add_gru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reset_after"_a,
+             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f)
         .def("add_egru", &PyEngine::add_egru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "threshold"_a,
              "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a)
-        .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a)
-        .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a)
+        .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a,
+             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f)
+        .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a,
+             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f)
         .def("add_relu", &PyEngine::add_relu)
         .def("add_events", &PyEngine::add_events, "units"_a)
         .def("add_kwta", &PyEngine::add_kwta, "units"_a, "k"_a, "groups"_a)

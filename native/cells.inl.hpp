@@ -101,6 +101,21 @@ static void cell_events(CellArgs& a) {
     a.event_count = count;
 }
 
+static void cell_delta(DeltaArgs& a) {
+    const F16 threshold = set1(a.threshold), zero = set1(0.0f);
+    uint32_t count = 0;
+    for (uint32_t j = 0; j < a.units; j += kLanes) {
+        const uint32_t left = a.units - j;  // x may be a caller's and ends with its last value
+        const F16 x = left < kLanes ? load_first(a.x + j, left) : load(a.x + j), sent = load(a.sent + j);
+        const F16 change = sub(x, sent);
+        // A NaN is a change: it must reach the units, as it does where all of x is read.
+        const uint32_t moved = not_le(max(sub(zero, change), change), threshold) & existing(left);
+        store(a.sent + j, add(keep(moved, x), keep(~moved & 0xffff, sent)));
+        count += compress(moved, j, change, a.index + count, a.change + count);
+    }
+    a.count = count;
+}
+
 /// Floats as integers of the same order, both zeros alike, what is no number above all.
 SF_INLINE uint32_t order_of(float x) {
     const float one_zero = x + 0.0f;
@@ -201,6 +216,7 @@ const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
 #undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
-    SPARSEFOLD_ISA::scale, SPARSEFOLD_ISA::codes_of, SPARSEFOLD_ISA::reset_gate, SPARSEFOLD_ISA::activations};
+    SPARSEFOLD_ISA::scale, SPARSEFOLD_ISA::add_scaled, SPARSEFOLD_ISA::codes_of, SPARSEFOLD_ISA::reset_gate,
+    SPARSEFOLD_ISA::activations};
 
 }  // namespace sparsefold

@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <tuple>
 #include <type_traits>
 
 #if defined(__x86_64__)
@@ -38,6 +39,11 @@ class FlushDenormals {
 
 void count(std::vector<uint64_t>& counters, const Events& events) {
     for (uint32_t k = 0; k < events.count; ++k) ++counters[events.index[k]];
+}
+
+/// A bias to where a product is added to it.
+void copy(const float* to, const Buffer<float>& bias) {
+    std::memcpy(const_cast<float*>(to), bias.data(), bias.size() * sizeof(float));
 }
 
 /// What an op without weights to multiply makes of one stream's x.
@@ -88,6 +94,14 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
     static_assert(sizeof(float) == sizeof(uint32_t), "event indices live in the arena of floats");
     const std::vector<Op>& ops = engine_->program.ops();
     states_.resize(ops.size());
+    uint32_t most_changes = 0, most_sums = 0;
+    for (const Op& op : ops)
+        for (const auto& [threshold, size, matrix] :
+             {std::tuple(op.delta.input, op.inputs, &op.input), std::tuple(op.delta.hidden, op.outputs, &op.hidden)})
+            if (threshold >= 0) {
+                most_changes = std::max(most_changes, size);
+                most_sums = std::max(most_sums, matrix->padded_rows());
+            }
     const auto lay_out = [&](float* base) {  // once to measure, once to assign
         float* at = base;
         const auto take = [&](size_t n) {
@@ -106,6 +120,9 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
                 s.cell.gh = take(size_t{op.gates} * units);
                 s.cell.h = take(units);
             }
+            if (op.sends_changes()) s.age = take(1);
+            if (op.delta.input >= 0) s.sent_x = take(op.inputs);
+            if (op.delta.hidden >= 0) s.sent_h = take(units);
             if (op.kind == Op::Kind::lstm) s.cell.c = take(units);
             if (op.kind == Op::Kind::gru || op.kind == Op::Kind::egru) {
                 s.cell.r = take(units);
@@ -117,6 +134,9 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
             s.cell.event_index = reinterpret_cast<uint32_t*>(take(units));
             s.cell.event_value = take(units);
         }
+        changed_ = reinterpret_cast<uint32_t*>(take(most_changes));
+        change_ = take(most_changes);
+        sums_ = take(most_sums);
         return static_cast<size_t>(at - base);
     };
     Buffer<float> unit(1);  // pointer arithmetic needs a real object; nothing is written in the measuring pass
@@ -127,7 +147,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         OpState& s = states_[i];
         for (const Matrix* m : {&op.input, &op.hidden, &op.hidden_n})
             if (m->code_bytes() > codes_.size()) codes_.resize(m->code_bytes());
-        if (op.reads_events) s.input_reads.assign(op.inputs, 0);
+        if (op.reads_events || op.delta.input >= 0) s.input_reads.assign(op.inputs, 0);
+        if (op.delta.hidden >= 0) s.hidden_reads.assign(op.outputs, 0);
         if (op.recurrent() || op.speaks()) s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
         s.cell.relu = op.relu;
@@ -144,17 +165,35 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         s.cell.crossing = op.crossing.data();
         s.hidden_reads.assign(op.outputs, 0);
     }
+    reset();
 }
 
 void Stream::reset() {
     std::memset(arena_.data(), 0, arena_.size() * sizeof(float));
-    for (OpState& s : states_) s.cell.event_count = 0;
+    for (size_t i = 0; i < states_.size(); ++i) {
+        const Op& op = engine_->program.ops()[i];
+        OpState& s = states_[i];
+        s.cell.event_count = 0;
+        if (op.delta.input >= 0) copy(s.cell.gi, op.bias_input);
+        if (op.delta.hidden >= 0) copy(s.cell.gh, op.bias_hidden);
+    }
 }
 
 void Stream::reset_counters() {
     steps_ = 0;
     for (OpState& s : states_)
         for (auto* counters : {&s.events, &s.input_reads, &s.hidden_reads}) counters->assign(counters->size(), 0);
+}
+
+Carried Stream::changes(size_t op, const std::string& name) {
+    const Op& of = engine_->program.ops()[op];
+    const OpState& s = states_[op];
+    if (name == "age") return {s.age, 1};
+    if (name == "sent_x") return {s.sent_x, of.inputs};
+    if (name == "sent_h") return {s.sent_h, of.outputs};
+    if (name == "memory_x" && s.sent_x) return {const_cast<float*>(s.cell.gi), of.outputs, of.gates};
+    if (name == "memory_h" && s.sent_h) return {const_cast<float*>(s.cell.gh), of.outputs, of.gates};
+    return {};
 }
 
 void Stream::set_emitted(size_t op, const float* y) {
@@ -203,12 +242,37 @@ void Stream::input_product(size_t i, Stream* const* streams, N n, const Signal* 
     }
 }
 
+/// The memory of one product of op i moves by the columns of what changed. Now and then it is summed anew from what was
+/// sent, so that the rounding of many changes is forgotten.
+void Stream::accumulate_changes(size_t i, bool hidden, const float* x) {
+    const Op& op = engine_->program.ops()[i];
+    const Kernels& k = *engine_->kernels;
+    OpState& s = states_[i];
+    float* const memory = const_cast<float*>(hidden ? s.cell.gh : s.cell.gi);
+    float* const sent = hidden ? s.sent_h : s.sent_x;
+    const uint32_t units = hidden ? op.outputs : op.inputs;
+    DeltaArgs args{units, hidden ? op.delta.hidden : op.delta.input, x, sent, changed_, change_, 0};
+    k.cell_delta(args);
+    if (*s.age == 0) {
+        copy(memory, hidden ? op.bias_hidden : op.bias_input);
+        CellArgs all{};  // every value that is not zero
+        all.units = units;
+        all.gi = all.y = sent;
+        all.event_index = changed_;
+        all.event_value = change_;
+        k.cell_events(all);
+        args.count = all.event_count;
+    }
+    const Events changes{changed_, change_, args.count};
+    count(hidden ? s.hidden_reads : s.input_reads, changes);
+    (hidden ? op.hidden : op.input).accumulate(k, changes, memory, sums_);
+}
+
 template <class N>
 void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals) {
     const Op& op = streams[0]->engine_->program.ops()[i];
     const Kernels& k = *streams[0]->engine_->kernels;
     const uint32_t units = pad(op.outputs);
-    const size_t stride = size_t{op.gates} * units, gates_bytes = stride * sizeof(float);
     const bool egru = op.kind == Op::Kind::egru;
     const auto cell = [&](size_t s) -> CellArgs& { return streams[s]->states_[i].cell; };
     float *gi[room<N>]{}, *gh[room<N>]{};
@@ -221,16 +285,27 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
         spoken[s] = {cell(s).event_index, cell(s).event_value, cell(s).event_count};
     }
 
+    if (op.sends_changes())
+        for (size_t s = 0; s < n; ++s) {
+            float& age = *streams[s]->states_[i].age;
+            age = age + 1 < kDeltaRefresh ? age + 1 : 0;
+        }
+
     // The folded table holds W_i x + b_i of every token; reading it in place saves the copy.
     if (op.table.size()) {
-        for (size_t s = 0; s < n; ++s) cell(s).gi = op.table.data() + static_cast<size_t>(token[s]) * stride;
+        for (size_t s = 0; s < n; ++s) cell(s).gi = op.table.data() + static_cast<size_t>(token[s]) * op.gates * units;
+    } else if (op.delta.input >= 0) {
+        for (size_t s = 0; s < n; ++s) streams[s]->accumulate_changes(i, false, signals[s].dense);
     } else {
-        for (size_t s = 0; s < n; ++s) std::memcpy(gi[s], op.bias_input.data(), gates_bytes);
+        for (size_t s = 0; s < n; ++s) copy(gi[s], op.bias_input);
         input_product(i, streams, n, signals, gi);
     }
 
-    for (size_t s = 0; s < n; ++s) std::memcpy(gh[s], op.bias_hidden.data(), gates_bytes);
-    if (egru) {
+    if (op.delta.hidden < 0)
+        for (size_t s = 0; s < n; ++s) copy(gh[s], op.bias_hidden);
+    if (op.delta.hidden >= 0) {
+        for (size_t s = 0; s < n; ++s) streams[s]->accumulate_changes(i, true, h[s]);
+    } else if (egru) {
         for (size_t s = 0; s < n; ++s) count(streams[s]->states_[i].hidden_reads, spoken[s]);
         product(op.hidden, streams, n, spoken, gh);
     } else {

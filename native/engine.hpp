@@ -25,11 +25,29 @@ struct Engine {
 /// State and counters of one op of one stream; pointers into the stream's arena.
 struct OpState {
     CellArgs cell{};
-    float* scaled = nullptr;             // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;             // linear, layer norm
-    std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
-    std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
-    std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
+    float* scaled = nullptr;                     // r * y or r * h, when the reset gate acts before the product
+    float* output = nullptr;                     // linear, layer norm
+    float *sent_x = nullptr, *sent_h = nullptr;  // of a delta network; its memories are cell.gi and cell.gh
+    float* age = nullptr;                        // steps since they were summed anew
+    std::vector<uint64_t> events;                // EGRU, ReLU: per unit, events emitted
+    std::vector<uint64_t> input_reads;           // per input column, how often its event was read; empty for dense x
+    std::vector<uint64_t> hidden_reads;          // the same for the recurrent matrix; empty for dense h
+};
+
+/// Some of what a stream carries: `parts` parts of `units` values, each padded to whole vectors.
+struct Carried {
+    float* at = nullptr;
+    size_t units = 0, parts = 1;
+    size_t size() const { return units * parts; }
+    void read(float* to) const {
+        for (size_t p = 0; p < parts; ++p) std::memcpy(to + p * units, part(p), units * sizeof(float));
+    }
+    void write(const float* from) const {
+        for (size_t p = 0; p < parts; ++p) std::memcpy(part(p), from + p * units, units * sizeof(float));
+    }
+
+  private:
+    float* part(size_t p) const { return at + p * pad(static_cast<uint32_t>(units)); }
 };
 
 class Stream {
@@ -49,6 +67,9 @@ class Stream {
     void reset();  // state to zero; counters stay
     void reset_counters();
     void set_emitted(size_t op, const float* y);  // y of step t-1; what is not zero is an event
+
+    /// sent_x, memory_x, sent_h, memory_h or age of an op that sends changes; null where it has none.
+    Carried changes(size_t op, const std::string& name);
 
     const Engine& engine() const { return *engine_; }
     const OpState& state(size_t op) const { return states_[op]; }
@@ -70,6 +91,7 @@ class Stream {
                      uint8_t* trace);
     template <class N>
     static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
+    void accumulate_changes(size_t i, bool hidden, const float* x);
     template <class N>
     static void product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y);
     template <class N>
@@ -80,6 +102,9 @@ class Stream {
     Buffer<float> arena_;
     std::vector<OpState> states_;
     std::vector<int8_t> codes_;  // room for a dense x in int8
+    // Room for the changes of one product, and for its sums.
+    uint32_t* changed_ = nullptr;
+    float *change_ = nullptr, *sums_ = nullptr;
     uint64_t steps_ = 0;
     size_t trace_width_ = 0;
 };

@@ -118,6 +118,17 @@ struct CellArgs {
     uint32_t event_count;  // out
 };
 
+/// What of `units` values differs by more than the threshold from what was sent of it, index ascending; it is sent now.
+struct DeltaArgs {
+    uint32_t units;
+    float threshold;
+    const float* x;   // (units)
+    float* sent;      // (padded) in and out
+    uint32_t* index;  // (padded)
+    float* change;    // (padded) x - sent
+    uint32_t count;   // out
+};
+
 /// y = (y - mean) / sqrt(variance + epsilon) * weight + bias, over `units` values; every array is padded to kLanes.
 struct NormArgs {
     uint32_t units;
@@ -149,7 +160,8 @@ struct Kernels {
 #undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
-    void (*scale)(float* y, const float* s, uint32_t n);  // y *= s, n padded
+    void (*scale)(float* y, const float* s, uint32_t n);                       // y *= s, n padded
+    void (*add_scaled)(float* y, const float* x, const float* s, uint32_t n);  // y += x * s, n padded
     // x as codes from -127 to 127 times what it returns; NaN where a value is not finite
     float (*codes_of)(const float* x, int8_t* codes, uint32_t n);
     void (*reset_gate)(const CellArgs&);                                           // r = sigmoid(gi_r + gh_r)

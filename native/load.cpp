@@ -434,11 +434,13 @@ class Builder {
     void recurrent(const std::string& kind) {
         const MatrixView ih = matrix("weight_ih"), hh = matrix("weight_hh");
         const float *bias_ih = vector("bias_ih", ih.rows), *bias_hh = vector("bias_hh", hh.rows);
-        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh);
+        Deltas delta;
+        if (kind != "egru") delta = {change("delta_input"), change("delta_hidden")};
+        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh, delta);
         if (kind == "rnn")
-            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1);
+            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1, delta);
         const bool reset_after = boolean("reset_after");
-        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after);
+        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after, delta);
         const float* threshold = vector("threshold", hh.cols);
         for (uint32_t j = 0; j < hh.cols; ++j)
             if (!(threshold[j] >= 0)) refuse("every threshold must be a number >= 0");
@@ -450,6 +452,13 @@ class Builder {
         if (!(zoneout >= 0 && zoneout < 1)) refuse("zoneout must be in [0, 1)");
         program_.add_egru(ih, hh, bias_ih, bias_hh, threshold, reset_after, reset, always, events,
                           static_cast<float>(zoneout));
+    }
+    /// The threshold of a product that reads changes; below 0 where the op has none.
+    float change(const char* name) {
+        if (fields_.find(name) == fields_.end()) return -1;
+        const double threshold = number(name);
+        if (!(threshold >= 0 && threshold <= 1e30)) refuse(std::string(name) + " must be in [0, 1e30]");
+        return static_cast<float>(threshold);
     }
     uint32_t whole(const char* name) {
         const std::optional<Json> said = field(name);

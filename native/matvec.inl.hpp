@@ -372,6 +372,10 @@ static void scale(float* y, const float* s, uint32_t n) {
     for (uint32_t i = 0; i < n; i += kLanes) store(y + i, mul(load(y + i), load(s + i)));
 }
 
+static void add_scaled(float* y, const float* x, const float* s, uint32_t n) {
+    for (uint32_t i = 0; i < n; i += kLanes) store(y + i, fma(load(x + i), load(s + i), load(y + i)));
+}
+
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                               \
     static void matvec_##format##_##dtype(const Packed& w, const float* x, float* y) {         \
         matvec(w, AllColumns{x, w.cols}, y);                                                   \

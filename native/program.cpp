@@ -346,8 +346,9 @@ void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
     }
 }
 
+/// Unscaled, sums of int8 codes go to a y that is in units of each row's scale.
 template <class X, class Y>
-void Matrix::product(const Kernels& kernels, const X& x, const Y& y) const {
+void Matrix::product(const Kernels& kernels, const X& x, const Y& y, bool scaled) const {
     const auto call = [&](auto dense_x, auto event_x, const auto& packed) {
         if constexpr (std::is_same_v<X, Events>)
             event_x(packed, x, y);
@@ -397,7 +398,7 @@ void Matrix::product(const Kernels& kernels, const X& x, const Y& y) const {
         case MatrixView::Precision::bf16:
             return by_format(halves_.data(), SPARSEFOLD_SLOTS(bf16));
         case MatrixView::Precision::i8:
-            if (by_rows_) return by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
+            if (by_rows_ || !scaled) return by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
             // sums of codes: y in units of each row's scale, and back
             scale(inverse_.data());
             by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
@@ -428,6 +429,14 @@ void Matrix::matvec(const Kernels& kernels, const float* x, float* y, int8_t* co
 }
 
 void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { product(kernels, x, y); }
+
+void Matrix::accumulate(const Kernels& kernels, const Events& x, float* y, float* room) const {
+    if (x.count == 0) return;
+    if (precision_ != MatrixView::Precision::i8) return product(kernels, x, y);
+    std::memset(room, 0, padded_rows() * sizeof(float));
+    product(kernels, x, room, false);
+    kernels.add_scaled(y, room, scale_.data(), padded_rows());
+}
 
 void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,
                           int8_t* const* codes) const {
@@ -480,8 +489,14 @@ void Program::add_linear(const MatrixView& weight, const float* bias) {
 }
 
 Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
-                           const float* bias_ih, const float* bias_hh, bool reset_after) const {
+                           const float* bias_ih, const float* bias_hh, bool reset_after, Deltas delta) const {
     const uint32_t units = weight_hh.cols;
+    for (const float threshold : {delta.input, delta.hidden})
+        if (threshold != -1 && !(threshold >= 0 && threshold <= 1e30f))
+            refuse("the threshold of a change must be in [0, 1e30].");
+    if (delta.hidden >= 0 && !reset_after)
+        refuse(
+            "delta_hidden needs reset_after=True; otherwise n reads r * h', which changes with r while no unit does.");
     if (weight_hh.gates != gates || weight_ih.gates != gates || uint64_t{weight_hh.rows} != uint64_t{units} * gates ||
         weight_ih.rows != weight_hh.rows)
         refuse("a recurrent op of " + number(units) + " units has " + number(gates) +
@@ -490,8 +505,11 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
                " gates.");
     Op op = make(kind, weight_ih.cols, units);
     op.gates = gates;
+    op.delta = delta;
+    if (delta.input >= 0) op.reads_events = false;  // changes of the values themselves, whoever else hears of them
     op.input = Matrix(weight_ih, op.reads());
-    const Matrix::Reads spoken = kind == Op::Kind::egru ? Matrix::Reads::events : Matrix::Reads::dense;
+    const Matrix::Reads spoken =
+        kind == Op::Kind::egru || delta.hidden >= 0 ? Matrix::Reads::events : Matrix::Reads::dense;
     op.hidden = Matrix(weight_hh, spoken, 0, reset_after ? gates : 2);
     if (!reset_after) op.hidden_n = Matrix(weight_hh, spoken, 2, 3);
     op.bias_input = padded(bias_ih, gates, units);
@@ -501,8 +519,8 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
 }
 
 void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool reset_after) {
-    ops_.push_back(make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after));
+                      const float* bias_hh, bool reset_after, Deltas delta) {
+    ops_.push_back(make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, delta));
 }
 
 void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
@@ -520,13 +538,13 @@ void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh,
 }
 
 void Program::add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                       const float* bias_hh) {
-    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh));
+                       const float* bias_hh, Deltas delta) {
+    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh, true, delta));
 }
 
 void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool relu) {
-    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh);
+                      const float* bias_hh, bool relu, Deltas delta) {
+    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh, true, delta);
     op.relu = relu;
     ops_.push_back(std::move(op));
 }
@@ -572,6 +590,7 @@ void Program::add_layer_norm(const float* weight, const float* bias, uint32_t un
 void Program::fold(const Kernels& kernels, uint64_t limit) {
     if (ops_.size() < 2 || !takes_tokens() || !ops_[1].recurrent()) return;
     Op &embedding = ops_[0], &layer = ops_[1];
+    if (layer.delta.input >= 0) return;  // its product is not one of the token alone
     const size_t stride = size_t{layer.gates} * pad(layer.outputs);
     if (uint64_t{embedding.inputs} * stride * sizeof(float) > limit) return;
     layer.table = Buffer<float>(embedding.inputs * stride);

@@ -51,7 +51,8 @@ class Buffer {
     size_t size_ = 0;
 };
 
-constexpr size_t kBatch = 16;  // streams that play together
+constexpr size_t kBatch = 16;             // streams that play together
+constexpr uint32_t kDeltaRefresh = 1024;  // steps after which the memories of changes are summed anew
 
 /// A weight matrix as a file holds it; pointers are borrowed.
 struct MatrixView {
@@ -86,6 +87,9 @@ class Matrix {
     /// y += W x, y with gates padded; x is what the matrix was packed for. `codes` is room for `code_bytes()`.
     void matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const;
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
+    /// The same for a y that is never cleared, so that int8 rows must not be scaled there and back; `room` is for
+    /// `padded_rows()`.
+    void accumulate(const Kernels& kernels, const Events& x, float* y, float* room) const;
     /// The same for `n` dense x at once, at most kBatch: the weights are read in pieces that stay in the nearest cache
     /// for all of them. Every sum keeps its order.
     void matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,
@@ -107,7 +111,7 @@ class Matrix {
     void pack_complementary(const MatrixView& view, uint32_t first_gate);
     void narrow(const MatrixView& view, uint32_t first_gate);
     template <class X, class Y>
-    void product(const Kernels& kernels, const X& x, const Y& y) const;
+    void product(const Kernels& kernels, const X& x, const Y& y, bool scaled = true) const;
     RowsOfCodes rows_of_codes() const;
     bool by_rows_ = false;  // packed as `Rows` or `RowsOfCodes`
     MatrixView::Format format_ = MatrixView::Format::dense;
@@ -126,6 +130,11 @@ class Matrix {
     uint32_t height_ = kLanes, sets_ = 0, overlay_ = 0;
 };
 
+/// Thresholds of what a delta network sends; below 0, a product reads all of its values.
+struct Deltas {
+    float input = -1, hidden = -1;
+};
+
 struct Op {
     enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, log_softmax, top_k };
     Kind kind = Kind::linear;
@@ -136,6 +145,7 @@ struct Op {
     bool folded = false;               // embedding: skipped, the next op holds the table
     Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
     Buffer<float> bias_input, bias_hidden;
+    Deltas delta;
     bool reset_after = true;
     bool relu = false;    // RNN only
     Buffer<float> scale;  // layer norm only, and its bias is bias_input
@@ -147,7 +157,10 @@ struct Op {
     bool emits_events = false;  // hands on y as events; else u, dense. Always true of a ReLU
     Buffer<float> threshold, crossing;
 
-    Matrix::Reads reads() const { return reads_events ? Matrix::Reads::events : Matrix::Reads::dense; }
+    Matrix::Reads reads() const {
+        return reads_events || delta.input >= 0 ? Matrix::Reads::events : Matrix::Reads::dense;
+    }
+    bool sends_changes() const { return delta.input >= 0 || delta.hidden >= 0; }
     bool recurrent() const { return gates != 0; }
     bool picks() const {
         return kind == Kind::relu || kind == Kind::events || kind == Kind::kwta;
@@ -161,12 +174,13 @@ class Program {
     void add_embedding(const float* weight, uint32_t tokens, uint32_t width);
     void add_linear(const MatrixView& weight, const float* bias);
     void add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                 bool reset_after);
+                 bool reset_after, Deltas delta = {});
     void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                   const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout);
-    void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh);
+    void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                  Deltas delta = {});
     void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                 bool relu);
+                 bool relu, Deltas delta = {});
     // Of all that the op before gives; events may be the first op.
     void add_relu() { add_weightless(Op::Kind::relu, 0); }
     void add_events(uint32_t units) { add_weightless(Op::Kind::events, units); }
@@ -190,7 +204,7 @@ class Program {
     void add_weightless(Op::Kind kind, uint32_t units, uint32_t k = 0, uint32_t groups = 1);
     Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const;
     Op make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
-                      const float* bias_ih, const float* bias_hh, bool reset_after = true) const;
+                      const float* bias_ih, const float* bias_hh, bool reset_after = true, Deltas delta = {}) const;
     std::vector<Op> ops_;  // an op enters when it is complete: a refused one leaves no trace
 };
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import sparsefold as sf
 from sparsefold.formats import Format
 from sparsefold.program import (
+    DELTA_REFRESH,
     EGRU,
     GRU,
     KWTA,
@@ -193,6 +194,11 @@ def rnn(
     )  # fmt: skip
 
 
+def changes(op: Any, delta_input: float | None = None, delta_hidden: float | None = None) -> Any:
+    """The same layer as one that sends changes."""
+    return replace(op, delta_input=delta_input, delta_hidden=delta_hidden)
+
+
 def layer_norm(r: np.random.Generator, units: int) -> LayerNorm:
     """Scales of both signs."""
     return LayerNorm(vector(r, units), vector(r, units))
@@ -283,6 +289,21 @@ NETWORKS = {
     "tokens-overlay-i8": lambda r: rounded(
         [embedding(r, 9, 12), egru(r, 12, 37, Overlay(4)), linear(r, 37, 9, Overlay(2, 4), 0.8)], "i8"
     ),
+    "delta-gru": lambda r: [changes(gru(r, 9, 31), 0.3, 0.1), linear(r, 31, 3)],
+    "delta-gru-0": lambda r: [changes(gru(r, 20, 33, (16, 1), 0.5), 0, 0), changes(gru(r, 33, 17, (4, 4), 0.5), None, 0.05)],
+    "delta-gru-before": lambda r: [changes(gru(r, 9, 20, reset_after=False), 0.4), changes(lstm(r, 20, 17), 0.1, 0.05)],
+    "delta-lstm": lambda r: [changes(lstm(r, 20, 33, "csc", 0.5), 0.5, 0.1), changes(lstm(r, 33, 16, Overlay(4)), 0.05, 0.02)],
+    "delta-rnn": lambda r: [changes(rnn(r, 3, 31), 0.2, 0.2), changes(rnn(r, 31, 17, nonlinearity="relu"), 0.1)],
+    "delta-of-events": lambda r: [
+        egru(r, 9, 33), changes(gru(r, 33, 20), 0.1, 0.1), ReLU(20), changes(lstm(r, 20, 17), None, 0.1), ReLU(17),
+        changes(gru(r, 17, 16), 0.05), linear(r, 16, 4),
+    ],
+    "tokens-delta": lambda r: [embedding(r, 7, 17), changes(gru(r, 17, 20), None, 0.1), linear(r, 20, 7)],
+    "tokens-delta-input": lambda r: [embedding(r, 7, 17), changes(lstm(r, 17, 20), 0.5, 0.1), linear(r, 20, 7)],
+    "delta-i8": lambda r: rounded(
+        [changes(gru(r, 12, 37, Overlay(4)), 0.3, 0.1), changes(lstm(r, 37, 19, (5, 3), 0.5), 0.1, 0.1), linear(r, 19, 5)], "w8a8"
+    ),
+    "delta-bf16": lambda r: rounded([changes(gru(r, 12, 19, (8, 1), 0.4), 0.3, 0.1)], "bf16"),
     "lstm-csc": lambda r: [lstm(r, 12, 19, "csc", 0.4), rnn(r, 19, 17, "csc", 0.4)],
     "lstm-overlay": lambda r: [lstm(r, 12, 37, Overlay(4)), rnn(r, 37, 33, Overlay(2, 4))],
     "gru-overlay": lambda r: [gru(r, 9, 37, Overlay(4), reset_after=False), linear(r, 37, 9, Overlay(2, 4), 0.8)],
@@ -312,4 +333,10 @@ def state(program: sf.Program, *salt: int) -> dict[str, np.ndarray]:
             out[f"{i}.c"] = vector(r, op.outputs)
         if isinstance(op, EGRU):
             out[f"{i}.y"] = (vector(r, op.outputs) * (r.random(op.outputs) < 0.3)).astype(np.float32)
+        if isinstance(op, Recurrent) and "age" in op.carried():
+            out[f"{i}.age"] = np.array([DELTA_REFRESH - 5], np.float32)  # a few steps on, the memories are summed anew
+            for at, weight, bias in (("x", op.weight_ih, op.bias_ih), ("h", op.weight_hh, op.bias_hh)):
+                if f"sent_{at}" in op.carried():
+                    sent = out[f"{i}.sent_{at}"] = vector(r, weight.shape[1], 0.5)
+                    out[f"{i}.memory_{at}"] = (weight.matvec(sent.astype(np.float64)) + bias).astype(np.float32)
     return out

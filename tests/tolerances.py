@@ -76,15 +76,73 @@ def rounded_input(weight, x, x_error):
     return seen, np.abs(seen) * share, flips * largest / 127
 
 
-def gru_step(op, x, x_error, seen, h):
+def memory_f32(weight, bias, sent):
+    """Bound of the error of a memory of changes whose last values sent were the rows of ``sent``, from 0 or a new sum on.
+
+    A change is wrong by EPS32 of itself and adds |w·d|. A row's memory is a chain of float32 sums, one for every term that
+    ever entered it, of which none is larger than the magnitude: |b| and all |w·d| so far.
+    """
+    w = np.abs(weight.to_dense().astype(np.float64))
+    d = np.abs(np.diff(sent.astype(np.float64), axis=0, prepend=0))
+    terms = np.count_nonzero(d) + len(d)
+    return product_f32(terms, np.abs(bias) + w @ d.sum(0))
+
+
+def changes_step(op, at, side, x, x_error, state, found):
+    """(memory, bound) of one product that reads changes, and in ``found`` also what was sent; the step before is exact.
+
+    What stands within its error of the threshold may be sent or not: the memory is then wrong by all of the change.
+    """
+    ih = side == "x"
+    weight, bias, threshold = (
+        (op.weight_ih, op.bias_ih, op.delta_input) if ih else (op.weight_hh, op.bias_hh, op.delta_hidden)
+    )
+    sent, memory, age = (state[f"{at}.{n}"].astype(np.float64) for n in (f"sent_{side}", f"memory_{side}", "age"))
+    d = x - sent
+    d_error = x_error + EPS32 * (np.abs(d) + x_error)
+    changed = np.abs(d) > np.float32(threshold)
+    doubt = (np.abs(np.abs(d) - np.float32(threshold)) <= d_error) & (d_error > 0) & (d != 0)
+    sent_error = np.where(doubt, np.abs(d) + x_error, np.where(changed, x_error, 0.0))
+    sent = np.where(changed, x, sent)
+    if age[0] + 1 == 1024:
+        new, bound = matrix_product(weight, bias.astype(np.float64), sent, sent_error)
+    else:
+        delta = np.where(changed, d, 0)
+        delta_error = np.where(doubt, np.abs(d) + d_error, np.where(changed, d_error, 0.0))
+        new, bound = matrix_product(weight, memory, delta, delta_error)
+    found[f"{at}.sent_{side}"], found[f"{at}.memory_{side}"] = (sent, sent_error), (new, bound)
+    found[f"{at}.age"] = (age + 1) % 1024, np.zeros(1)
+    return new, bound
+
+
+def both_products(op, at, x, x_error, state, found):
+    """((W_ih x + b_ih, bound), (W_hh h + b_hh, bound)) of a dense cell, or the memories in their place."""
+    h = state[f"{at}.h"].astype(np.float64)
+    none = np.zeros(len(h))
+    of_x = (
+        matrix_product(op.weight_ih, op.bias_ih.astype(np.float64), x, x_error)
+        if op.delta_input is None
+        else changes_step(op, at, "x", x, x_error, state, found)
+    )
+    of_h = (
+        matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), h, none)
+        if op.delta_hidden is None
+        else changes_step(op, at, "h", h, none, state, found)
+    )
+    return of_x, of_h
+
+
+def gru_step(op, x, x_error, seen, h, products=None):
     """((1-z)·n + z·h, bound of its float32 error); ``seen`` and ``h`` are exact, for every step is teacher-forced.
 
     The sigmoid's slope is at most 1/4, that of tanh at most 1, so an error e before them is e/4 and e behind them, and
     their own error comes on top. A product a·b of values wrong by e and f is wrong by |a|·f + |b|·e + e·f.
     """
-    gi, gi_error = matrix_product(op.weight_ih, op.bias_ih.astype(np.float64), x, x_error)
     none = np.zeros(len(seen))
-    gh, gh_error = matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), seen, none)
+    (gi, gi_error), (gh, gh_error) = products or (
+        matrix_product(op.weight_ih, op.bias_ih.astype(np.float64), x, x_error),
+        matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), seen, none),
+    )
     (ir, iz, inn), (hr, hz, hn) = np.split(gi, 3), np.split(gh, 3)
     (eir, eiz, ein), (ehr, ehz, ehn) = np.split(gi_error, 3), np.split(gh_error, 3)
     r, z = _sigmoid(ir + hr), _sigmoid(iz + hz)
@@ -117,21 +175,20 @@ def egru_step(op, x, x_error, y, h):
     return zoned, (1 - op.zoneout) * error + 4 * EPS32 * op.zoneout * (np.abs(h) + np.abs(u)) + EPS32 * np.abs(zoned)
 
 
-def gate_sums(op, x, x_error, h):
+def gate_sums(op, x, x_error, state, at, found):
     """(W_ih x + b_ih + W_hh h + b_hh, bound of its float32 error): two products and one sum."""
-    gi, gi_error = matrix_product(op.weight_ih, op.bias_ih.astype(np.float64), x, x_error)
-    gh, gh_error = matrix_product(op.weight_hh, op.bias_hh.astype(np.float64), h, np.zeros(len(h)))
+    (gi, gi_error), (gh, gh_error) = both_products(op, at, x, x_error, state, found)
     return gi + gh, gi_error + gh_error + EPS32 * np.abs(gi + gh) + EPS32 * (gi_error + gh_error)
 
 
-def lstm_step(op, x, x_error, state, at):
+def lstm_step(op, x, x_error, state, at, found):
     """State h and c of an LSTM; those of the step before are exact.
 
     Slopes as for the GRU. f·c' + i·g: a product of values wrong by e and f is wrong by |a|·f + |b|·e + e·f, and rounds
     once; so does the sum: together at most 2·EPS32·(|f c'| + |i g|), first order, doubled for the rest.
     """
-    h, c = (state[f"{at}.{n}"].astype(np.float64) for n in "hc")
-    total, total_error = gate_sums(op, x, x_error, h)
+    c = state[f"{at}.c"].astype(np.float64)
+    total, total_error = gate_sums(op, x, x_error, state, at, found)
     (i, f, g, o), (ei, ef, eg, eo) = np.split(total, 4), np.split(total_error, 4)
     i, f, o, g = _sigmoid(i), _sigmoid(f), _sigmoid(o), np.tanh(g)
     ei, ef, eo, eg = ei / 4 + SIGMOID_F32, ef / 4 + SIGMOID_F32, eo / 4 + SIGMOID_F32, eg + TANH_F32
@@ -146,9 +203,9 @@ def lstm_step(op, x, x_error, state, at):
     }
 
 
-def rnn_step(op, x, x_error, state, at):
+def rnn_step(op, x, x_error, state, at, found):
     """State of a plain RNN: tanh and relu have slopes of at most 1, and relu rounds nothing."""
-    total, error = gate_sums(op, x, x_error, state[f"{at}.h"].astype(np.float64))
+    total, error = gate_sums(op, x, x_error, state, at, found)
     if op.nonlinearity == "relu":
         return {f"{at}.h": (np.maximum(total, 0), error)}
     return {f"{at}.h": (np.tanh(total), error + TANH_F32)}
@@ -199,7 +256,8 @@ def program_step(program, x, state):
             value, error = matrix_product(op.weight, op.bias.astype(np.float64), value, error)
         elif op.kind == "gru":
             h = state[f"{i}.h"].astype(np.float64)
-            value, error = found[f"{i}.h"] = gru_step(op, value, error, h, h)
+            products = both_products(op, i, value, error, state, found)
+            value, error = found[f"{i}.h"] = gru_step(op, value, error, h, h, products)
         elif op.kind in ("relu", "events", "kwta"):
             # Slope at most 1, nothing rounds; found["i.u"] is how far a value lies from where it would fall silent.
             above = value - kwta_limit(op, value) if op.kind == "kwta" else value
@@ -219,7 +277,7 @@ def program_step(program, x, state):
         elif op.kind == "layer_norm":
             value, error = layer_norm(op, value, error)
         elif op.kind in others:
-            found |= others[op.kind](op, value, error, state, i)
+            found |= others[op.kind](op, value, error, state, i, found)
             value, error = found[f"{i}.h"]
         else:
             y, h = (state[f"{i}.{n}"].astype(np.float64) for n in "yh")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sparsefold.calibrate import Calibration, calibrate_delta
 from sparsefold.cost import Cost, Counts, cost
 from sparsefold.engine import Engine, Stream, interpret
 from sparsefold.formats import CSC, Block, Complementary, Dense
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CSC",
     "Block",
+    "Calibration",
     "Complementary",
     "Cost",
     "Counts",
@@ -28,6 +30,7 @@ __all__ = [
     "Program",
     "ProgramError",
     "Stream",
+    "calibrate_delta",
     "compile_model",
     "cost",
     "interpret",

@@ -90,6 +90,8 @@ class Engine:
         bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         reset_after: bool,
+        delta_input: float = -1.0,
+        delta_hidden: float = -1.0,
     ) -> None: ...
     def add_egru(
         self,
@@ -110,6 +112,8 @@ class Engine:
         weight_hh: Matrix,
         bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        delta_input: float = -1.0,
+        delta_hidden: float = -1.0,
     ) -> None: ...
     def add_rnn(
         self,
@@ -118,6 +122,8 @@ class Engine:
         bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         relu: bool,
+        delta_input: float = -1.0,
+        delta_hidden: float = -1.0,
     ) -> None: ...
     def add_relu(self) -> None: ...
     def add_events(self, units: int) -> None: ...

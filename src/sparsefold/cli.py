@@ -87,6 +87,25 @@ def _parser() -> argparse.ArgumentParser:
     compile_.add_argument("--tune", action="store_true", help="time every format on this processor")
     compile_.add_argument("--weights", choices=list(VALUE_TYPES), default="f32", help="precision of the matrices")
 
+    compile_.add_argument(
+        "--delta",
+        type=float,
+        metavar="THRESHOLD",
+        help="GRU, LSTM and RNN layers send changes above it, and nothing else",
+    )
+
+    calibrate = add("calibrate", _calibrate, "Find thresholds of changes that a compiled GRU, LSTM or RNN bears.")
+    calibrate.add_argument("file", type=Path)
+    calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    calibrate.add_argument(
+        "--sample", type=Path, required=True, metavar="FILE",
+        help="a text, for a byte-level text model; or a .npy file of token ids (T,) or values (T, I), also (B, T, I)",
+    )  # fmt: skip
+    calibrate.add_argument(
+        "--max-loss", type=float, default=0.01,
+        help="bits per character that a text may cost more; of a .npy, the relative error of the outputs (default: 0.01)",
+    )  # fmt: skip
+
     run = add("run", _run, "Generate text with a compiled model, as a stream.")
     run.add_argument("file", type=Path)
     run.add_argument("--prompt", default="\n", help="text to start from")
@@ -202,10 +221,30 @@ def _compile(args: argparse.Namespace) -> None:
         from sparsefold.data.text import encode
 
         sample = encode(args.sample.read_bytes()[:SAMPLE_BYTES], about["vocabulary"])
-    program = compile_model(model, about, args.weights, sample=sample, tune=args.tune)
+    program = compile_model(model, about, args.weights, sample=sample, tune=args.tune, delta=args.delta)
     program.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
     print(_ops_table(program))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from sparsefold.calibrate import calibrate_delta
+
+    program, loss = _load(args.file), None
+    if args.sample.suffix == ".npy":
+        sample = np.load(args.sample, allow_pickle=False)
+    else:
+        from sparsefold.data.text import encode
+
+        sample = encode(args.sample.read_bytes()[:SAMPLE_BYTES], _vocabulary(program, args.file))
+
+        def loss(outputs: list[NDArray[np.float32]]) -> float:
+            return _bits(outputs[0][:-1], sample[1:]) / (len(sample) - 1)
+
+    found = calibrate_delta(program, sample, loss, args.max_loss)
+    found.program.save(args.output)
+    print(f"{args.output}: {args.output.stat().st_size:,} bytes")
+    print(found)
 
 
 def _load(file: Path) -> Program:
@@ -268,15 +307,20 @@ def _run(args: argparse.Namespace) -> None:
     print(f"\n\n{stream.report()}", file=sys.stderr)
 
 
+def _bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
+    """Bits in which (T,) targets are told by (T, O) logits, all together."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(1, keepdims=True)
+    return -float((wide[np.arange(len(targets)), targets] - np.log(np.exp(wide).sum(1))).sum()) / float(np.log(2))
+
+
 def evaluate(stream: Stream, tokens: NDArray[np.int64], chunk: int = 4096) -> float:
     """Bits per token of a stream on a text, played once from the stream's state."""
     bits = 0.0
     with Progress(len(tokens) - 1, "eval") as progress:
         for at in range(0, len(tokens) - 1, chunk):
             x, y = tokens[at : at + chunk], tokens[at + 1 : at + chunk + 1]
-            logits = stream.run(x[: len(y)]).astype(np.float64)
-            logits -= logits.max(1, keepdims=True)
-            bits -= float((logits[np.arange(len(y)), y] - np.log(np.exp(logits).sum(1))).sum()) / np.log(2)
+            bits += _bits(stream.run(x[: len(y)]), y)
             progress.update(at + len(y))
     return bits / (len(tokens) - 1)
 
@@ -324,7 +368,11 @@ def _ops_table(program: Program) -> str:
         )
         if isinstance(op, Embedding):
             stored = f"{op.weight.shape[0]}x{op.weight.shape[1]} ({op.weight.nbytes:,} bytes)"
-        lines.append(f"{i} {op.kind:<10}{op.inputs:>6} -> {op.outputs:<6} {stored}")
+        deltas = {of: getattr(op, f"delta_{side}", None) for of, side in (("x", "input"), ("h", "hidden"))}
+        sends = " and ".join(f"{t:.4g} of {of}" for of, t in deltas.items() if t is not None)
+        lines.append(
+            f"{i} {op.kind:<10}{op.inputs:>6} -> {op.outputs:<6} {stored}" + f", changes above {sends}" * bool(sends)
+        )
     return "\n".join(lines)
 
 

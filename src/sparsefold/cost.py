@@ -24,9 +24,9 @@ class Counts:
     """What happened in ``steps`` steps, as integers, by the index of the op.
 
     ``events[i]``: (H,) how often each unit of op ``i`` emitted, an EGRU or one that picks. ``input_reads[i]``: (I,) how often
-    each input column of op ``i`` was read, where its input is an event list; absent where the input is
+    each input column of op ``i`` was read, where its input is an event list or changes; absent where the input is
     dense. ``hidden_reads[i]``: (H,) the same
-    for the recurrent matrix of EGRU ``i``.
+    for the recurrent matrix of an EGRU, or of an op that sends the changes of its units.
     """
 
     steps: int
@@ -46,7 +46,12 @@ class Counts:
 
         ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first; none, when left out.
         ``steps`` is read only where the program has neither, so that no trace tells the number.
+
+        Raises:
+            ValueError: the program sends changes, which no trace records. Take ``Stream.counters``.
         """
+        if any(isinstance(op, Recurrent) and "age" in op.carried() for op in program.ops):
+            raise ValueError("a trace says nothing of the changes this program sends. Take Stream.counters.")
         events, input_reads, hidden_reads = {}, {}, {}
         steps = len(next(iter(trace.values()))) if trace else steps
         for i, emitted in trace.items():
@@ -60,6 +65,11 @@ class Counts:
             if i + 1 < len(program.ops) and program.reads_events(i + 1):
                 input_reads[i + 1] = events[i]
         return cls(steps, events, input_reads, hidden_reads)
+
+    def read_rate(self, op: int, role: str) -> float | None:
+        """Share of the columns of the "recurrent" or any other product of ``op`` that a step read; None where it reads all."""
+        reads = (self.hidden_reads if role == "recurrent" else self.input_reads).get(op)
+        return None if reads is None else float(np.sum(reads)) / (max(self.steps, 1) * len(reads))
 
     def event_rate(self, op: int | None = None) -> float:
         """Events per unit and step, of one op or over all that speak."""
@@ -173,6 +183,8 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
             parts.append(_product(i, "recurrent", op.weight_hh, counts.steps, counts.hidden_reads.get(i)))
         if not isinstance(op, Embedding | Linear):
             unit_updates += (op.units if isinstance(op, Weightless) else op.outputs) * counts.steps
+        if isinstance(op, Recurrent):  # whoever sends changes looks at every value
+            unit_updates += sum(n for name, n in op.carried().items() if name.startswith("sent")) * counts.steps
         bytes_state += _state_bytes(i, op, counts)
     return Cost(counts.steps, tuple(parts), unit_updates, bytes_state)
 
@@ -192,7 +204,11 @@ def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | No
 
 
 def _state_bytes(i: int, op: Op, counts: Counts) -> int:
-    """Dense state in and out, 4 bytes a unit; events (which carry an EGRU's y) written and read, index and value."""
-    dense = len(set(op.state) - {"y"}) if isinstance(op, Recurrent) else 0
-    listed = [counts.events.get(i), counts.hidden_reads.get(i), counts.input_reads.get(i + 1)]
-    return 2 * 4 * dense * op.outputs * counts.steps + 8 * sum(int(np.sum(n)) for n in listed if n is not None)
+    """Dense state in and out, 4 bytes a value; events (which carry an EGRU's y) and changes written and read, index and value."""
+    dense = sum(n for name, n in op.carried().items() if name not in ("y", "age")) if isinstance(op, Recurrent) else 0
+    written = [counts.events.get(i)]
+    if isinstance(op, Recurrent):  # changes: written by the op that reads them
+        written += [counts.input_reads.get(i)] if op.delta_input is not None else []
+        written += [counts.hidden_reads.get(i)] if op.delta_hidden is not None else []
+    listed = [*written, counts.hidden_reads.get(i), counts.input_reads.get(i)]
+    return 2 * 4 * dense * counts.steps + 8 * sum(int(np.sum(n)) for n in listed if n is not None)

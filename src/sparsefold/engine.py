@@ -14,6 +14,7 @@ from sparsefold import _native
 from sparsefold.cost import Cost, Counts, Part, cost
 from sparsefold.formats import CSC, Complementary, Dense, Float, Format
 from sparsefold.program import (
+    DELTA_REFRESH,
     EGRU,
     GRU,
     KWTA,
@@ -84,6 +85,7 @@ class Engine:
 
     def _add_recurrent(self, op: Recurrent) -> None:
         weights = native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh
+        deltas = tuple(-1.0 if d is None else d for d in (op.delta_input, op.delta_hidden))  # below 0: none
         if isinstance(op, EGRU):
             self._core.add_egru(
                 *weights,
@@ -95,11 +97,11 @@ class Engine:
                 op.zoneout,
             )
         elif isinstance(op, GRU):
-            self._core.add_gru(*weights, op.reset_after)
+            self._core.add_gru(*weights, op.reset_after, *deltas)
         elif isinstance(op, RNN):
-            self._core.add_rnn(*weights, op.nonlinearity == "relu")
+            self._core.add_rnn(*weights, op.nonlinearity == "relu", *deltas)
         else:
-            self._core.add_lstm(*weights)
+            self._core.add_lstm(*weights, *deltas)
 
     @classmethod
     def load(
@@ -240,7 +242,7 @@ class Stream:
         return out
 
     def reset(self) -> None:
-        """State to zero; counters go on."""
+        """State as at the beginning: zero, and a delta network's memories its biases; counters go on."""
         self._core.reset()
 
     def reset_counters(self) -> None:
@@ -248,7 +250,11 @@ class Stream:
         self._core.reset_counters()
 
     def save_state(self) -> State:
-        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,)."""
+        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,).
+
+        Of an op that sends changes also ``sent_x`` (I,) and ``memory_x`` (gates H,), ``sent_h`` (H,) and ``memory_h``, and
+        ``age`` (1,), the steps since the memories were summed anew.
+        """
         return {key: self._read(i, name, np.float32, size) for key, i, name, size in _state_keys(self.engine.program)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -265,9 +271,11 @@ class Stream:
             array = np.asarray(state[key])
             if array.shape != (size,) or array.dtype.kind not in "fiu":
                 raise ValueError(
-                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {size} units there. "
+                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {size} values there. "
                     "Pass what save_state() of the same program returned."
                 )
+            if name == "age" and not (0 <= array[0] < DELTA_REFRESH and array[0] == int(array[0])):
+                raise ValueError(f"state {key!r} must be a whole number from 0 to {DELTA_REFRESH - 1}, got {array[0]}.")
             arrays.append((i, name, np.ascontiguousarray(array, np.float32)))
         for i, name, array in arrays:
             self._core.write(i, name, array)
@@ -291,9 +299,9 @@ class Stream:
         for i, op in enumerate(self.engine.program.ops):
             if isinstance(op, Speaking):
                 events[i] = self._read(i, "events", np.uint64, op.outputs).astype(np.int64)
-            if isinstance(op, EGRU):
+            if self.engine.program.by_events(i, "weight_hh"):
                 hidden_reads[i] = self._read(i, "hidden_reads", np.uint64, op.outputs).astype(np.int64)
-            if self.engine.program.reads_events(i):
+            if self.engine.program.by_events(i, "weight_ih"):
                 input_reads[i] = self._read(i, "input_reads", np.uint64, op.inputs).astype(np.int64)
         return Counts(self._core.steps, events, input_reads, hidden_reads)
 
@@ -322,12 +330,15 @@ class Stream:
 
     @staticmethod
     def _report_line(part: Part, counts: Counts) -> str:
-        rate = f"{counts.event_rate(part.op):.3f}" if part.role == "recurrent" and part.op in counts.events else ""
+        read = None if part.op in counts.events else counts.read_rate(part.op, part.role)  # of what changed
+        if part.role == "recurrent" and part.op in counts.events:
+            read = counts.event_rate(part.op)
+        rate = "" if read is None else f"{read:.3f}"
         figures = [getattr(part, n) / max(counts.steps, 1) for n in ("macs_dense", "macs_weight", "macs_effective")]
-        read = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
+        moved = (part.bytes_weights + part.bytes_index) / max(counts.steps, 1)
         return (
             f"{f'{part.op} {part.role}':<18}{part.density:>8.3f}{rate:>8}"
-            f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{read:>10,.0f}"
+            f"{figures[0]:>12,.0f}{figures[1]:>10,.0f}{figures[2]:>11,.0f}{moved:>10,.0f}"
         )
 
 
@@ -353,21 +364,33 @@ def native_matrix(matrix: Format) -> _native.Matrix:
 
 
 def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
-    """(key, op, name, units) of every state array."""
+    """(key, op, name, size) of every state array."""
     layers = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Recurrent)]
-    return [(f"{i}.{name}", i, name, op.outputs) for i, op in layers for name in op.state]
+    return [(f"{i}.{name}", i, name, size) for i, op in layers for name, size in op.carried().items()]
+
+
+def _fresh(program: Program) -> State:
+    """The state before the first step: zero, and a memory of changes its bias."""
+    state = {key: np.zeros(size, np.float32) for key, _, _, size in _state_keys(program)}
+    for i, op in enumerate(program.ops):
+        if isinstance(op, Recurrent):
+            biases = {f"{i}.memory_x": op.bias_ih, f"{i}.memory_h": op.bias_hh}
+            state |= {key: bias for key, bias in biases.items() if key in state}
+    return state
 
 
 @dataclass(frozen=True, eq=False)
 class Interpretation:
     """What :func:`interpret` saw. ``outputs`` (T, O); ``events[i]``, ``u[i]`` (T, H) of every EGRU ``i``, events of
-    every op that picks too; last ``state``.
+    every op that picks too; last ``state``; ``changes[i, "x"]`` (T, I) and ``changes[i, "h"]`` (T, H), what op ``i`` of a
+    delta network sent.
     """
 
     outputs: NDArray[Any]
     events: dict[int, NDArray[np.bool_]]
     u: dict[int, NDArray[Any]]
     state: dict[str, NDArray[Any]]
+    changes: dict[tuple[int, str], NDArray[np.bool_]]
 
 
 def interpret(
@@ -381,8 +404,8 @@ def interpret(
         state: as from ``Stream.save_state``; zero when left out.
         dtype: precision of all arithmetic.
     """
-    keys = _state_keys(program)
-    now = {k: np.array(state[k] if state else np.zeros(size), dtype) for k, _, _, size in keys}
+    now = {key: np.array(state[key] if state else array, dtype) for key, array in _fresh(program).items()}
+    changes: dict[tuple[int, str], list[NDArray[Any]]] = {}
     outputs = []
     events: dict[int, list[NDArray[Any]]] = {i: [] for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
     us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
@@ -394,7 +417,8 @@ def interpret(
             elif isinstance(op, Linear):
                 value = op.weight.matvec(value) + op.bias.astype(dtype)
             elif isinstance(op, EGRU):
-                u = _gru_state(op, value, now[f"{i}.y"], now[f"{i}.h"], dtype)
+                y = now[f"{i}.y"]
+                u = _gru_state(op, *_products(op, value, y, dtype), y, now[f"{i}.h"], dtype)
                 if op.reset == "output":
                     u = u - now[f"{i}.y"]
                 u = op.zoneout * now[f"{i}.h"] + (1 - op.zoneout) * u
@@ -426,9 +450,10 @@ def interpret(
                 apart = value - value.mean()
                 value = apart / np.sqrt((apart**2).mean() + op.epsilon) * op.weight + op.bias
             elif isinstance(op, GRU):
-                value = now[f"{i}.h"] = _gru_state(op, value, now[f"{i}.h"], now[f"{i}.h"], dtype)
+                products = _recurrent_products(i, op, value, now, changes, dtype)
+                value = now[f"{i}.h"] = _gru_state(op, *products, now[f"{i}.h"], now[f"{i}.h"], dtype)
             else:
-                total = sum(_products(op, value, now[f"{i}.h"], dtype))
+                total = sum(_recurrent_products(i, op, value, now, changes, dtype))
                 if isinstance(op, RNN):
                     value = np.tanh(total) if op.nonlinearity == "tanh" else np.maximum(total, 0)
                 else:
@@ -446,6 +471,7 @@ def interpret(
         {i: stacked(rows, program.ops[i].outputs, np.bool_) for i, rows in events.items()},
         {i: stacked(rows, program.ops[i].outputs, dtype) for i, rows in us.items()},
         now,
+        {key: np.array(rows) for key, rows in changes.items()},
     )
 
 
@@ -462,9 +488,41 @@ def _products(
     return op.weight_ih.matvec(x) + op.bias_ih.astype(dtype), op.weight_hh.matvec(seen) + op.bias_hh.astype(dtype)
 
 
-def _gru_state(op: GRU, x: NDArray[Any], seen: NDArray[Any], h: NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
+def _recurrent_products(
+    i: int,
+    op: Recurrent,
+    x: NDArray[Any],
+    now: dict[str, NDArray[Any]],
+    changes: dict[tuple[int, str], list[NDArray[Any]]],
+    dtype: DTypeLike,
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both products of op ``i`` that reads x and its own h; where it sends changes, from the memories that they move."""
+    found = list(_products(op, x, now[f"{i}.h"], dtype))
+    sides = (
+        ("x", x, op.weight_ih, op.bias_ih, op.delta_input),
+        ("h", now[f"{i}.h"], op.weight_hh, op.bias_hh, op.delta_hidden),
+    )
+    if f"{i}.age" in now:
+        now[f"{i}.age"] = (now[f"{i}.age"] + 1) % DELTA_REFRESH
+    for at, (name, value, weight, bias, threshold) in enumerate(sides):
+        if threshold is None:
+            continue
+        sent, memory = now[f"{i}.sent_{name}"], now[f"{i}.memory_{name}"]
+        changed = ~(np.abs(value - sent) <= np.float32(threshold))
+        memory = memory + weight.matvec(np.where(changed, value - sent, 0))
+        sent = np.where(changed, value, sent)
+        if now[f"{i}.age"][0] == 0:
+            memory = weight.matvec(sent) + bias.astype(dtype)
+        now[f"{i}.sent_{name}"], now[f"{i}.memory_{name}"], found[at] = sent, memory, memory
+        changes.setdefault((i, name), []).append(changed)
+    return found[0], found[1]
+
+
+def _gru_state(
+    op: GRU, gi: NDArray[Any], gh: NDArray[Any], seen: NDArray[Any], h: NDArray[Any], dtype: DTypeLike
+) -> NDArray[Any]:
     """(1 - z) n + z h, where ``seen`` is what the recurrent products read: h of a GRU, y of an EGRU."""
-    (gi_r, gi_z, gi_n), (gh_r, gh_z, gh_n) = (np.split(p, 3) for p in _products(op, x, seen, dtype))
+    (gi_r, gi_z, gi_n), (gh_r, gh_z, gh_n) = np.split(gi, 3), np.split(gh, 3)
     r, z = _sigmoid(gi_r + gh_r), _sigmoid(gi_z + gh_z)
     if op.reset_after:
         n = np.tanh(gi_n + r * gh_n)

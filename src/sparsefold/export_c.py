@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from sparsefold.formats import CSC, Block, Complementary, Dense, Float, Format
 from sparsefold.program import (
+    DELTA_REFRESH,
     EGRU,
     GRU,
     KWTA,
@@ -256,7 +257,12 @@ class _Writer:
     def _table(self, fold: bool | None) -> Float | None:
         """(tokens, gates H): W_ih x + b_ih of every token; None where the embedding is played as it is."""
         ops = self.program.ops
-        if len(ops) < 2 or not isinstance(ops[0], Embedding) or not isinstance(ops[1], Recurrent):
+        if (
+            len(ops) < 2
+            or not isinstance(ops[0], Embedding)
+            or not isinstance(ops[1], Recurrent)
+            or ops[1].delta_input is not None
+        ):
             if fold:
                 raise ValueError(
                     "only an embedding in front of a recurrent layer can be folded; this program has none."
@@ -356,6 +362,30 @@ class _Writer:
             "    }",
         ]
 
+    def _changes(
+        self, i: int, side: str, add: _AddColumn, x: str, cols: int, rows: int, bias: str, delta: float
+    ) -> tuple[str, list[str]]:
+        """The memory of a product that reads changes, and C that moves it by what of x changed by more than ``delta``."""
+        sent = self._member("float", f"sent_{side}_{i}", cols, f"op {i}: what was sent of {side}")
+        memory = self._member("float", f"memory_{side}_{i}", rows, f"op {i}: its sums")
+        self.clear += [
+            f"    for (j = 0; j < {cols}; ++j) {sent}[j] = 0.0f;",
+            f"    for (j = 0; j < {rows}; ++j) {memory}[j] = {bias}[j];",
+        ]
+        return memory, [
+            f"    for (i = 0; i < {cols}; ++i) {{",
+            f"        const float change = {x}[i] - {sent}[i];",
+            f"        if (fabsf(change) <= {_hex(float(np.float32(delta)))}) continue;",
+            f"        {sent}[i] = {x}[i];",
+            f"        {add('i', 'change', memory)}",
+            "    }",
+            f"    if (s->age_{i} == 0) {{ /* the rounding of many changes is forgotten */",
+            f"        for (j = 0; j < {rows}; ++j) {memory}[j] = {bias}[j];",
+            f"        for (i = 0; i < {cols}; ++i)",
+            f"            if ({sent}[i] != 0.0f) {add('i', f'{sent}[i]', memory)}",
+            "    }",
+        ]
+
     def _function(self, i: int, op: Any, parameters: str, body: list[str]) -> str:
         text = "\n".join(body)
         counters = [c for c in "ijk" if re.search(rf"\b{c} = ", text)]
@@ -426,7 +456,8 @@ class _Writer:
 
     def _recurrent(self, i: int, op: Recurrent, x: str, events_of: int | None) -> str:
         H, rows, folded = op.outputs, op.gates * op.outputs, i == 1 and self.table is not None
-        self.scratch = max(self.scratch, rows)
+        if op.delta_input is None or op.delta_hidden is None:
+            self.scratch = max(self.scratch, rows)
         h = self._member("float", f"h_{i}", H, f"op {i}: carried state")
         seen, own, speak = h, None, ""  # seen: what the recurrent products read
         carried = [h]
@@ -439,33 +470,49 @@ class _Writer:
         self.clear.append(f"    for (j = 0; j < {H}; ++j) {' = '.join(f'{c}[j]' for c in carried)} = 0.0f;")
 
         gates = {RNN: "", LSTM: ", gates i, f, g, o"}.get(type(op), ", gates r, z, n")
-        body = [
-            f"    float *gi = s->gi, *gh = s->gh; /* W_ih x + b_ih and W_hh {'y' if speak else 'h'} + b_hh{gates} */"
-        ]
+        gi, gh, start_gh, ageing = "s->gi", "s->gh", "", []
+        if op.delta_input is not None or op.delta_hidden is not None:
+            self.state.append(f"    uint32_t age_{i}; /* op {i}: steps since what it sums was summed anew */")
+            self.clear.append(f"    s->age_{i} = 0;")
+            ageing = [f"    s->age_{i} = (s->age_{i} + 1) % {DELTA_REFRESH};"]
         bias_hh = self._array(f"bias_hh_{i}", op.bias_hh)
+        if op.delta_hidden is None:
+            start_gh = f"gh[j] = {bias_hh}[j];"
+            recurrent: list[str] | None = None
+        else:
+            add = self._matrix(f"weight_hh_{i}", op.weight_hh)
+            gh, recurrent = self._changes(i, "h", add, h, H, rows, bias_hh, op.delta_hidden)
+        product: list[str]
         if folded:
             assert self.table is not None
             table = self._array("table", self.table, comment="W_ih x + b_ih of every token")
             start = f"gi[j] = {table}[(size_t)token * {rows} + j];"
             parameter, argument, product = ", uint32_t token", ", token", []
+        elif op.delta_input is not None:
+            bias, add = self._array(f"bias_ih_{i}", op.bias_ih), self._matrix(f"weight_ih_{i}", op.weight_ih)
+            start, parameter, argument = "", ", const float *x", f", {x}"
+            gi, product = self._changes(i, "x", add, "x", op.inputs, rows, bias, op.delta_input)
         else:
             start = f"gi[j] = {self._array(f'bias_ih_{i}', op.bias_ih)}[j];"
             parameter, argument = (", const float *x", f", {x}") if events_of is None else ("", "")
             read = "x" if events_of is None else x
             product = self._product(self._matrix(f"weight_ih_{i}", op.weight_ih), op.weight_ih, read, events_of, "gi")
-        body += [
-            f"    for (j = 0; j < {rows}; ++j) {{",
-            f"        {start}",
-            f"        gh[j] = {bias_hh}[j];",
-            "    }",
-            *product,
+        body = [
+            f"    float *gi = {gi}, *gh = {gh}; /* W_ih x + b_ih and W_hh {'y' if speak else 'h'} + b_hh{gates} */",
+            *ageing,
         ]
+        if starts := [line for line in (start, start_gh) if line]:
+            body += [f"    for (j = 0; j < {rows}; ++j) {{", *(f"        {line}" for line in starts), "    }"]
+        body += product
         out = h
         if isinstance(op, GRU):
-            lines, out = self._gru(i, op, h, seen, own, speak)
+            lines, out = self._gru(i, op, h, seen, own, speak, recurrent)
             body += lines
         else:
-            body += self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), op.weight_hh, seen, own, "gh")
+            if recurrent is None:
+                add = self._matrix(f"weight_hh_{i}", op.weight_hh)
+                recurrent = self._product(add, op.weight_hh, seen, own, "gh")
+            body += recurrent
             body += [f"    for (j = 0; j < {H}; ++j) {{", *(self._lstm(i, H) if isinstance(op, LSTM) else [])]
             if isinstance(op, RNN) and op.nonlinearity == "relu":
                 body += ["        const float sum = gi[j] + gh[j];", f"        {h}[j] = sum <= 0.0f ? 0.0f : sum;"]
@@ -486,18 +533,22 @@ class _Writer:
             f"        s->h_{i}[j] = sigmoid({gate[3]}) * tanhf(s->c_{i}[j]);",
         ]
 
-    def _gru(self, i: int, op: GRU, h: str, seen: str, own: int | None, speak: str) -> tuple[list[str], str]:
-        """The recurrent products and the loop over units; and what the layer hands on."""
+    def _gru(
+        self, i: int, op: GRU, h: str, seen: str, own: int | None, speak: str, recurrent: list[str] | None
+    ) -> tuple[list[str], str]:
+        """The recurrent products, where they are not made yet, and the loop over units; and what the layer hands on."""
         self.used.add("sigmoid")
         H, out = op.outputs, h
         r = f"sigmoid(gi[j] + gh[j]) * gh[{2 * H} + j]"
-        if op.reset_after:
+        if recurrent is not None:
+            body = list(recurrent)
+        elif op.reset_after:
             body = self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), op.weight_hh, seen, own, "gh")
         else:  # n reads W (r * y), so that its product waits for r
             rz, n = _gates(op.weight_hh, 0, 2), _gates(op.weight_hh, 2, 3)
             body = self._product(self._matrix(f"weight_hh_rz_{i}", rz), rz, seen, own, "gh")
-            body += [f"    for (j = 0; j < {H}; ++j) gi[j] = sigmoid(gi[j] + gh[j]); /* r */"]
-            body += self._product(self._matrix(f"weight_hh_n_{i}", n), n, f"gi[i] * {seen}", own, f"gh + {2 * H}")
+            body += [f"    for (j = 0; j < {H}; ++j) gh[j] = sigmoid(gi[j] + gh[j]); /* r */"]
+            body += self._product(self._matrix(f"weight_hh_n_{i}", n), n, f"gh[i] * {seen}", own, f"gh + {2 * H}")
             r = f"gh[{2 * H} + j]"
         if isinstance(op, EGRU):
             body.append(f"    s->count_{i} = 0;")

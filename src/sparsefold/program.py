@@ -28,6 +28,7 @@ MAX_HEADER = 16 * 2**20
 MAX_OPS = 1024
 MAX_DEPTH = 64  # of lists and objects inside one another
 RESETS = ("threshold", "output", "none")
+DELTA_REFRESH = 1024  # steps after which the sums of changes are made anew, so that rounding cannot gather for ever
 
 
 class ProgramError(ValueError):
@@ -77,12 +78,24 @@ class Linear:
 
 @dataclass(frozen=True, eq=False)
 class Recurrent:
-    """What every recurrent op holds: a product of x and one of its own output, gates stacked in the rows as torch does."""
+    """What every recurrent op holds: a product of x and one of its own output, gates stacked in the rows as torch does.
+
+    A GRU, an LSTM or an RNN may send changes (a delta network): with ``delta_input`` a feature of x is sent only when it
+    differs from what it sent last by more than that threshold, and the product reads the columns of what was sent alone;
+    with ``delta_hidden`` the units of h' alike. The sums are memories, one for each product. At first both x^ are 0::
+
+        d = x - x^  where |x - x^| > delta_input, else 0        x^ = x there
+        M = M + W_ih d, at first b_ih                            in place of W_ih x + b_ih
+
+    Every 1024 steps M is summed anew as W_ih x^ + b_ih, which changes nothing but what rounding had left in it.
+    """
 
     weight_ih: Format  # (gates H, I)
     weight_hh: Format  # (gates H, H)
     bias_ih: Float  # (gates H,)
     bias_hh: Float  # (gates H,)
+    delta_input: float | None = field(default=None, kw_only=True)  # threshold >= 0; None: all of x is read
+    delta_hidden: float | None = field(default=None, kw_only=True)
     kind: ClassVar[str]
     gates: ClassVar[int]
     state: ClassVar[tuple[str, ...]] = ("h",)  # what is carried from step to step, (H,) each
@@ -96,6 +109,18 @@ class Recurrent:
     def outputs(self) -> int:
         """Units."""
         return self.weight_hh.shape[1]
+
+    def carried(self) -> dict[str, int]:
+        """What is carried from step to step, name: size; of a delta network what was sent, the memories and their age too."""
+        sizes = {name: self.outputs for name in self.state}
+        rows = self.gates * self.outputs
+        if self.delta_input is not None:
+            sizes |= {"sent_x": self.inputs, "memory_x": rows}
+        if self.delta_hidden is not None:
+            sizes |= {"sent_h": self.outputs, "memory_h": rows}
+        if self.delta_input is not None or self.delta_hidden is not None:
+            sizes["age"] = 1  # steps since the memories were summed anew
+        return sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -285,7 +310,7 @@ class Program:
             for name, matrix in matrices(op).items():
                 _check(
                     matrix.precision != "w8a8" or not self.by_events(i, name),
-                    f"op {i} ({op.kind}): {name} reads events, which are taken as they are; round it to i8, not w8a8.",
+                    f"op {i} ({op.kind}): {name} reads events or changes, which are taken as they are; round it to i8, not w8a8.",
                 )
 
     @property
@@ -307,11 +332,15 @@ class Program:
         """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
         before = self.ops[i - 1] if i else None
         emits = isinstance(before, Picks) or (isinstance(before, EGRU) and before.output == "events")
-        return emits and isinstance(self.ops[i], Linear | Recurrent)
+        op = self.ops[i]
+        return emits and isinstance(op, Linear | Recurrent) and getattr(op, "delta_input", None) is None
 
     def by_events(self, i: int, name: str) -> bool:
-        """Whether the product of matrix ``name`` of op ``i`` reads an event list, of the op before or of its own last step."""
-        return isinstance(self.ops[i], EGRU) if name == "weight_hh" else self.reads_events(i)
+        """Whether the product of matrix ``name`` of op ``i`` reads a list: events of the op before, its own, or changes."""
+        op = self.ops[i]
+        if name == "weight_hh":
+            return isinstance(op, EGRU) or (isinstance(op, Recurrent) and op.delta_hidden is not None)
+        return self.reads_events(i) or (isinstance(op, Recurrent) and op.delta_input is not None)
 
     @property
     def nbytes(self) -> int:
@@ -467,7 +496,7 @@ def _describe(op: Op) -> dict[str, Any]:
         value = getattr(op, f.name)
         if is_format(value):
             described[f.name] = value.layout()
-        elif not isinstance(value, np.ndarray):
+        elif not isinstance(value, np.ndarray) and value is not None:
             described[f.name] = value
     return described
 
@@ -497,6 +526,9 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be true or false", 8)
         elif f.type == "float" and type(values.get(name)) not in (int, float):
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be a number", 8)
+        elif f.type == "float | None":
+            if type(values.setdefault(name, None)) not in (int, float) and name in described:
+                raise ProgramError(f"op {i} ({cls.kind}): {name} must be a number", 8)
         elif f.type == "int" and (type(values.get(name)) is not int or not 0 < values[name] < 2**28):
             raise ProgramError(f"op {i} ({cls.kind}): {name} must be a whole number between 1 and 2^28", 8)
         elif name not in values:
@@ -562,6 +594,7 @@ def _validate(ops: tuple[Op, ...]) -> None:
             for name in ("bias_ih", "bias_hh"):
                 shape = getattr(op, name).shape
                 _check(shape == (rows,), f"{where}: {name} must be ({rows},), got {shape}.")
+            _validate_delta(where, op)
             if isinstance(op, RNN):
                 _check(op.nonlinearity in ("tanh", "relu"), f"{where}: nonlinearity must be tanh or relu.")
             if isinstance(op, EGRU):
@@ -586,6 +619,23 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"every weight must be finite, but tensor {name} holds {array[tuple(where)]} at {where}. "
                 "Training probably diverged: lower the learning rate, or load an earlier checkpoint."
             )
+
+
+def _validate_delta(where: str, op: Recurrent) -> None:
+    for name in ("delta_input", "delta_hidden"):
+        threshold = getattr(op, name)
+        if threshold is None:
+            continue
+        _check(
+            not isinstance(op, EGRU), f"{where}: {name} is of a gru, an lstm or an rnn; an egru sends events already."
+        )
+        sound = isinstance(threshold, int | float) and not isinstance(threshold, bool) and 0 <= threshold <= 1e30
+        _check(sound, f"{where}: {name} must be a number in [0, 1e30], got {threshold}.")
+    _check(
+        op.delta_hidden is None or getattr(op, "reset_after", True),
+        f"{where}: delta_hidden needs reset_after=True, torch's form; otherwise n reads r * h', which changes with r "
+        "while no unit does.",
+    )
 
 
 def _validate_weightless(where: str, op: Weightless, before: tuple[Op, ...]) -> None:

@@ -223,6 +223,14 @@ def _gates(file: File, gates: int, kind: str, **options: Any) -> None:
         del file.tensors[f"1.weight_hh.{name}"]
 
 
+def _delta_w8a8(file: File) -> None:
+    """Changes that the recurrent matrix, of codes, would round."""
+    _gates(file, 3, "gru", reset_after=True, delta_hidden=0.1)
+    file.ops[1]["weight_hh"]["precision"] = "w8a8"
+    file.tensors["1.weight_hh.values"] = ["I8", [6, 2], bytes(12)]
+    file.tensors["1.weight_hh.scale"] = ["F32", [6], _f32(*[1] * 6)]
+
+
 def _lstm(file: File) -> None:
     _gates(file, 4, "lstm")
     file.tensors["1.bias_ih"] = ["F32", [8], b"\0" * 32]
@@ -425,6 +433,22 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "event_a_number": (_file(_set(1, "event", 1)), "event must be threshold or always"),
     "output_an_object": (_file(_set(1, "output", {})), "output must be events or state"),
     "chain_does_not_fit": (_file(lambda f: f.ops.pop(1)), "belongs to no op|needs a F32|reads"),
+    **{
+        f"delta_{what}": (_file(_cell("gru", reset_after=True, delta_hidden=value)), words)
+        for what, value, words in (
+            ("negative", -0.1, "delta_hidden must be a number in [0, 1e30], got -0.1"),
+            ("nan", float("nan"), "delta_hidden must be a number in [0, 1e30], got nan"),
+            ("infinite", float("inf"), "delta_hidden must be a number in [0, 1e30]"),
+            ("long", 10**300, "delta_hidden must be a number in [0, 1e30]"),
+            ("true", True, "delta_hidden must be a number"),
+            ("null", None, "delta_hidden must be a number"),
+            ("a_list", [0.1], "delta_hidden must be a number"),
+        )
+    },
+    "delta_before_the_reset": (_file(_cell("gru", reset_after=False, delta_hidden=0.1)), "delta_hidden needs reset_after=True"),
+    "delta_of_an_egru": (_file(_set(1, "delta_input", 0.1)), "an egru sends events already"),
+    "delta_of_a_linear": (_file(_set(2, "delta_input", 0.1)), "unknown field 'delta_input'"),
+    "delta_w8a8": (_file(_delta_w8a8), "reads events or changes, which are taken as they are"),
     "embedding_twice": (_file(lambda f: f.ops.__setitem__(2, {"op": "embedding"})), "tensor 2.weight"),
     # the weights
     "weight_nan": (_file(_weight(5, float("nan"))), "holds nan at [2, 1]"),

@@ -109,6 +109,8 @@ class Mutator {
                                                        "relu",
                                                        "layer_norm",
                                                        "tanh",
+                                                       "delta_input",
+                                                       "delta_hidden",
                                                        "csc",
                                                        "complementary",
                                                        "embedding",

@@ -61,18 +61,24 @@ void product() {
     answer(y.data(), y.size());
 }
 
-/// The state array h, c or y of an op, its values following -> none; or as it is -> its values.
+/// A state array of an op, its name's length and name, its values following -> none; or as it is -> its values.
 void state(bool write) {
     const uint32_t op = read<uint32_t>();
-    const char name = read<char>();
+    const std::vector<char> letters = read<char>(read<uint32_t>());
+    const std::string name(letters.begin(), letters.end());
     CellArgs& cell = stream->state(op).cell;
-    float* const values = name == 'h' ? cell.h : name == 'c' ? cell.c : cell.y;
-    if (!write) return answer(values, cell.units);
-    const auto given = read<float>(cell.units);
-    if (name == 'y')
-        stream->set_emitted(op, given.data());
+    Carried found = stream->changes(op, name);
+    if (!found.at) found = {name == "h" ? cell.h : name == "c" ? cell.c : cell.y, cell.units};
+    std::vector<float> values(found.size());
+    if (!write) {
+        found.read(values.data());
+        return answer(values.data(), values.size());
+    }
+    values = read<float>(values.size());
+    if (name == "y")
+        stream->set_emitted(op, values.data());
     else
-        std::memcpy(values, given.data(), given.size() * sizeof(float));
+        found.write(values.data());
 }
 
 /// A token, or x -> y.

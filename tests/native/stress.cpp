@@ -74,11 +74,12 @@ std::shared_ptr<const Engine> network(const std::string& isa, uint32_t units, ui
     const Stored first = stored(units, width, 3, br, bc, 0.5), hidden = stored(units, units, 3, br, bc, 0.3);
     p.add_egru(first.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 0, reset, form == 5, true, 0.1f);
     const Stored second = stored(units, units, 3, br, bc, 0.2);
-    p.add_gru(second.view, hidden.view, bias.data(), bias.data(), form % 2 == 0);
+    const Deltas none, both{0.1f, form % 3 ? 0.05f : 0.0f}, inputs{0.0f, -1};
+    p.add_gru(second.view, hidden.view, bias.data(), bias.data(), form % 2 == 0, form < 2 ? none : form % 2 ? inputs : both);
     p.add_egru(second.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 1, reset, false, form < 3, 0.0f);
     const Stored four = stored(units, units, 4, br, bc, 0.2), one = stored(units, units, 1, br, bc, 0.2);
     const auto long_bias = floats(size_t{4} * units);
-    p.add_lstm(four.view, four.view, long_bias.data(), long_bias.data());
+    p.add_lstm(four.view, four.view, long_bias.data(), long_bias.data(), form < 3 ? none : both);
     p.add_rnn(one.view, one.view, bias.data(), bias.data(), form % 2 == 0);
     p.add_layer_norm(bias.data(), bias.data(), units, 1e-5f);
     p.add_relu();
@@ -194,9 +195,9 @@ int main() {
                 for (int form = 0; form < 6; ++form) play(network(isa, units, br, bc, form, form % 2 ? ~0ull : 0), 12);
             }
     }
-    const auto shared = network("", 130, 16, 1, 0, ~0ull);
-    std::thread other([&] { play(shared, 300); });
-    play(shared, 300);
+    const auto shared = network("", 130, 16, 1, 3, ~0ull);  // whose memories of changes are summed anew once
+    std::thread other([&] { play(shared, 1100); });
+    play(shared, 1100);
     other.join();
     std::puts("ok");
     return 0;

@@ -123,12 +123,13 @@ class Player:
 
     def array(self, key: str) -> np.ndarray:
         op, name = key.split(".")
-        return self.ask(b"R", np.uint32(op), name.encode(), answer=self.program.ops[int(op)].outputs)
+        size = self.program.ops[int(op)].carried()[name]
+        return self.ask(b"R", np.uint32(op), np.uint32(len(name)), name.encode(), answer=size)
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         for key, values in state.items():
             op, name = key.split(".")
-            self.ask(b"W", np.uint32(op), name.encode(), values.astype(F))
+            self.ask(b"W", np.uint32(op), np.uint32(len(name)), name.encode(), values.astype(F))
 
     def step(self, x: np.ndarray) -> np.ndarray:
         x = np.int64(x) if self.program.takes_tokens else np.asarray(x, F)

@@ -98,7 +98,19 @@ def test_a_million_steps_without_events_never_leave_the_reference(tmp_path, reco
     program = Program((
         cases.gru(r, 4, 24, (8, 1), 0.5), cases.lstm(r, 24, 17), cases.rnn(r, 17, 16), cases.linear(r, 16, 3),
     ))  # fmt: skip
-    reference, stream, worst = Float64(program, tmp_path), sf.Engine(program).stream(), []
+    never_leaves(program, program, tmp_path, record_property)
+
+
+def test_a_million_steps_of_changes_never_leave_the_dense_network(tmp_path, record_property) -> None:
+    """Threshold 0 sends every change, so that the float64 network that sends none is the reference."""
+    r = cases.rng(41)
+    dense = Program((cases.gru(r, 4, 24, (8, 1), 0.5), cases.lstm(r, 24, 17), cases.linear(r, 17, 3)))
+    sends = Program((*(cases.changes(op, 0, 0) for op in dense.ops[:2]), dense.ops[2]))
+    never_leaves(sends, dense, tmp_path, record_property)
+
+
+def never_leaves(played: Program, program: Program, tmp_path, record_property) -> None:
+    reference, stream, worst = Float64(program, tmp_path), sf.Engine(played).stream(), []
     compare_with_interpret(program, reference)
     for chunk in range(STEPS // CHUNK):
         x = cases.sequence(program, CHUNK, chunk)

@@ -101,7 +101,7 @@ def header_end(raw):
 
 def test_damage_of_every_other_op_is_refused_or_plays():
     """As above, for ops that the attacks do not start from."""
-    for name in ("lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu"):
+    for name in ("lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu", "delta-gru-before"):
         sound = cases.network(name).to_bytes()
         r, data = cases.rng(*name.encode()), 8 + struct.unpack_from("<Q", sound)[0]
         for _ in range(150):
@@ -274,6 +274,16 @@ MISUSE = {
     "lstm, short bias": lambda e: e.add_lstm(dense(8, 2, 4), dense(8, 2, 4), ones(8), ones(7)),
     "rnn, three gates": lambda e: e.add_rnn(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), True),
     "rnn, other rows": lambda e: e.add_rnn(dense(3, 2), dense(2, 2), ones(3), ones(2), False),
+    "gru, a negative change": lambda e: e.add_gru(dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), True, -0.5),
+    "gru, a change that is none": lambda e: e.add_gru(
+        dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), True, delta_hidden=float("nan")
+    ),
+    "gru, changes before the reset": lambda e: e.add_gru(
+        dense(6, 2, 3), dense(6, 2, 3), ones(6), ones(6), False, delta_hidden=0.1
+    ),
+    "lstm, an infinite change": lambda e: e.add_lstm(
+        dense(8, 2, 4), dense(8, 2, 4), ones(8), ones(8), delta_input=float("inf")
+    ),
     "relu, first": lambda e: e.add_relu(),
     "layer norm, short bias": lambda e: e.add_layer_norm(ones(3), ones(2), 1e-5),
     "layer norm, nothing": lambda e: e.add_layer_norm(ones(0), ones(0), 1e-5),

@@ -9,10 +9,13 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold.cost import Part
-from sparsefold.program import EGRU, Embedding, LayerNorm, Linear, Picks, Weightless
+from sparsefold.program import EGRU, GRU, Embedding, LayerNorm, Linear, Picks, Weightless
 
 network = cache(cases.network)
-SPEAKING = [name for name in cases.NETWORKS if any(isinstance(op, EGRU) for op in network(name).ops)]
+DELTAS = [name for name in cases.NETWORKS if sf.interpret(network(name), cases.sequence(network(name), 1)).changes]
+SPEAKING = [
+    name for name in cases.NETWORKS if any(isinstance(op, EGRU) for op in network(name).ops) and name not in DELTAS
+]
 
 
 def start(stream, salt):
@@ -91,7 +94,7 @@ def multiplies(matrix, read):
     return count
 
 
-def brute(program, trace, before, steps, folded):
+def brute(program, trace, before, changes, steps, folded):
     """{(op, role): [dense, weight, effective]} of a run, every step and every element by itself."""
     parts = {}
     for t in range(steps):
@@ -106,6 +109,10 @@ def brute(program, trace, before, steps, folded):
             spoken_before = None
             if isinstance(op, EGRU):
                 spoken_before = trace[i][t - 1] if t else before[i]
+            if (i, "h") in changes:
+                spoken_before = changes[i, "h"][t]
+            if (i, "x") in changes:
+                speaking = changes[i, "x"][t]
             role = "decoder" if i == len(program.ops) - 1 else "linear"
             products = [(role, op.weight, speaking)] if isinstance(op, Linear) else [
                 ("input", op.weight_ih, speaking), ("recurrent", op.weight_hh, spoken_before)
@@ -130,9 +137,56 @@ def test_a_loop_that_counts_every_multiply_agrees(name, fold):
     engine = sf.Engine(program, fold=fold)
     stream = engine.stream()
     before = start(stream, 5)
-    _, trace = stream.run_traced(cases.sequence(program, steps))
+    x = cases.sequence(program, steps)
+    changes = sf.interpret(program, x, stream.save_state()).changes
+    _, trace = stream.run_traced(x)
     counted = {(p.op, p.role): [p.macs_dense, p.macs_weight, p.macs_effective] for p in stream.cost.parts}
-    assert counted == brute(program, trace, before, steps, engine.folded)
+    assert counted == brute(program, trace, before, changes, steps, engine.folded)
+
+
+@pytest.mark.parametrize("name", DELTAS)
+def test_changes_are_counted_where_the_oracle_sends_them_and_once_more_when_memories_are_summed_anew(name, isa):
+    program = network(name)
+    stream, x = sf.Engine(program, isa=isa).stream(), cases.sequence(program, 12)
+    stream.load_state(cases.state(program, 4))
+    seen = sf.interpret(program, x, stream.save_state())
+    for t, value in enumerate(x):  # from the oracle's own state, so that no unit parts at its threshold
+        stream.load_state(sf.interpret(program, x[:t], cases.state(program, 4)).state)
+        stream.reset_counters()
+        stream.run(np.array([value]))
+        anew = stream.save_state()
+        for (i, side), changed in seen.changes.items():
+            counted = stream.counters.input_reads[i] if side == "x" else stream.counters.hidden_reads[i]
+            expected = anew[f"{i}.sent_{side}"] != 0 if anew[f"{i}.age"][0] == 0 else changed[t]
+            np.testing.assert_array_equal(counted, expected)
+            reads = stream.counters.read_rate(i, "input" if side == "x" else "recurrent")
+            assert reads == expected.mean()
+    assert sum(len(c) * c.shape[1] - c.sum() for c in seen.changes.values()) > 0
+
+
+def test_a_trace_says_nothing_of_changes():
+    with pytest.raises(ValueError, match=r"changes this program sends. Take Stream.counters"):
+        sf.Counts.from_trace(network("delta-gru"), {})
+
+
+def test_a_hand_counted_network_of_changes():
+    """Two steps of 3 -> 4 units that send changes of x and of h, then 2 outputs, every figure by hand."""
+    z = np.zeros
+    ones = (sf.Dense(np.ones((n, 12), np.float32).T, 3) for n in (3, 4))
+    op = GRU(*ones, z(12, np.float32), z(12, np.float32), delta_input=0.1, delta_hidden=0.2)
+    program = sf.Program((op, Linear(sf.Dense(np.ones((2, 4))), z(2, np.float32))))
+    counts = sf.Counts(2, input_reads={0: np.array([2, 0, 1])}, hidden_reads={0: np.array([1, 0, 0, 0])})
+    assert counts.read_rate(0, "input") == 3 / 6 and counts.read_rate(0, "recurrent") == 1 / 8
+    assert counts.read_rate(1, "decoder") is None
+    found = sf.cost(program, counts)
+    assert found.parts == (
+        Part(0, "input", 72, 72, 3 * 12, 4 * 36, 0, 1.0),
+        Part(0, "recurrent", 96, 96, 12, 48, 0, 1.0),
+        Part(1, "decoder", 16, 16, 16, 64, 0, 1.0),
+    )
+    assert found.unit_updates == 2 * (4 + 3 + 4)  # the units; what is looked at for changes
+    # h, what was sent of x and h and both memories, in and out; four changes listed, written and read
+    assert found.bytes_state == 2 * (4 + 4) * (4 + 3 + 4 + 12 + 12) + (8 + 8) * 4
 
 
 def test_a_dense_network_executes_all_of_its_weights():

@@ -145,6 +145,28 @@ def check_events(isa):
         np.testing.assert_array_equal(emitted[0], x != 0)
 
 
+def check_delta(isa):
+    """Against numpy, bit by bit: the memory of an identity matrix is the change itself, and what is no number is one."""
+    for units in (*cases.SMALL_SIZES, 100):
+        r, threshold = cases.rng(units), np.float32(0.3)
+        eye, zero = sf.CSC.from_dense(np.eye(units)), np.zeros(units, np.float32)
+        op = sf.program.RNN(eye, sf.CSC.from_dense(0 * np.eye(units)), zero, zero, delta_input=float(threshold))
+        sent, x = cases.vector(r, units), cases.vector(r, units)
+        x[::3] = sent[::3]
+        x[::5] = sent[::5] + np.where(r.random(len(x[::5])) < 0.5, threshold, -threshold)  # no more than the threshold
+        x[::7] = r.choice([np.nan, np.inf, -np.inf, -0.0], len(x[::7]))
+        stream = sf.Engine(sf.Program((op,)), isa=isa).stream()
+        stream.load_state(stream.save_state() | {"0.sent_x": sent})
+        stream.step(x)
+        change = x - sent
+        changed = ~(np.abs(change) <= threshold)
+        after = stream.save_state()
+        assert units < 17 or 0 < changed.sum() < units
+        np.testing.assert_array_equal(stream.counters.input_reads[0], changed)
+        np.testing.assert_array_equal(after["0.sent_x"], np.where(changed, x, sent))
+        np.testing.assert_array_equal(after["0.memory_x"], np.where(changed, change, 0))
+
+
 def hard_values(r, units):
     """Ties, both zeros, infinities and what is no number among ordinary values."""
     x = np.round(cases.vector(r, units), 1)
@@ -235,6 +257,7 @@ CHECKS = (
         "cell_relu": check_relu,
         "cell_events": check_events,
         "cell_kwta": check_kwta,
+        "cell_delta": check_delta,
         "cell_log_softmax": check_log_softmax,
         "cell_top_k": check_top_k,
         "cell_layer_norm": check_layer_norm,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sparsefold import program as ops
+from sparsefold.calibrate import Site, delta_sites, with_deltas
 from sparsefold.formats import Dense, Float, Format, Precision
 from sparsefold.lowering.choose import choose, choose_all
 from sparsefold.nn import EGRU, KWTA, Stack
@@ -37,6 +38,8 @@ class _Affine:
             raise ValueError(f"{self.name} normalises {self.scale.size} values, but the layer beside it has {size}.")
 
 
+Delta = float | tuple[float | None, float | None] | None  # thresholds of a layer's inputs and units
+
 # (path, module, values that reach it or 0 where it is the first)
 Rule = Callable[[str, Any, int], Sequence[Op | _Affine]]
 
@@ -48,6 +51,7 @@ def compile_model(
     head: Literal["log_softmax", "argmax"] | int | None = None,
     sample: Any = None,
     tune: bool = False,
+    delta: Delta | Sequence[Delta] = None,
 ) -> Program:
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
@@ -64,6 +68,10 @@ def compile_model(
             once to count how many units speak, on which the choice of formats depends. None: 10 % is assumed.
         tune: choose formats by timing every candidate on this processor, instead of by prices measured once. Either way
             ``metadata["choices"]`` and ``sparsefold inspect`` say what was chosen and why.
+        delta: thresholds above which a GRU, LSTM or RNN sends the changes of its inputs and of its units, while the products read
+            no other column: one number for both, a pair (inputs, units) in which None reads all, or a list of these, one for
+            each such layer. Inputs that are rows of an Embedding, or events, are read as they are. Which thresholds a trained
+            model bears, :func:`sparsefold.calibrate_delta` finds.
 
     Raises:
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
@@ -76,10 +84,34 @@ def compile_model(
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
         folded += _head(head, folded[-1].outputs)
-        program = choose_all(Program(tuple(folded), dict(metadata or {})), sample, tune, weights)
+        program = _send_changes(Program(tuple(folded), dict(metadata or {})), delta)
+        program = choose_all(program, sample, tune, weights)
         return program.rounded(weights)
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
+
+
+def _send_changes(program: Program, delta: Any) -> Program:
+    if delta is None:
+        return program
+    sites = delta_sites(program)
+    layers = sorted({i for i, _ in sites})
+    each = delta if isinstance(delta, list) else [delta] * len(layers)
+    if not layers or len(each) != len(layers):
+        raise ValueError(
+            f"delta is for {len(each)} layers, the model has {len(layers)} of GRU, LSTM or RNN. Name one each."
+        )
+    thresholds: dict[Site, float | None] = {}
+    for i, found in zip(layers, each, strict=True):
+        pair = found if isinstance(found, tuple) else (found, found)
+        numbers = [t for t in pair if t is not None]
+        if len(pair) != 2 or not all(isinstance(t, int | float) and not isinstance(t, bool) for t in numbers):
+            raise ValueError(
+                f"delta is a threshold, a pair (inputs, units), or a list of these; got {found!r} for a layer."
+            )
+        wanted: dict[Site, float | None] = {(i, "input"): pair[0], (i, "hidden"): pair[1]}
+        thresholds |= {site: t for site, t in wanted.items() if site in sites}
+    return with_deltas(program, thresholds)
 
 
 def _head(head: Any, width: int) -> list[Op]:
