@@ -251,6 +251,7 @@ struct PyEngine {
                                         " threads, got " + std::to_string(threads) + ".");
         crew.reset(new Crew(threads));
         engine = std::make_shared<const Engine>(std::move(program), isa, fold_limit);
+        engine->set_threads(threads);
     }
     void step_batch_tokens(const std::vector<PyStream*>& streams, Array<int64_t, 1> tokens,
                            nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out) const;

@@ -193,7 +193,10 @@ sparsefold_status sparsefold_step_batch_values(const sparsefold_engine* engine, 
 
 sparsefold_status sparsefold_set_threads(sparsefold_engine* engine, size_t threads) {
     if (!engine || threads < 1 || threads > Crew::kMost) return SPARSEFOLD_ERROR_ARGUMENT;
-    return guarded(nullptr, 0, [&] { engine->crew.reset(new Crew(threads)); });
+    return guarded(nullptr, 0, [&] {
+        engine->crew.reset(new Crew(threads));
+        engine->engine->set_threads(threads);
+    });
 }
 
 sparsefold_status sparsefold_counters(sparsefold_stream* handle, size_t op, sparsefold_counter counter,

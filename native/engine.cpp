@@ -37,6 +37,15 @@ class FlushDenormals {
 #endif
 };
 
+/// Tells the processor that a loop waits.
+void relax() {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
 void count(std::vector<uint64_t>& counters, const Events& events) {
     for (uint32_t k = 0; k < events.count; ++k) ++counters[events.index[k]];
 }
@@ -268,6 +277,32 @@ void Stream::accumulate_changes(size_t i, bool hidden, const float* x) {
     (hidden ? op.hidden : op.input).accumulate(k, changes, memory, sums_);
 }
 
+/// gh of every stream = W_h y + b_h of op i, of the gates that do not wait for a reset gate.
+template <class N>
+void Stream::hidden_product(size_t i, Stream* const* streams, N n) {
+    const Op& op = streams[0]->engine_->program.ops()[i];
+    float* gh[room<N>]{};
+    const float* h[room<N>]{};
+    Events spoken[room<N>]{};
+    for (size_t s = 0; s < n; ++s) {
+        const CellArgs& cell = streams[s]->states_[i].cell;
+        gh[s] = const_cast<float*>(cell.gh);
+        h[s] = cell.h;
+        spoken[s] = {cell.event_index, cell.event_value, cell.event_count};
+        if (op.delta.hidden >= 0)
+            streams[s]->accumulate_changes(i, true, h[s]);
+        else
+            copy(gh[s], op.bias_hidden);
+    }
+    if (op.delta.hidden >= 0) return;
+    if (op.kind == Op::Kind::egru) {
+        for (size_t s = 0; s < n; ++s) count(streams[s]->states_[i].hidden_reads, spoken[s]);
+        product(op.hidden, streams, n, spoken, gh);
+    } else {
+        product(op.hidden, streams, n, h, gh);
+    }
+}
+
 template <class N>
 void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals) {
     const Op& op = streams[0]->engine_->program.ops()[i];
@@ -301,16 +336,8 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
         input_product(i, streams, n, signals, gi);
     }
 
-    if (op.delta.hidden < 0)
-        for (size_t s = 0; s < n; ++s) copy(gh[s], op.bias_hidden);
-    if (op.delta.hidden >= 0) {
-        for (size_t s = 0; s < n; ++s) streams[s]->accumulate_changes(i, true, h[s]);
-    } else if (egru) {
-        for (size_t s = 0; s < n; ++s) count(streams[s]->states_[i].hidden_reads, spoken[s]);
-        product(op.hidden, streams, n, spoken, gh);
-    } else {
-        product(op.hidden, streams, n, h, gh);
-    }
+    Companion* const companion = streams[0]->companion_;
+    if (!companion || companion->take(i)) hidden_product(i, streams, n);
     if (!op.reset_after) {
         const float* scaled[room<N>]{};
         float* gh_n[room<N>]{};
@@ -400,12 +427,114 @@ void Stream::play(Stream* const* streams, N n, const int64_t* token, const float
 
 void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
     Stream* const self = this;
+    Companion* const companion = engine_->companion.get();
+    if (companion && companion->offer(*this)) companion_ = companion;
     play(&self, One{}, &token, &x, &out, trace);
+    if (!companion_) return;
+    companion_->end();
+    companion_ = nullptr;
 }
 
 void Stream::step_group(Stream* const* streams, size_t n, const int64_t* token, const float* const* x,
                         float* const* out) {
     play(streams, n, token, x, out, nullptr);
+}
+
+void Engine::set_threads(size_t threads) const {
+    companion.reset();
+    std::vector<size_t> ops = Companion::worthwhile(program);
+    if (threads > 1 && !ops.empty()) companion.reset(new Companion(*this, std::move(ops)));
+}
+
+void Engine::Delete::operator()(Companion* companion) const {
+    if (companion->process_ == getpid()) delete companion;  // as of a Crew
+}
+
+std::vector<size_t> Companion::worthwhile(const Program& program) {
+    // About two microseconds of multiplications, where a tenth of the units speaks. A folded first layer has no product
+    // of its input to make meanwhile. A sparse memory's changes share the stream's room with those of the input.
+    constexpr size_t kWorth = 20000;
+    std::vector<size_t> found;
+    for (size_t i = 0; i < program.ops().size(); ++i) {
+        const Op& op = program.ops()[i];
+        if (!op.recurrent() || op.table.size() || op.delta.hidden >= 0 || op.hidden.code_bytes()) continue;
+        if (op.hidden.elements() / (op.kind == Op::Kind::egru ? 10 : 1) >= kWorth) found.push_back(i);
+    }
+    return found;
+}
+
+Companion::Companion(const Engine& engine, std::vector<size_t> ops)
+    : ops_(std::move(ops)),
+      taken_(engine.program.ops().size()),
+      made_(engine.program.ops().size()),
+      process_(getpid()),
+      thread_([this] { serve(); }) {}
+
+Companion::~Companion() {
+    stop_ = true;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);  // it waits, or has not looked yet
+    }
+    wake_.notify_one();
+    thread_.join();
+}
+
+bool Companion::offer(Stream& stream) {
+    const auto now = std::chrono::steady_clock::now();
+    const bool again = now - last_.exchange(now, std::memory_order_relaxed) < kPatience;
+    uint32_t state = listening;
+    if (!state_.compare_exchange_strong(state, claimed, std::memory_order_acquire)) {
+        if (state != asleep || !again || process_ != getpid()) return false;
+        if (!state_.compare_exchange_strong(state, listening, std::memory_order_acq_rel)) return false;
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+        }
+        wake_.notify_one();
+        return false;  // the next step finds it awake
+    }
+    stream_ = &stream;
+    ++turn_;
+    state_.store(offered, std::memory_order_release);
+    return true;
+}
+
+bool Companion::take(size_t op) {
+    if (taken_[op].exchange(turn_, std::memory_order_acq_rel) != turn_) return true;
+    for (uint32_t spins = 0; made_[op].load(std::memory_order_acquire) != turn_; ++spins)
+        if (spins > 1u << 14) std::this_thread::yield();  // it may have lost its processor
+    return false;
+}
+
+void Companion::end() {
+    uint32_t state = offered;
+    if (state_.compare_exchange_strong(state, listening, std::memory_order_acq_rel)) return;  // it never came
+    while (state_.load(std::memory_order_acquire) == working) std::this_thread::yield();      // about to leave
+}
+
+void Companion::serve() {
+    const FlushDenormals flush;  // as in a step
+    const auto awake = [this] { return stop_ || state_.load(std::memory_order_acquire) != asleep; };
+    auto since = std::chrono::steady_clock::now();
+    for (uint32_t spins = 0; !stop_; ++spins) {
+        uint32_t state = offered;
+        if (state_.compare_exchange_weak(state, working, std::memory_order_acquire)) {
+            for (const size_t op : ops_) {
+                if (taken_[op].exchange(turn_, std::memory_order_acq_rel) == turn_) continue;
+                Stream::hidden_product(op, &stream_, One{});
+                made_[op].store(turn_, std::memory_order_release);
+            }
+            state_.store(listening, std::memory_order_release);
+            since = std::chrono::steady_clock::now();
+        } else if (spins % 64 == 0 && std::chrono::steady_clock::now() - since > kPatience) {
+            state = listening;
+            if (!state_.compare_exchange_strong(state, asleep, std::memory_order_acq_rel) && state != asleep) continue;
+            std::unique_lock<std::mutex> lock(mutex_);
+            wake_.wait(lock, awake);
+            since = std::chrono::steady_clock::now();
+        } else {
+            relax();
+        }
+    }
 }
 
 Crew::Crew(size_t threads) : process_(getpid()) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -15,11 +16,21 @@
 
 namespace sparsefold {
 
+class Companion;
+
 struct Engine {
     Engine(Program program, const std::string& isa, uint64_t fold_limit);
     Program program;
     std::string isa;
     const Kernels* kernels;
+
+    /// A thread of its own for the steps of single streams where `threads` is 2 or more and it can pay. Not while one
+    /// is played.
+    void set_threads(size_t threads) const;
+    struct Delete {
+        void operator()(Companion* companion) const;
+    };
+    mutable std::unique_ptr<Companion, Delete> companion;  // no bit of any output depends on it
 };
 
 /// State and counters of one op of one stream; pointers into the stream's arena.
@@ -91,6 +102,9 @@ class Stream {
                      uint8_t* trace);
     template <class N>
     static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
+    template <class N>
+    static void hidden_product(size_t i, Stream* const* streams, N n);
+    friend class Companion;
     void accumulate_changes(size_t i, bool hidden, const float* x);
     template <class N>
     static void product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y);
@@ -107,6 +121,7 @@ class Stream {
     float *change_ = nullptr, *sums_ = nullptr;
     uint64_t steps_ = 0;
     size_t trace_width_ = 0;
+    Companion* companion_ = nullptr;  // where it helps with the step that is played
 };
 
 /// A stream for one thread; false when another has it.
@@ -146,6 +161,40 @@ class Claims {
     }
     const Streams& stream_;
     size_t n_, claimed_ = 0, refused_ = 0;
+};
+
+/// A second thread for the steps of one stream. Recurrent products read only what the step before has left, so that
+/// they are made layer by layer while the caller makes the products of what comes in; each by whoever takes it first.
+/// Between steps it spins for kPatience, then it sleeps until two steps follow one another within that time. Who finds
+/// it asleep or with another stream plays alone, as in a child of fork.
+class Companion {
+  public:
+    /// Which ops of a program are worth a second thread: none is no Companion.
+    static std::vector<size_t> worthwhile(const Program& program);
+    Companion(const Engine& engine, std::vector<size_t> ops);
+    ~Companion();
+    Companion(const Companion&) = delete;
+
+    bool offer(Stream& stream);  // the recurrent products of its next step; false: nobody listens
+    bool take(size_t op);        // true: the caller makes it; false: it is made, or was never offered
+    void end();                  // of a step that was offered
+
+  private:
+    static constexpr std::chrono::microseconds kPatience{300};
+    enum State : uint32_t { asleep, listening, claimed, offered, working };
+    void serve();
+    friend struct Engine;
+    const std::vector<size_t> ops_;
+    std::vector<std::atomic<uint32_t>> taken_, made_;  // by op: the last turn in which
+    std::atomic<uint32_t> state_{asleep};
+    std::atomic<bool> stop_{false};
+    uint32_t turn_ = 0;
+    Stream* stream_ = nullptr;
+    std::atomic<std::chrono::steady_clock::time_point> last_{};
+    const int process_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::thread thread_;
 };
 
 /// The threads that share a batch: the caller's and `threads - 1` of its own, which sleep in between. One batch at a

@@ -98,6 +98,7 @@ class Matrix {
     uint32_t cols() const { return cols_; }
     size_t code_bytes() const { return precision_ == MatrixView::Precision::w8a8 ? size_t{cols_} + 64 : 0; }
     uint32_t gates() const { return gates_; }
+    size_t elements() const { return values_.size() + halves_.size() + codes_.size(); }  // stored, with what is padded
     uint32_t padded_rows() const { return gates_ ? gates_ * pad(rows_ / gates_) : 0; }
     size_t nbytes() const;
 

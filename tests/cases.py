@@ -171,6 +171,13 @@ def egru(
     )  # fmt: skip
 
 
+def large_layers() -> Program:
+    """Layers whose recurrent products are large enough to be made by a second thread, in both forms of reset."""
+    r = rng(7)
+    ops = (egru(r, 40, 320), egru(r, 320, 320, (16, 1), 0.8, reset_after=False), gru(r, 320, 96), lstm(r, 96, 90))
+    return Program(ops)
+
+
 def lstm(r: np.random.Generator, inputs: int, units: int, storage: Storage = None, density: float = 1.0) -> LSTM:
     """A layer whose gates move over their whole range."""
     return LSTM(

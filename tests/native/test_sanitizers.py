@@ -21,6 +21,8 @@ def test_threads_share_an_engine_cleanly(sanitized, tmp_path) -> None:
     names = ["three", "mixed-3", "mixed-w8a8", "layer-norm-of-events", "tokens-overlay"]
     for name in names:
         cases.network(name).save(tmp_path / name)
+    names.append("large")
+    cases.large_layers().save(tmp_path / "large")
     program = sanitized("thread", ["tests/native/threads.c"], "threads")
     command = [str(program), *(str(tmp_path / name) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

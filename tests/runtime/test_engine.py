@@ -432,6 +432,32 @@ def test_a_wrong_batch_is_refused_and_nothing_is_played():
     assert a.counters.steps == b.counters.steps == 1
 
 
+def test_a_second_thread_changes_no_bit_of_a_step():
+    """Large recurrent products are made by it: after a pause it sleeps, and steps are played alone until they are close."""
+    program = cases.large_layers()
+    x = cases.sequence(program, 400)
+    alone, shared = (sf.Engine(program, threads=n).stream() for n in (1, 2))
+    expected = alone.run(x)
+    np.testing.assert_array_equal(shared.run(x[:200]), expected[:200])
+    time.sleep(0.01)
+    np.testing.assert_array_equal([shared.step(v) for v in x[200:]], expected[200:])
+    assert shared.counters.steps == alone.counters.steps == 400
+    for op, reads in alone.counters.hidden_reads.items():
+        np.testing.assert_array_equal(shared.counters.hidden_reads[op], reads)
+
+
+def test_a_child_of_fork_plays_without_the_second_thread():
+    program = cases.large_layers()
+    x = cases.sequence(program, 60)
+    stream = sf.Engine(program, threads=2).stream()
+    expected = stream.run(x)
+    stream.reset()
+    child = os.fork()
+    if not child:  # pragma: no cover - another process
+        os._exit(0 if np.array_equal(stream.run(x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 @pytest.mark.parametrize("threads", [0, -1, 257, 1.0, True, "2"])
 def test_a_number_of_threads_that_is_none_is_refused(threads):
     with pytest.raises(ValueError, match="threads must be a whole number from 1 to 256"):
