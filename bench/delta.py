@@ -32,7 +32,7 @@ from sparsefold.recipes import rivals
 FFT = 512
 PIECE = 200  # spectra, of about two seconds
 PARITY_STEPS = 20
-LOSSES = (0.01, 0.03, 0.1)  # relative errors of the enhanced spectrum: 40, 30 and 20 dB below it
+LOSSES = (0.01, 0.03)  # relative errors of the enhanced spectrum: 40 and 30 dB below it
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,14 @@ def magnitudes(audio: NDArray[Any], hop: int) -> NDArray[np.float32]:
 
 
 def pieces(model: Model) -> tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]]:
-    """Magnitudes of the recording in pieces: every eighth to calibrate on, and those in the middle between them to check."""
+    """Magnitudes of the recording in pieces: every fourth to calibrate on, and those in the middle between them to check."""
     whole = magnitudes(recording(), model.hop)
     cut = [whole[k : k + PIECE] for k in range(0, len(whole) - PIECE + 1, PIECE)]
-    return cut[::8], cut[4::8]
+    return cut[::4], cut[2::4]
 
 
 def spectrum_error(program: Program, model: Model, spectra: list[NDArray[np.float32]]) -> Loss:
-    """The loss: of the spectra that the gains leave, relative to what those of ``program`` leave."""
+    """The loss: of all that the gains leave, relative to what those of ``program`` leave."""
 
     def left(outputs: list[NDArray[Any]]) -> NDArray[np.float64]:
         gains = 0.5 * (1 + np.tanh(0.5 * np.concatenate(outputs).astype(np.float64)))
@@ -155,8 +155,8 @@ def layers_alone(program: Program) -> tuple[int, Program]:
     return first, Program(tuple(op for op in program.ops if isinstance(op, Recurrent)))
 
 
-def opponents(program: Program, inputs: NDArray[np.float32]) -> dict[str, rivals.Rival]:
-    """Every rival on the dense recurrent layers, each compared with the engine first."""
+def opponents(program: Program, inputs: NDArray[np.float32]) -> dict[str, tuple[rivals.Rival, float]]:
+    """Every rival on the dense recurrent layers, and its largest difference from the engine, which int8 may choose itself."""
     op = program.ops[0]
     kind = torch.nn.GRU if isinstance(op, GRU) else torch.nn.LSTM
     module = kind(op.inputs, op.outputs, len(program.ops))
@@ -169,11 +169,13 @@ def opponents(program: Program, inputs: NDArray[np.float32]) -> dict[str, rivals
     model = Stack(module).eval()
     made = [rivals.onnx_runtime(model), rivals.openvino(model), rivals.torch_eager(model), rivals.torch_int8(model)]
     expected = Engine(program).stream().run(inputs[:PARITY_STEPS])
+    found = {}
     for rival in made:
         error = float(np.abs(np.array([rival.call(x).copy() for x in inputs[:PARITY_STEPS]]) - expected).max())
-        if error > (0.2 if "int8" in rival.name else 1e-4):
+        if error > 1e-4 and "int8" not in rival.name:
             raise RuntimeError(f"{rival.name} is {error:.1e} off: nothing is timed.")
-    return {rival.name: rival for rival in made}
+        found[rival.name] = rival, error
+    return found
 
 
 def measure(model: Model, losses: Sequence[float] = LOSSES) -> list[dict[str, Any]]:
@@ -190,7 +192,7 @@ def measure(model: Model, losses: Sequence[float] = LOSSES) -> list[dict[str, An
         found[name] = calibrated(model, loss)
         programs[name] = layers_alone(found[name][0].program)[1]
     streams = {name: Engine(program).stream() for name, program in programs.items()}
-    players = {n: s.step for n, s in streams.items()} | {n: r.call for n, r in against.items()}
+    players = {n: s.step for n, s in streams.items()} | {n: r.call for n, (r, _) in against.items()}
     with pinned():
         times = race(players, list(inputs), rounds=10, warmup=50)
     fastest = min(times[n].p50 for n in against if "int8" not in n)
@@ -210,7 +212,8 @@ def measure(model: Model, losses: Sequence[float] = LOSSES) -> list[dict[str, An
             rates = [counts.read_rate(i, role) for i in range(len(dense.ops)) for role in ("input", "recurrent")]
             line |= {"event_rates": rates, "cost": total.to_dict(), "settings": f"{streams[name].engine.isa}, 1 thread"}
         else:
-            line["settings"] = against[name].settings
+            rival, error = against[name]
+            line["settings"] = f"{rival.settings}, largest difference from the engine {error:.1e}"
         lines.append(line)
     return lines
 

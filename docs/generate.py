@@ -128,6 +128,33 @@ def throughput() -> str:
     return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
+def delta() -> str:
+    """Trained networks of others as they are and sending changes: quality, columns read, MACs and time."""
+    found = sorted((ROOT / "bench/results").glob("*/delta-*.jsonl"), key=lambda path: path.name)
+    if not found:
+        return "Not measured yet."
+    path = found[-1]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        "| network | engine | error, calibrated on | error, not heard before | columns read, x and h of each layer | MACs | "
+        "µs p50 | µs p99 | against our dense step | against the fastest float32 rival |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        ours = r["engine"].startswith("ours")
+        name = f"**{r['engine']}**" if ours else r["engine"]
+        errors = f"{r['loss']:.1%} | {r['loss_checked']:.1%}" if "loss" in r else " | "
+        rates = ", ".join("all" if rate is None else f"{rate:.0%}" for rate in r.get("event_rates", ()))
+        macs = f"{r['cost']['macs_effective']:,.0f}" if ours else ""
+        times = f"{r['latency_us']['p50']:.2f} | {r['latency_us']['p99']:.2f}"
+        ratios = f"{r['ratio_to_dense']:.2f}x | {r['ratio_to_fastest_f32']:.2f}x"
+        size = f"{r['model']}: {r['cell'].upper()} {r['units']} x {r['layers']}"
+        lines.append(f"| {size} | {name} | {errors} | {rates} | {macs} | {times} | {ratios} |")
+    about = rows[0]
+    where = f"{about['processor']}, {about['isa']}, one thread, pinned, Python call included."
+    return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
+
+
 def whole_byte() -> str:
     """Time and quality of a whole byte, ours in every precision against the dense GRU of every rival."""
     path = newest("bench/results", "*/byte-*.jsonl")
@@ -254,6 +281,7 @@ SECTIONS = {
         "learning-rates": learning_rates,
         "steps": steps,
         "throughput": throughput,
+        "delta": delta,
         "whole-byte": whole_byte,
         "kernels": kernels,
         "heatmap": heatmap,

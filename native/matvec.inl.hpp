@@ -372,8 +372,12 @@ static void scale(float* y, const float* s, uint32_t n) {
     for (uint32_t i = 0; i < n; i += kLanes) store(y + i, mul(load(y + i), load(s + i)));
 }
 
+/// y += x * s, or y += x where there is no s; `n` a multiple of kLanes.
 static void add_scaled(float* y, const float* x, const float* s, uint32_t n) {
-    for (uint32_t i = 0; i < n; i += kLanes) store(y + i, fma(load(x + i), load(s + i), load(y + i)));
+    if (s)
+        for (uint32_t i = 0; i < n; i += kLanes) store(y + i, fma(load(x + i), load(s + i), load(y + i)));
+    else
+        for (uint32_t i = 0; i < n; i += kLanes) store(y + i, add(load(x + i), load(y + i)));
 }
 
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                               \

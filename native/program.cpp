@@ -432,10 +432,9 @@ void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { p
 
 void Matrix::accumulate(const Kernels& kernels, const Events& x, float* y, float* room) const {
     if (x.count == 0) return;
-    if (precision_ != MatrixView::Precision::i8) return product(kernels, x, y);
     std::memset(room, 0, padded_rows() * sizeof(float));
     product(kernels, x, room, false);
-    kernels.add_scaled(y, room, scale_.data(), padded_rows());
+    kernels.add_scaled(y, room, precision_ == MatrixView::Precision::i8 ? scale_.data() : nullptr, padded_rows());
 }
 
 void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,

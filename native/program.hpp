@@ -87,8 +87,8 @@ class Matrix {
     /// y += W x, y with gates padded; x is what the matrix was packed for. `codes` is room for `code_bytes()`.
     void matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const;
     void matvec(const Kernels& kernels, const Events& x, float* y) const;
-    /// The same for a y that is never cleared, so that int8 rows must not be scaled there and back; `room` is for
-    /// `padded_rows()`.
+    /// The same for a y that is never cleared: what x gives is summed in `room`, for `padded_rows()`, and rounds at the
+    /// size of y but once. Rows of int8 are not scaled there and back.
     void accumulate(const Kernels& kernels, const Events& x, float* y, float* room) const;
     /// The same for `n` dense x at once, at most kBatch: the weights are read in pieces that stay in the nearest cache
     /// for all of them. Every sum keeps its order.

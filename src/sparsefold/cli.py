@@ -232,11 +232,16 @@ def _calibrate(args: argparse.Namespace) -> None:
 
     program, loss = _load(args.file), None
     if args.sample.suffix == ".npy":
-        sample = np.load(args.sample, allow_pickle=False)
+        try:
+            sample = np.load(args.sample, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{args.sample} is not an array that numpy.save wrote ({error}).") from error
     else:
         from sparsefold.data.text import encode
 
         sample = encode(args.sample.read_bytes()[:SAMPLE_BYTES], _vocabulary(program, args.file))
+        if len(sample) < 2:
+            raise ValueError(f"{args.sample} has {len(sample)} bytes; at least 2 are needed.")
 
         def loss(outputs: list[NDArray[np.float32]]) -> float:
             return _bits(outputs[0][:-1], sample[1:]) / (len(sample) - 1)

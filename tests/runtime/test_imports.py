@@ -22,6 +22,7 @@ RUNTIME = [
         "program",
         "engine",
         "cost",
+        "calibrate",
         "export_c",
         "bench",
         "report",
@@ -106,8 +107,8 @@ def test_a_fault_of_another_import_is_not_blamed_on_torch():
 
 def test_the_exports_are_these():
     assert sparsefold.__all__ == [
-        "CSC", "Block", "Complementary", "Cost", "Counts", "Dense", "Engine", "Program", "ProgramError", "Stream",
-        "compile_model", "cost", "interpret"
+        "CSC", "Block", "Calibration", "Complementary", "Cost", "Counts", "Dense", "Engine", "Program", "ProgramError",
+        "Stream", "calibrate_delta", "compile_model", "cost", "interpret"
     ]  # fmt: skip
     for name in set(sparsefold.__all__) - {"compile_model"}:
         assert getattr(sparsefold, name).__module__.startswith("sparsefold.")

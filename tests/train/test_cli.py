@@ -221,6 +221,15 @@ def test_inspect_shows_no_choices_where_a_file_says_nonsense(choices, call, tmp_
         (["eval", "{model}", "--text", "nothing.txt"], r"nothing\.txt: No such file"),
         (["eval", "{model}", "--text", "{folder}"], r"folder: Is a directory"),
         (["eval", "{elsewhere}"], r"the text this model was trained beside is not at hand\. Pass a text with --text"),
+        (["calibrate", "nothing.sfold", "-o", "{out}", "--sample", "{file}"], r"nothing\.sfold: No such file"),
+        (["calibrate", "{model}", "-o", "{out}", "--sample", "nothing.txt"], r"nothing\.txt: No such file"),
+        (["calibrate", "{model}", "-o", "{out}", "--sample", "{file}"], r"one\.txt has 1 bytes; at least 2 are needed"),
+        (["calibrate", "{model}", "-o", "{out}", "--sample", "{cut}"], r"no product of this program may read changes"),
+        (["calibrate", "{values}", "-o", "{out}", "--sample", "{file}"], r"is not a byte-level text model"),
+        (
+            ["calibrate", "{values}", "-o", "{out}", "--sample", "{array}"],
+            r"array\.npy is not an array that numpy\.save wrote",
+        ),
         (["bench", "{model}", "--steps", "999"], r"--steps is at least 1000"),
         (["bench", "{model}", "--isa", "z80"], r"instruction set 'z80' is not available .*generic"),
         (["report", "nothing.json"], r"nothing\.json: No such file"),
@@ -258,6 +267,7 @@ def bad_files(made, tmp_path_factory):
     sf.Program(program.ops, {**program.metadata, "vocabulary": vocabulary[1:]}).save(folder / "short.sfold")
     sf.Program(program.ops, {**program.metadata, "corpus": {"sha256": "0"}}).save(folder / "elsewhere.sfold")
     (folder / "broken.json").write_text("{")
+    (folder / "array.npy").write_bytes(b"")
     (folder / "list.json").write_text("[1]")
     (folder / "hollow.json").write_text('{"schema": "sparsefold-demo/1", "networks": {}, "rows": [{}]}')
     return {
@@ -272,6 +282,7 @@ def bad_files(made, tmp_path_factory):
         "broken": folder / "broken.json",
         "list": folder / "list.json",
         "hollow": folder / "hollow.json",
+        "array": folder / "array.npy",
     }
 
 
