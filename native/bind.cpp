@@ -190,6 +190,10 @@ struct PyEngine {
         open();
         program.add_linear(weight.view, vector(bias, weight.view.rows, "bias"));
     }
+    void add_conv1d(const PyMatrix& weight, Vector bias, uint32_t kernel, uint32_t dilation, uint32_t groups) {
+        open();
+        program.add_conv1d(weight.view, vector(bias, weight.view.rows, "bias"), kernel, dilation, groups);
+    }
     void add_gru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool reset_after) {
         open();
         program.add_gru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
@@ -350,6 +354,11 @@ class PyStream {
         if (name == "c") return copy(s.cell.c, s.cell.units, nb::dtype<float>());
         if (name == "y") return copy(s.cell.y, s.cell.units, nb::dtype<float>());
         if (name == "u") return copy(s.cell.u, s.cell.units, nb::dtype<float>());
+        if (name == "x" && stream_.history_size(op)) {
+            if (out.dtype() != nb::dtype<float>() || out.shape(0) != stream_.history_size(op))
+                throw std::invalid_argument("cannot read 'x'.");
+            return stream_.history(op, static_cast<float*>(out.data()));
+        }
         if (name == "events") return counters(s.events);
         if (name == "input_reads") return counters(s.input_reads);
         if (name == "hidden_reads") return counters(s.hidden_reads);
@@ -358,6 +367,8 @@ class PyStream {
     void write(size_t op, const std::string& name, Vector values) {
         const Lock lock(stream_);
         OpState& s = at(op);
+        if (name == "x" && values.shape(0) && values.shape(0) == stream_.history_size(op))
+            return stream_.set_history(op, values.data());
         if (values.shape(0) != s.cell.units || s.cell.units == 0)
             throw std::invalid_argument("cannot write '" + name + "'.");
         if (float* const state = name == "h" ? s.cell.h : name == "c" ? s.cell.c : nullptr)
@@ -517,6 +528,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<>())
         .def("add_embedding", &PyEngine::add_embedding, "weight"_a)
         .def("add_linear", &PyEngine::add_linear, "weight"_a, "bias"_a)
+        .def("add_conv1d", &PyEngine::add_conv1d, "weight"_a, "bias"_a, "kernel"_a, "dilation"_a, "groups"_a)
         .def("add_gru", &PyEngine::add_gru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reset_after"_a)
         .def("add_egru", &PyEngine::add_egru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "threshold"_a,
              "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a)

@@ -100,6 +100,19 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
             OpState& s = states_[i];
             const uint32_t units = pad(op.outputs);
             if (!op.recurrent() && !op.speaks() && op.kind != Op::Kind::embedding) s.output = take(units);
+            if (op.kind == Op::Kind::conv1d) {
+                const size_t slots = size_t{op.kernel} * op.dilation, window = size_t{op.kernel} * op.inputs;
+                History& h = s.history;
+                if (op.reads_events) {
+                    h.index = reinterpret_cast<uint32_t*>(take(slots * op.inputs));
+                    h.value = take(slots * op.inputs);
+                    h.count = reinterpret_cast<uint32_t*>(take(slots));
+                    h.window_index = reinterpret_cast<uint32_t*>(take(window));
+                    h.window_value = take(window);
+                } else {
+                    h.dense = take(2 * slots * op.inputs);
+                }
+            }
             if (op.kind == Op::Kind::kwta) s.cell.keys = reinterpret_cast<uint32_t*>(take(units));
             if (op.recurrent()) {
                 s.cell.gi = take(size_t{op.gates} * units);
@@ -127,7 +140,7 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         OpState& s = states_[i];
         for (const Matrix* m : {&op.input, &op.hidden, &op.hidden_n})
             if (m->code_bytes() > codes_.size()) codes_.resize(m->code_bytes());
-        if (op.reads_events) s.input_reads.assign(op.inputs, 0);
+        if (op.reads_events) s.input_reads.assign(op.input.cols(), 0);
         if (op.recurrent() || op.speaks()) s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
         s.cell.relu = op.relu;
@@ -166,6 +179,99 @@ void Stream::set_emitted(size_t op, const float* y) {
         cell.event_index[cell.event_count] = j;
         cell.event_value[cell.event_count++] = y[j];
     }
+}
+
+size_t Stream::history_size(size_t op) const {
+    const Op& o = engine_->program.ops()[op];
+    return size_t{o.history()} * o.inputs;
+}
+
+namespace {
+
+/// visit(row of the history, the oldest first, its slot, place of that in its phase and phase)
+template <class Visit>
+void each_remembered(const Op& op, const History& h, const Visit& visit) {
+    uint32_t phase = h.phase, turn = h.turn;
+    for (uint32_t row = 0; row < op.history(); ++row) {
+        // The next input takes the slot of the one that all taps have passed: the oldest that is left lies one turn on.
+        visit(row, phase, turn + 1 == op.kernel ? 0 : turn + 1);
+        if (++phase < op.dilation) continue;
+        phase = 0;
+        if (++turn == op.kernel) turn = 0;
+    }
+}
+
+}  // namespace
+
+void Stream::history(size_t op, float* x) const {
+    const Op& o = engine_->program.ops()[op];
+    const History& h = states_[op].history;
+    each_remembered(o, h, [&](uint32_t row, uint32_t phase, uint32_t turn) {
+        float* const to = x + size_t{row} * o.inputs;
+        const size_t slot = size_t{phase} * o.kernel + turn;
+        if (h.dense) {
+            std::memcpy(to, h.dense + (slot + size_t{phase} * o.kernel) * o.inputs, o.inputs * sizeof(float));
+            return;
+        }
+        std::fill_n(to, o.inputs, 0.0f);
+        for (uint32_t e = 0; e < h.count[slot]; ++e) to[h.index[slot * o.inputs + e]] = h.value[slot * o.inputs + e];
+    });
+}
+
+void Stream::set_history(size_t op, const float* x) {
+    const Op& o = engine_->program.ops()[op];
+    History& h = states_[op].history;
+    each_remembered(o, h, [&](uint32_t row, uint32_t phase, uint32_t turn) {
+        const float* const from = x + size_t{row} * o.inputs;
+        const size_t slot = size_t{phase} * o.kernel + turn;
+        if (h.dense) {
+            float* const to = h.dense + (slot + size_t{phase} * o.kernel) * o.inputs;
+            for (const size_t twice : {size_t{0}, size_t{o.kernel}})
+                std::memcpy(to + twice * o.inputs, from, o.inputs * sizeof(float));
+            return;
+        }
+        h.count[slot] = 0;
+        for (uint32_t j = 0; j < o.inputs; ++j) {
+            if (from[j] == 0.0f) continue;
+            h.index[slot * o.inputs + h.count[slot]] = j;
+            h.value[slot * o.inputs + h.count[slot]++] = from[j];
+        }
+    });
+}
+
+/// What the product of convolution i reads at this step; x is remembered.
+Stream::Signal Stream::window(size_t i, const Signal& x) {
+    const Op& op = engine_->program.ops()[i];
+    History& h = states_[i].history;
+    const size_t inputs = op.inputs, first = size_t{h.phase} * op.kernel;
+    const uint32_t turn = h.turn;
+    if (++h.phase == op.dilation) {
+        h.phase = 0;
+        if (++h.turn == op.kernel) h.turn = 0;
+    }
+    Signal read;
+    if (h.dense) {
+        float* const slot = h.dense + (2 * first + turn) * inputs;
+        std::memcpy(slot, x.dense, inputs * sizeof(float));
+        std::memcpy(slot + op.kernel * inputs, x.dense, inputs * sizeof(float));
+        read.dense = slot + inputs;
+        return read;
+    }
+    const size_t newest = first + turn;
+    std::memcpy(h.index + newest * inputs, x.events.index, x.events.count * sizeof(uint32_t));
+    std::memcpy(h.value + newest * inputs, x.events.value, x.events.count * sizeof(float));
+    h.count[newest] = x.events.count;
+    uint32_t count = 0;
+    for (uint32_t tap = 0, at = turn; tap < op.kernel; ++tap) {
+        if (++at == op.kernel) at = 0;
+        const size_t slot = first + at;
+        for (uint32_t e = 0; e < h.count[slot]; ++e, ++count) {
+            h.window_index[count] = h.index[slot * inputs + e] + tap * op.inputs;
+            h.window_value[count] = h.value[slot * inputs + e];
+        }
+    }
+    read.events = {h.window_index, h.window_value, count};
+    return read;
 }
 
 template <class N>
@@ -283,9 +389,11 @@ void Stream::play(Stream* const* streams, N n, const int64_t* token, const float
                 for (size_t s = 0; s < n; ++s)
                     signals[s].dense = op.table.data() + static_cast<size_t>(token[s]) * pad(op.outputs);
                 break;
-            case Op::Kind::linear: {
+            case Op::Kind::linear:
+            case Op::Kind::conv1d: {
                 float* y[room<N>]{};
                 for (size_t s = 0; s < n; ++s) {
+                    if (op.kind == Op::Kind::conv1d) signals[s] = streams[s]->window(i, signals[s]);
                     y[s] = streams[s]->states_[i].output;
                     std::memcpy(y[s], op.bias_input.data(), op.bias_input.size() * sizeof(float));
                 }

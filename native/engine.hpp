@@ -22,11 +22,24 @@ struct Engine {
     const Kernels* kernels;
 };
 
+/// The last inputs of a convolution: a ring of `kernel` slots for each of `dilation` phases, for its taps lie in one
+/// phase.
+struct History {
+    float* dense = nullptr;  // (dilation, 2, kernel, inputs), every input twice: what the product reads is one piece
+    // Where it reads events:
+    uint32_t *index = nullptr, *count = nullptr;  // (dilation, kernel, inputs), (dilation, kernel)
+    float* value = nullptr;                       // (dilation, kernel, inputs)
+    uint32_t* window_index = nullptr;             // (kernel, inputs) columns of the product
+    float* window_value = nullptr;
+    uint32_t phase = 0, turn = 0;  // of the next input
+};
+
 /// State and counters of one op of one stream; pointers into the stream's arena.
 struct OpState {
     CellArgs cell{};
-    float* scaled = nullptr;             // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;             // linear, layer norm
+    float* scaled = nullptr;  // r * y or r * h, when the reset gate acts before the product
+    float* output = nullptr;  // linear, layer norm
+    History history;
     std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
     std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
     std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
@@ -49,6 +62,10 @@ class Stream {
     void reset();  // state to zero; counters stay
     void reset_counters();
     void set_emitted(size_t op, const float* y);  // y of step t-1; what is not zero is an event
+    /// Inputs that convolution `op` remembers, (history, inputs), the oldest first; what is not zero is an event.
+    void history(size_t op, float* x) const;
+    void set_history(size_t op, const float* x);
+    size_t history_size(size_t op) const;  // 0 of any other op
 
     const Engine& engine() const { return *engine_; }
     const OpState& state(size_t op) const { return states_[op]; }
@@ -68,6 +85,7 @@ class Stream {
     template <class N>
     static void play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
                      uint8_t* trace);
+    Signal window(size_t i, const Signal& x);
     template <class N>
     static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
     template <class N>

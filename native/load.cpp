@@ -388,6 +388,8 @@ class Builder {
                 embedding();
             else if (name == "linear")
                 linear();
+            else if (name == "conv1d")
+                conv1d();
             else if (name == "gru" || name == "egru" || name == "lstm" || name == "rnn")
                 recurrent(name);
             else if (name == "relu" || name == "events" || name == "kwta" || name == "log_softmax" || name == "top_k")
@@ -396,7 +398,7 @@ class Builder {
                 layer_norm();
             else
                 refuse(
-                    "is not one of embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, "
+                    "is not one of embedding, linear, conv1d, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, "
                     "log_softmax, "
                     "top_k");
         } catch (const std::invalid_argument& error) {  // what the program itself finds wrong
@@ -430,6 +432,12 @@ class Builder {
     void linear() {
         const MatrixView weight = matrix("weight");
         program_.add_linear(weight, vector("bias", weight.rows));
+    }
+    void conv1d() {
+        const MatrixView weight = matrix("weight");
+        const float* bias = vector("bias", weight.rows);
+        const uint32_t kernel = whole("kernel"), dilation = whole("dilation");
+        program_.add_conv1d(weight, bias, kernel, dilation, whole("groups"));
     }
     void recurrent(const std::string& kind) {
         const MatrixView ih = matrix("weight_ih"), hh = matrix("weight_hh");

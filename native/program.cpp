@@ -29,6 +29,33 @@ Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
     return out;
 }
 
+/// visit(row, column, value) of all that a matrix of one gate stores; padding counts as its last row or column.
+template <class Visit>
+void each_element(const MatrixView& view, const Visit& visit) {
+    const auto at = [&](uint64_t row, uint64_t column, float value) {
+        visit(std::min<uint64_t>(row, view.rows - 1), std::min<uint64_t>(column, view.cols - 1), value);
+    };
+    const float* value = view.values;
+    switch (view.format) {
+        case MatrixView::Format::dense:
+            for (uint32_t r = 0; r < view.rows; ++r)
+                for (uint32_t c = 0; c < view.cols; ++c) at(r, c, *value++);
+            return;
+        case MatrixView::Format::block:
+            for (uint64_t c = 0; c * view.block_cols < view.cols; ++c)
+                for (uint64_t k = view.start[c]; k < view.start[c + 1]; ++k)
+                    for (uint32_t j = 0; j < view.block_cols; ++j)
+                        for (uint32_t i = 0; i < view.block_rows; ++i)
+                            at(uint64_t{view.block_row[k]} * view.block_rows + i, c * view.block_cols + j, *value++);
+            return;
+        case MatrixView::Format::complementary:
+            const uint32_t sets = ceil_div(view.rows, view.overlay);
+            for (uint32_t c = 0; c < view.cols; ++c)
+                for (uint32_t s = 0; s < sets; ++s)
+                    at(uint64_t{view.live[size_t{c} * sets + s]} * sets + s, c, *value++);
+    }
+}
+
 /// Dense x of `n` streams.
 struct Batch {
     size_t n;
@@ -458,6 +485,34 @@ void Program::add_linear(const MatrixView& weight, const float* bias) {
     if (weight.gates != 1) refuse("a linear op has one gate.");
     op.input = Matrix(weight, op.reads());
     op.bias_input = padded(bias, 1, weight.rows);
+    ops_.push_back(std::move(op));
+}
+
+void Program::add_conv1d(const MatrixView& weight, const float* bias, uint32_t kernel, uint32_t dilation,
+                         uint32_t groups) {
+    if (weight.gates != 1) refuse("a convolution has one gate.");
+    if (kernel == 0 || dilation == 0 || groups == 0) refuse("kernel, dilation and groups are at least 1.");
+    if (weight.cols % kernel)
+        refuse(number(weight.cols) + " columns cannot hold " + number(kernel) + " taps of equal width.");
+    const uint32_t inputs = weight.cols / kernel;
+    if (inputs % groups || weight.rows % groups)
+        refuse(number(inputs) + " inputs and " + number(weight.rows) + " outputs cannot form " + number(groups) +
+               " groups of equal size.");
+    uint64_t remembered = uint64_t{kernel - 1} * inputs * dilation;  // each below 2^28, and kernel * inputs as well
+    for (const Op& op : ops_)
+        if (op.kind == Op::Kind::conv1d) remembered += uint64_t{op.history()} * op.inputs;
+    if (remembered > kHistory)
+        refuse("convolutions remember at most " + number(kHistory) + " values, these " + number(remembered) + ".");
+    Op op = make(Op::Kind::conv1d, inputs, weight.rows);
+    op.input = Matrix(weight, op.reads());  // checks every index
+    if (groups > 1)
+        each_element(weight, [&](uint64_t row, uint64_t column, float value) {
+            if (value != 0 && row / (weight.rows / groups) != column % inputs / (inputs / groups))
+                refuse("a weight joins an input and an output of two of its " + number(groups) + " groups.");
+        });
+    op.bias_input = padded(bias, 1, weight.rows);
+    op.kernel = kernel;
+    op.dilation = kernel > 1 ? dilation : 1;
     ops_.push_back(std::move(op));
 }
 

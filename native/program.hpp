@@ -51,7 +51,8 @@ class Buffer {
     size_t size_ = 0;
 };
 
-constexpr size_t kBatch = 16;  // streams that play together
+constexpr size_t kBatch = 16;            // streams that play together
+constexpr uint64_t kHistory = 1u << 22;  // values that all convolutions of a program remember
 
 /// A weight matrix as a file holds it; pointers are borrowed.
 struct MatrixView {
@@ -125,7 +126,21 @@ class Matrix {
 };
 
 struct Op {
-    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, log_softmax, top_k };
+    enum class Kind {
+        embedding,
+        linear,
+        conv1d,
+        gru,
+        egru,
+        lstm,
+        rnn,
+        relu,
+        events,
+        kwta,
+        layer_norm,
+        log_softmax,
+        top_k
+    };
     Kind kind = Kind::linear;
     uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
     uint32_t gates = 0;                // of a recurrent op
@@ -139,6 +154,8 @@ struct Op {
     Buffer<float> scale;  // layer norm only, and its bias is bias_input
     float epsilon = 0;
     uint32_t k = 0, groups = 1;  // KWTA; k of a top-k too
+    uint32_t kernel = 1,
+             dilation = 1;  // convolution only; its input matrix has kernel * inputs columns, the newest last
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
@@ -147,6 +164,7 @@ struct Op {
 
     Matrix::Reads reads() const { return reads_events ? Matrix::Reads::events : Matrix::Reads::dense; }
     bool recurrent() const { return gates != 0; }
+    uint32_t history() const { return (kernel - 1) * dilation; }  // inputs that are carried from step to step
     bool picks() const {
         return kind == Kind::relu || kind == Kind::events || kind == Kind::kwta;
     }  // which values speak
@@ -158,6 +176,7 @@ class Program {
   public:
     void add_embedding(const float* weight, uint32_t tokens, uint32_t width);
     void add_linear(const MatrixView& weight, const float* bias);
+    void add_conv1d(const MatrixView& weight, const float* bias, uint32_t kernel, uint32_t dilation, uint32_t groups);
     void add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
                  bool reset_after);
     void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,

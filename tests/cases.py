@@ -16,6 +16,7 @@ from sparsefold.program import (
     KWTA,
     LSTM,
     RNN,
+    Conv1d,
     Embedding,
     Events,
     LayerNorm,
@@ -144,6 +145,25 @@ def linear(r: np.random.Generator, inputs: int, outputs: int, storage: Storage =
     return Linear(matrix(r, outputs, inputs, 1, storage, density), vector(r, outputs))
 
 
+def conv1d(
+    r: np.random.Generator,
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    dilation: int = 1,
+    groups: int = 1,
+    storage: Storage = None,
+    density: float = 1.0,
+) -> Conv1d:
+    """A convolution; weights between groups are zero."""
+    weight = matrix(r, outputs, kernel * inputs, 1, storage, density)
+    if groups > 1:
+        out, of = np.arange(outputs) // (outputs // groups), np.arange(inputs) // (inputs // groups)
+        dense = weight.to_dense() * (out[:, None] == np.tile(of, kernel))
+        weight = store(dense.astype(np.float32), 1, storage)
+    return Conv1d(weight, vector(r, outputs), kernel, dilation, groups)
+
+
 def gru(
     r: np.random.Generator,
     inputs: int,
@@ -270,6 +290,22 @@ NETWORKS = {
         embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
         linear(r, 17, 11),
     ],
+    "conv": lambda r: [conv1d(r, 9, 33, 3, 2)],
+    "conv-one-tap": lambda r: [conv1d(r, 16, 8, 1, 5, 4), conv1d(r, 8, 17, 2, 3)],
+    "conv-depthwise": lambda r: [
+        conv1d(r, 20, 20, 4, 2, 20, "csc"), linear(r, 20, 33, (16, 1), 0.5), ReLU(33), conv1d(r, 33, 17)
+    ],
+    "conv-of-events": lambda r: [
+        egru(r, 9, 33), conv1d(r, 33, 20, 3, 2, 1, (4, 4), 0.5), ReLU(20), conv1d(r, 20, 16, 2, 4, 2, (8, 1), 0.7),
+        egru(r, 16, 17), conv1d(r, 17, 3, 5),
+    ],
+    "tokens-conv": lambda r: [
+        embedding(r, 7, 12), conv1d(r, 12, 32, 2, 1, 1, Overlay(4)), KWTA(32, 5), conv1d(r, 32, 9, 3, 3), gru(r, 9, 7)
+    ],
+    "conv-i8": lambda r: rounded([conv1d(r, 9, 33, 3, 2), ReLU(33), conv1d(r, 33, 17, 2, 1, 1, (16, 1), 0.5)], "i8"),
+    "conv-w8a8": lambda r: rounded(
+        [conv1d(r, 9, 33, 3, 2, 3, (4, 1), 0.7), conv1d(r, 33, 20, 2), ReLU(20), conv1d(r, 20, 17, 2, 1, 1, (16, 1), 0.5)], "w8a8"
+    ),
     "csc": lambda r: [gru(r, 20, 33, "csc", 0.5), egru(r, 33, 17, "csc", 0.3, reset_after=False), linear(r, 17, 5, "csc", 0.5)],
     "mixed-i8": lambda r: rounded([egru(r, 20, 33, (16, 1), 0.5), lstm(r, 33, 17, (4, 4), 0.5), linear(r, 17, 3)], "i8"),
     "mixed-w8a8": lambda r: rounded(
@@ -306,6 +342,9 @@ def state(program: sf.Program, *salt: int) -> dict[str, np.ndarray]:
     """A state in the middle of a run: about a third of the units have spoken."""
     r, out = rng(*salt), {}
     for i, op in enumerate(program.ops):
+        if isinstance(op, Conv1d) and op.history:
+            past = vector(r, op.history * op.inputs) * (r.random(op.history * op.inputs) < 0.3)
+            out[f"{i}.x"] = past.astype(np.float32).reshape(op.history, op.inputs)
         if isinstance(op, Recurrent):
             out[f"{i}.h"] = vector(r, op.outputs, 0.5)
         if isinstance(op, LSTM):

@@ -83,6 +83,14 @@ class Engine:
         weight: Matrix,
         bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     ) -> None: ...
+    def add_conv1d(
+        self,
+        weight: Matrix,
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        kernel: int,
+        dilation: int,
+        groups: int,
+    ) -> None: ...
     def add_gru(
         self,
         weight_ih: Matrix,

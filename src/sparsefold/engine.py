@@ -18,6 +18,7 @@ from sparsefold.program import (
     GRU,
     KWTA,
     RNN,
+    Conv1d,
     Embedding,
     Events,
     LayerNorm,
@@ -29,6 +30,7 @@ from sparsefold.program import (
     ReLU,
     Speaking,
     TopK,
+    matrices,
 )
 
 FOLD_LIMIT = 8 * 2**20
@@ -65,6 +67,8 @@ class Engine:
                 self._core.add_embedding(op.weight)
             elif isinstance(op, Linear):
                 self._core.add_linear(native_matrix(op.weight), op.bias)
+            elif isinstance(op, Conv1d):
+                self._core.add_conv1d(native_matrix(op.weight), op.bias, op.kernel, op.dilation, op.groups)
             elif isinstance(op, ReLU):
                 self._core.add_relu()
             elif isinstance(op, Events):
@@ -248,8 +252,12 @@ class Stream:
         self._core.reset_counters()
 
     def save_state(self) -> State:
-        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,)."""
-        return {key: self._read(i, name, np.float32, size) for key, i, name, size in _state_keys(self.engine.program)}
+        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,); for a
+        convolution ``"{op}.x"``, its last inputs, the oldest first, float32 (history, I).
+        """
+        return {
+            key: self._read(i, name, np.float32, *shape) for key, i, name, shape in _state_keys(self.engine.program)
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`save_state` returned. Raises ``ValueError`` when it is not of this program."""
@@ -261,14 +269,15 @@ class Stream:
                 "Pass what save_state() of the same program returned."
             )
         arrays = []
-        for key, i, name, size in keys:
+        for key, i, name, shape in keys:
             array = np.asarray(state[key])
-            if array.shape != (size,) or array.dtype.kind not in "fiu":
+            if array.shape != shape or array.dtype.kind not in "fiu":
+                has = f"{shape[0]} units" if len(shape) == 1 else f"{shape[0]} inputs of {shape[1]} values"
                 raise ValueError(
-                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {size} units there. "
+                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {has} there. "
                     "Pass what save_state() of the same program returned."
                 )
-            arrays.append((i, name, np.ascontiguousarray(array, np.float32)))
+            arrays.append((i, name, np.ascontiguousarray(array, np.float32).reshape(-1)))
         for i, name, array in arrays:
             self._core.write(i, name, array)
 
@@ -279,9 +288,9 @@ class Stream:
             raise ValueError(f"op {op} is a {found.kind}, only an egru has u.")
         return self._read(op, "u", np.float32, found.outputs)
 
-    def _read(self, op: int, name: str, dtype: DTypeLike, size: int) -> NDArray[Any]:
-        out = np.empty(size, dtype)
-        self._core.read(op, name, out)
+    def _read(self, op: int, name: str, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+        out = np.empty(shape, dtype)
+        self._core.read(op, name, out.reshape(-1))
         return out
 
     @property
@@ -294,7 +303,8 @@ class Stream:
             if isinstance(op, EGRU):
                 hidden_reads[i] = self._read(i, "hidden_reads", np.uint64, op.outputs).astype(np.int64)
             if self.engine.program.reads_events(i):
-                input_reads[i] = self._read(i, "input_reads", np.uint64, op.inputs).astype(np.int64)
+                columns = next(iter(matrices(op).values())).shape[1]
+                input_reads[i] = self._read(i, "input_reads", np.uint64, columns).astype(np.int64)
         return Counts(self._core.steps, events, input_reads, hidden_reads)
 
     @property
@@ -352,10 +362,15 @@ def native_matrix(matrix: Format) -> _native.Matrix:
     return native
 
 
-def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
-    """(key, op, name, units) of every state array."""
-    layers = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Recurrent)]
-    return [(f"{i}.{name}", i, name, op.outputs) for i, op in layers for name in op.state]
+def _state_keys(program: Program) -> list[tuple[str, int, str, tuple[int, ...]]]:
+    """(key, op, name, shape) of every state array."""
+    found: list[tuple[str, int, str, tuple[int, ...]]] = []
+    for i, op in enumerate(program.ops):
+        if isinstance(op, Recurrent):
+            found += [(f"{i}.{name}", i, name, (op.outputs,)) for name in op.state]
+        elif isinstance(op, Conv1d) and op.history:
+            found.append((f"{i}.x", i, "x", (op.history, op.inputs)))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,7 +397,7 @@ def interpret(
         dtype: precision of all arithmetic.
     """
     keys = _state_keys(program)
-    now = {k: np.array(state[k] if state else np.zeros(size), dtype) for k, _, _, size in keys}
+    now = {k: np.array(state[k] if state else np.zeros(shape), dtype) for k, _, _, shape in keys}
     outputs = []
     events: dict[int, list[NDArray[Any]]] = {i: [] for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
     us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
@@ -393,6 +408,11 @@ def interpret(
                 value = op.weight[value].astype(dtype)
             elif isinstance(op, Linear):
                 value = op.weight.matvec(value) + op.bias.astype(dtype)
+            elif isinstance(op, Conv1d):
+                seen = np.concatenate([now.get(f"{i}.x", np.zeros((0, op.inputs), dtype)), value[None]])
+                value = op.weight.matvec(seen[:: op.dilation].reshape(-1)) + op.bias.astype(dtype)
+                if op.history:
+                    now[f"{i}.x"] = seen[1:]
             elif isinstance(op, EGRU):
                 u = _gru_state(op, value, now[f"{i}.y"], now[f"{i}.h"], dtype)
                 if op.reset == "output":

@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
 MAX_OPS = 1024
 MAX_DEPTH = 64  # of lists and objects inside one another
+MAX_HISTORY = 2**22  # values that all convolutions of a program remember: dilation is memory that no array pays for
 RESETS = ("threshold", "output", "none")
 
 
@@ -73,6 +74,41 @@ class Linear:
     def outputs(self) -> int:
         """Values given."""
         return self.weight.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Conv1d:
+    """One step of a causal convolution over time; what lies before the first step is zero.
+
+    ::
+
+        y_t = sum over taps k of W_k x_(t - (kernel - 1 - k) dilation) + b
+
+    Columns k I to (k + 1) I of ``weight`` are W_k, so that the last ones read the newest x. With ``groups`` output o reads the
+    inputs of its own of as many equal parts only; all other weights are zero.
+    """
+
+    weight: Format  # (outputs, kernel I)
+    bias: Float  # (outputs,)
+    kernel: int
+    dilation: int = 1
+    groups: int = 1
+    kind: ClassVar[str] = "conv1d"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.weight.shape[1] // self.kernel
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.weight.shape[0]
+
+    @property
+    def history(self) -> int:
+        """Inputs that are carried from step to step."""
+        return (self.kernel - 1) * self.dilation
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,10 +292,11 @@ class LayerNorm:
         return self.weight.size
 
 
-Op = Embedding | Linear | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | TopK
+Op = Embedding | Linear | Conv1d | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | TopK
 Speaking = EGRU | Picks  # at every step each of their units emits an event or not
 OPS: dict[str, type[Op]] = {
-    op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, TopK)
+    op.kind: op
+    for op in (Embedding, Linear, Conv1d, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, TopK)
 }
 
 
@@ -307,7 +344,7 @@ class Program:
         """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
         before = self.ops[i - 1] if i else None
         emits = isinstance(before, Picks) or (isinstance(before, EGRU) and before.output == "events")
-        return emits and isinstance(self.ops[i], Linear | Recurrent)
+        return emits and isinstance(self.ops[i], Linear | Conv1d | Recurrent)
 
     def by_events(self, i: int, name: str) -> bool:
         """Whether the product of matrix ``name`` of op ``i`` reads an event list, of the op before or of its own last step."""
@@ -544,6 +581,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
         elif isinstance(op, Linear):
             _check(op.weight.gates == 1, f"{where}: a linear op has one gate, got {op.weight.gates}.")
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
+        elif isinstance(op, Conv1d):
+            _validate_conv1d(where, op)
         elif isinstance(op, Weightless):
             _validate_weightless(where, op, ops[:i])
         elif isinstance(op, LayerNorm):
@@ -578,6 +617,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
             )
         _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
     _check(not all(isinstance(op, Weightless) for op in ops), "a program needs an op with weights.")
+    remembered = sum(op.history * op.inputs for op in ops if isinstance(op, Conv1d))
+    _check(remembered <= MAX_HISTORY, f"convolutions remember at most {MAX_HISTORY} values, these {remembered}.")
     for name, array, wanted in _arrays(ops):
         _check(array.dtype == wanted, f"tensor {name} must be {wanted.name}, got {array.dtype}. Convert it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -586,6 +627,23 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"every weight must be finite, but tensor {name} holds {array[tuple(where)]} at {where}. "
                 "Training probably diverged: lower the learning rate, or load an earlier checkpoint."
             )
+
+
+def _validate_conv1d(where: str, op: Conv1d) -> None:
+    rows, cols = op.weight.shape
+    _check(op.weight.gates == 1, f"{where}: a convolution has one gate, got {op.weight.gates}.")
+    _check(op.bias.shape == (rows,), f"{where}: bias must be ({rows},), got {op.bias.shape}.")
+    _check(min(op.kernel, op.dilation, op.groups) > 0, f"{where}: kernel, dilation and groups are at least 1.")
+    _check(cols % op.kernel == 0, f"{where}: {cols} columns cannot hold {op.kernel} taps of equal width.")
+    parts = op.groups
+    _check(
+        op.inputs % parts == 0 and rows % parts == 0,
+        f"{where}: {op.inputs} inputs and {rows} outputs cannot form {parts} groups of equal size.",
+    )
+    if parts > 1:
+        row, column, values = op.weight.coordinates()
+        outside = (row // (rows // parts) != column % op.inputs // (op.inputs // parts)) & (values != 0)
+        _check(not outside.any(), f"{where}: a weight joins an input and an output of two of its {parts} groups.")
 
 
 def _validate_weightless(where: str, op: Weightless, before: tuple[Op, ...]) -> None:

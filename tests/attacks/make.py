@@ -272,6 +272,38 @@ def _norm(*changes: Any, **options: Any) -> Any:
     return change
 
 
+def _conv(*changes: Any, groups: int = 1, **options: Any) -> Any:
+    """A conv1d of two taps as op 3, the last one; every output reads the input of its own number. Then further changes."""
+
+    def change(file: File) -> None:
+        layout = {"format": "dense", "rows": 3, "cols": 6, "gates": 1}
+        file.ops.append({"op": "conv1d", "weight": layout, "kernel": 2, "dilation": 2, "groups": groups, **options})
+        eye = [float(row == column % 3) for row in range(3) for column in range(6)]
+        file.tensors |= {"3.weight.values": ["F32", [3, 6], _f32(*eye)], "3.bias": ["F32", [3], _f32(1, 2, 3)]}
+        for more in changes:
+            more(file)
+
+    return change
+
+
+def _conv_in_blocks(file: File) -> None:
+    """One block of 2 x 2 that joins what three groups part."""
+    file.ops[3]["weight"] = {"format": "block", "rows": 3, "cols": 6, "gates": 1, "block": [2, 2]}
+    file.tensors |= {
+        "3.weight.values": ["F32", [1, 2, 2], _f32(1, 1, 0, 1)], "3.weight.block_row": ["U32", [1], _u32(0)],
+        "3.weight.start": ["U32", [4], _u32(0, 1, 1, 1)],
+    }  # fmt: skip
+
+
+def _conv_complementary(file: File) -> None:
+    """One row of three in every column, and not the one of its group in the last."""
+    file.ops[3]["weight"] = {"format": "complementary", "rows": 3, "cols": 6, "gates": 1, "overlay": 3, "group": 1}
+    file.tensors |= {
+        "3.weight.values": ["F32", [6, 1, 1, 1], _f32(1, 1, 1, 1, 1, 1)],
+        "3.weight.live": ["U8", [6, 1, 1], bytes([0, 1, 2, 0, 1, 1])],
+    }  # fmt: skip
+
+
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
@@ -366,7 +398,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
     "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
     # the ops
-    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, "),
+    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, conv1d, gru, "),
     "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
@@ -412,6 +444,22 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "norm_of_a_matrix": (_file(_norm(_tensor("3.weight", "F32", [3, 1]), epsilon=1e-5)), "weight has one axis; got (3, 1)"),
     "norm_of_a_number": (_file(_norm(_tensor("3.weight", "F32", [], b"\0" * 4), epsilon=1e-5)), "weight has one axis; got ()"),
     "norm_short_bias": (_file(_norm(_tensor("3.bias", "F32", [2], b"\0" * 8), epsilon=1e-5)), "bias must be (3,), got (2,)"),
+    "conv_kernel_zero": (_file(_conv(kernel=0)), "kernel must be a whole number between 1 and 2^28"),
+    "conv_kernel_does_not_divide": (_file(_conv(kernel=4)), "6 columns cannot hold 4 taps"),
+    "conv_kernel_huge": (_file(_conv(kernel=2**28 - 1)), "6 columns cannot hold 268435455 taps"),
+    "conv_without_dilation": (_file(_conv(lambda f: f.ops[3].pop("dilation"))), "dilation must be a whole number"),
+    "conv_dilation_a_float": (_file(_conv(dilation=1.0)), "dilation must be a whole number"),
+    "conv_dilation_huge": (_file(_conv(dilation=2**28 - 1)), "at most 4194304 values, these 805306365"),
+    "conv_of_two": (_file(_conv(kernel=3)), "reads 2 values, but op 2 (linear) gives 3"),
+    "conv_groups_zero": (_file(_conv(groups=0)), "groups must be a whole number"),
+    "conv_groups_do_not_divide": (_file(_conv(groups=2)), "3 inputs and 3 outputs cannot form 2 groups"),
+    "conv_between_groups": (
+        _file(_conv(_tensor("3.weight.values", data=_f32(*[0.5] * 18)), groups=3)), "two of its 3 groups"
+    ),
+    "conv_block_between_groups": (_file(_conv(_conv_in_blocks, groups=3)), "two of its 3 groups"),
+    "conv_live_between_groups": (_file(_conv(_conv_complementary, groups=3)), "two of its 3 groups"),
+    "conv_of_three_gates": (_file(_conv(_set(3, "weight", "gates", 3))), "a convolution has one gate"),
+    "conv_short_bias": (_file(_conv(_tensor("3.bias", shape=[2], data=_f32(1, 2)))), "bias must be (3,), got (2,)"),
     "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
     "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
     "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),

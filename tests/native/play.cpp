@@ -61,10 +61,16 @@ void product() {
     answer(y.data(), y.size());
 }
 
-/// The state array h, c or y of an op, its values following -> none; or as it is -> its values.
+/// The state array h, c, y or x of an op, its values following -> none; or as it is -> its values.
 void state(bool write) {
     const uint32_t op = read<uint32_t>();
     const char name = read<char>();
+    if (name == 'x') {
+        if (write) return stream->set_history(op, read<float>(stream->history_size(op)).data());
+        std::vector<float> found(stream->history_size(op));
+        stream->history(op, found.data());
+        return answer(found.data(), found.size());
+    }
     CellArgs& cell = stream->state(op).cell;
     float* const values = name == 'h' ? cell.h : name == 'c' ? cell.c : cell.y;
     if (!write) return answer(values, cell.units);

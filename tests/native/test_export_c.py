@@ -15,7 +15,7 @@ import tolerances
 from native.conftest import shell, tool
 from sparsefold.cli import main
 from sparsefold.export_c import _hex, c_name, export_c, write_c
-from sparsefold.program import EGRU, Program, Recurrent, ReLU
+from sparsefold.program import EGRU, Conv1d, Program, Recurrent, ReLU
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 F = np.float32
@@ -32,6 +32,8 @@ class Exported:
         for i, op in enumerate(program.ops):
             if isinstance(op, Recurrent):
                 code += [f"float *{n}_{i}(void) {{ return state.{n}_{i}; }}" for n in op.state]
+            if isinstance(op, Conv1d) and op.history:
+                code += [f"float *x_{i}(void) {{ state.at_{i} = 0; return state.x_{i}; }}"]
             if isinstance(op, EGRU):
                 code += [
                     f"void spoke_{i}(void) {{ uint32_t j; state.count_{i} = 0; for (j = 0; j < {op.outputs}; ++j)",
@@ -47,7 +49,10 @@ class Exported:
         op, name = key.split(".")
         function = getattr(self.lib, f"{name}_{op}")
         function.restype = ctypes.POINTER(ctypes.c_float)
-        return np.ctypeslib.as_array(function(), (self.program.ops[int(op)].outputs,))
+        found = self.program.ops[int(op)]
+        return np.ctypeslib.as_array(
+            function(), (found.history, found.inputs) if isinstance(found, Conv1d) else (found.outputs,)
+        )
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         for key, values in state.items():

@@ -14,7 +14,7 @@ from torch import Tensor
 from sparsefold import program as ops
 from sparsefold.formats import Dense, Float, Format, Precision
 from sparsefold.lowering.choose import choose, choose_all
-from sparsefold.nn import EGRU, KWTA, Stack
+from sparsefold.nn import EGRU, KWTA, CausalConv1d, Stack
 from sparsefold.program import Op, Program
 
 
@@ -53,7 +53,9 @@ def compile_model(
 
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
-            Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and Identity.
+            CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and
+            Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
+            Identity: its outputs are those of the causal convolution from the step on at which all of its taps have an input.
             Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
         weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32;
@@ -69,7 +71,9 @@ def compile_model(
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
     """
     lowered: list[Op | _Affine] = []
-    for name, module in _flatten("", model):
+    leaves = _flatten("", model)
+    _check_axes(model, leaves)
+    for name, module in leaves:
         lowered += _rule(name, module)(name, module, lowered[-1].outputs if lowered else 0)
     folded = _fold(lowered)
     if not folded:
@@ -104,6 +108,19 @@ def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Mod
     return [(name or "the model", module)]
 
 
+def _check_axes(model: torch.nn.Module, leaves: list[tuple[str, torch.nn.Module]]) -> None:
+    """A torch.nn.Conv1d takes time from the last axis: refused where that is the axis of features to others."""
+    convolution = next((name for name, m in leaves if type(m) is torch.nn.Conv1d), None)
+    other = next((f"{name} ({type(m).__name__})" for name, m in leaves if not isinstance(m, _LAST_AXIS_IS_TIME)), None)
+    if other is None and any(isinstance(m, Stack) for m in model.modules()):
+        other = "a Stack"
+    if convolution is not None and other is not None:
+        raise ValueError(
+            f"{convolution}: a torch.nn.Conv1d convolves the last axis, in which {other} sees features. "
+            "Use sparsefold.nn.CausalConv1d, which convolves over time in (time, batch, feature)."
+        )
+
+
 def _embedding(name: str, module: Any, width: int) -> list[Op]:
     if module.max_norm is not None:
         raise ValueError(f"{name}: an Embedding with max_norm changes its rows when read; set max_norm=None.")
@@ -112,6 +129,33 @@ def _embedding(name: str, module: Any, width: int) -> list[Op]:
 
 def _linear(name: str, module: Any, width: int) -> list[Op]:
     return [ops.Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
+
+
+def _causal_conv1d(name: str, module: Any, width: int) -> list[Op]:
+    """Torch's (O, I / groups, kernel) as (O, kernel I), zero between groups."""
+    (kernel,), (dilation,), groups = module.kernel_size, module.dilation, module.groups
+    weight = _array(module.weight)
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    wide = np.zeros((groups, outputs, kernel, groups, inputs), np.float32)
+    for g in range(groups):
+        wide[g, :, :, g] = weight[g * outputs : (g + 1) * outputs].transpose(0, 2, 1)
+    matrix, bias = Dense.from_dense(wide.reshape(groups * outputs, -1)), _bias(module.bias, groups * outputs)
+    if kernel == groups == 1:
+        return [ops.Linear(matrix, bias)]
+    return [ops.Conv1d(matrix, bias, kernel, dilation, groups)]
+
+
+def _conv1d(name: str, module: Any, width: int) -> list[Op]:
+    (kernel,), (dilation,), (stride,) = module.kernel_size, module.dilation, module.stride
+    if stride != 1:
+        raise ValueError(f"{name}: a Conv1d of stride {stride} gives no output at some steps. A stream needs stride=1.")
+    causal = (kernel - 1) * dilation
+    if module.padding not in ((0,), (causal,), "valid") or module.padding_mode != "zeros":
+        raise ValueError(
+            f"{name}: a Conv1d with padding={module.padding!r} of {module.padding_mode} sees what is to come or what never "
+            f"was. Use padding=0, padding={causal} of zeros (the first outputs are the stream's), or sparsefold.nn.CausalConv1d."
+        )
+    return _causal_conv1d(name, module, width)
 
 
 def _refuse_bidirectional(name: str, module: Any) -> None:
@@ -203,13 +247,13 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
         if waiting is not None:
             if not isinstance(op, ops.Linear | ops.Recurrent):
                 raise ValueError(
-                    f"{waiting.name}: a BatchNorm1d is folded into a Linear or Embedding before it, or into a Linear or "
-                    "recurrent layer after it; here is none. Put it beside one."
+                    f"{waiting.name}: a BatchNorm1d is folded into a Linear, Embedding or convolution before it, or into a "
+                    "Linear or recurrent layer after it; here is none. Put it beside one."
                 )
             out.append(_scaled_inputs(op, waiting))
             waiting = None
         elif isinstance(op, _Affine):
-            if out and isinstance(out[-1], ops.Linear | ops.Embedding):
+            if out and isinstance(out[-1], ops.Linear | ops.Embedding | ops.Conv1d):
                 out[-1] = _scaled_outputs(out[-1], op)
             else:
                 waiting = op
@@ -218,12 +262,12 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
     return out
 
 
-def _scaled_outputs(op: ops.Linear | ops.Embedding, affine: _Affine) -> Op:
+def _scaled_outputs(op: ops.Linear | ops.Embedding | ops.Conv1d, affine: _Affine) -> Op:
     affine.check(op.outputs)
     if isinstance(op, ops.Embedding):
         return ops.Embedding(_rounded(op.weight * affine.scale + affine.shift))
     weight = Dense(_rounded(op.weight.to_dense() * affine.scale[:, None]))
-    return ops.Linear(weight, _rounded(op.bias * affine.scale + affine.shift))
+    return replace(op, weight=weight, bias=_rounded(op.bias * affine.scale + affine.shift))
 
 
 def _scaled_inputs(op: ops.Linear | ops.Recurrent, affine: _Affine) -> Op:
@@ -247,6 +291,8 @@ def _nothing(name: str, module: Any, width: int) -> list[Op]:
 _RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.Embedding: _embedding,
     torch.nn.Linear: _linear,
+    CausalConv1d: _causal_conv1d,
+    torch.nn.Conv1d: _conv1d,
     torch.nn.GRU: _gru,
     torch.nn.LSTM: _lstm,
     torch.nn.RNN: _rnn,
@@ -259,6 +305,9 @@ _RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,
 }
+
+
+_LAST_AXIS_IS_TIME = (torch.nn.Conv1d, torch.nn.BatchNorm1d, torch.nn.ReLU, torch.nn.Dropout, torch.nn.Identity)
 
 
 def _rule(name: str, module: torch.nn.Module) -> Rule:
