@@ -148,6 +148,7 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         s.cell.groups = op.groups;
         if (op.speaks()) {
             s.events.assign(op.outputs, 0);
+            s.trace_at = trace_width_;
             trace_width_ += op.outputs;
         }
         if (op.kind != Op::Kind::egru) continue;
@@ -374,14 +375,11 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
 }
 
 template <class N>
-void Stream::play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
+void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const int64_t* token, Signal* signals,
                   uint8_t* trace) {
-    const FlushDenormals flush;
     const std::vector<Op>& ops = streams[0]->engine_->program.ops();
     const Kernels& k = *streams[0]->engine_->kernels;
-    Signal signals[room<N>];
-    for (size_t s = 0; s < n; ++s) signals[s].dense = x[s];
-    for (size_t i = 0; i < ops.size(); ++i) {
+    for (size_t i = first; i < last; ++i) {
         const Op& op = ops[i];
         switch (op.kind) {
             case Op::Kind::embedding:
@@ -421,24 +419,137 @@ void Stream::play(Stream* const* streams, N n, const int64_t* token, const float
         }
         if (!trace) continue;  // of one stream
         const Events& events = signals[0].events;
-        std::memset(trace, 0, op.outputs);
-        for (uint32_t e = 0; e < events.count; ++e) trace[events.index[e]] = 1;
-        trace += op.outputs;
-    }
-    for (size_t s = 0; s < n; ++s) {
-        std::memcpy(out[s], signals[s].dense, ops.back().outputs * sizeof(float));
-        ++streams[s]->steps_;
+        uint8_t* const spoke = trace + streams[0]->states_[i].trace_at;
+        std::memset(spoke, 0, op.outputs);
+        for (uint32_t e = 0; e < events.count; ++e) spoke[events.index[e]] = 1;
     }
 }
 
 void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
+    const FlushDenormals flush;
+    const Program& program = engine_->program;
     Stream* const self = this;
-    play(&self, One{}, &token, &x, &out, trace);
+    Signal signal;
+    signal.dense = x;
+    play(0, program.ops().size(), &self, One{}, &token, &signal, trace);
+    std::memcpy(out, signal.dense, program.outputs() * sizeof(float));
+    ++steps_;
 }
 
 void Stream::step_group(Stream* const* streams, size_t n, const int64_t* token, const float* const* x,
                         float* const* out) {
-    play(streams, n, token, x, out, nullptr);
+    const FlushDenormals flush;
+    const Program& program = streams[0]->engine_->program;
+    Signal signals[kBatch];
+    for (size_t s = 0; s < n; ++s) signals[s].dense = x[s];
+    play(0, program.ops().size(), streams, n, token, signals, nullptr);
+    for (size_t s = 0; s < n; ++s) {
+        std::memcpy(out[s], signals[s].dense, program.outputs() * sizeof(float));
+        ++streams[s]->steps_;
+    }
+}
+
+void Stream::run(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace) {
+    const Program& program = engine_->program;
+    if (program.whole_sequences()) return run_whole(steps, token, x, out, trace);
+    for (size_t t = 0; t < steps; ++t)
+        step(token ? token[t] : 0, x ? x + t * program.inputs() : nullptr, out + t * program.outputs(),
+             trace ? trace + t * trace_width_ : nullptr);
+}
+
+class Stream::Sequence {
+  public:
+    /// Room for `steps` steps of at most `dense` values or `events` events.
+    Sequence(size_t steps, size_t dense, size_t events)
+        : value_(checked(steps, std::max(dense, events))), index_(checked(steps, events)), count_(events ? steps : 0) {}
+    /// From now on each step holds `width` values, or as many events.
+    void start(size_t width, bool events) {
+        width_ = width;
+        events_ = events;
+        if (events) std::memset(count_.data(), 0, count_.size() * sizeof(uint32_t));
+    }
+    /// Adds what an op of `units` units hands on to step t, at values `first` on.
+    void add(size_t t, uint32_t first, uint32_t units, const Signal& signal) {
+        if (!events_) {
+            std::memcpy(value_.data() + t * width_ + first, signal.dense, units * sizeof(float));
+            return;
+        }
+        for (uint32_t e = 0; e < signal.events.count; ++e) {
+            const size_t at = t * width_ + count_[t]++;
+            index_[at] = first + signal.events.index[e];
+            value_[at] = signal.events.value[e];
+        }
+    }
+    Signal at(size_t t) const {
+        Signal signal;
+        if (events_)
+            signal.events = {index_.data() + t * width_, value_.data() + t * width_, count_[t]};
+        else
+            signal.dense = value_.data() + t * width_;
+        return signal;
+    }
+
+  private:
+    static size_t checked(size_t steps, size_t width) {
+        if (width && steps > SIZE_MAX / width) throw std::bad_alloc();
+        return steps * width;
+    }
+    Buffer<float> value_;
+    Buffer<uint32_t> index_, count_;
+    size_t width_ = 0;
+    bool events_ = false;
+};
+
+/// Layer by layer: stretches of ops that read forwards are played step by step, and between them both directions of a
+/// layer, each over all steps.
+void Stream::run_whole(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace) {
+    const Program& program = engine_->program;
+    const std::vector<Op>& ops = program.ops();
+    // What op i reads is kept where it or the one after it begins a stretch: of all these places the widest.
+    const auto two_ways = [&](size_t i) { return i + 1 < ops.size() && ops[i + 1].reverse; };
+    const auto hands_on_events = [&](size_t i) { return i < ops.size() && ops[i].reads_events; };
+    size_t dense = 0, events = 0;
+    for (size_t i = 1; i <= ops.size(); ++i)
+        if (ops[i - 1].reverse || two_ways(i)) {
+            const size_t width = ops[i - 1].outputs * (ops[i - 1].reverse ? size_t{2} : size_t{1});
+            (hands_on_events(i) ? events : dense) = std::max(hands_on_events(i) ? events : dense, width);
+        }
+    Sequence first(steps, dense, events), second(steps, dense, events);
+    Sequence *read = &first, *write = &second;
+    bool from_x = true;
+    const FlushDenormals flush;
+    Stream* const self = this;
+    const auto play_step = [&](size_t from, size_t to, size_t t) {
+        Signal signal = from_x ? Signal{} : read->at(t);
+        if (from_x) signal.dense = x ? x + t * program.inputs() : nullptr;
+        play(from, to, &self, One{}, token ? token + t : nullptr, &signal, trace ? trace + t * trace_width_ : nullptr);
+        return signal;
+    };
+    reset();
+    for (size_t i = 0;;) {
+        size_t end = i;
+        while (end < ops.size() && !two_ways(end)) ++end;
+        if (end == ops.size()) {
+            for (size_t t = 0; t < steps; ++t)
+                std::memcpy(out + t * program.outputs(), play_step(i, end, t).dense, program.outputs() * sizeof(float));
+            break;
+        }
+        if (end > i) {
+            const uint32_t width = ops[end - 1].outputs * (ops[end - 1].reverse ? 2 : 1);
+            write->start(width, ops[end].reads_events);
+            for (size_t t = 0; t < steps; ++t) write->add(t, 0, width, play_step(i, end, t));
+            std::swap(read, write);
+            from_x = false;
+        }
+        const uint32_t units = ops[end].outputs;
+        write->start(size_t{2} * units, hands_on_events(end + 2));
+        for (size_t t = 0; t < steps; ++t) write->add(t, 0, units, play_step(end, end + 1, t));
+        for (size_t t = steps; t-- > 0;) write->add(t, units, units, play_step(end + 1, end + 2, t));
+        std::swap(read, write);
+        from_x = false;
+        i = end + 2;
+    }
+    steps_ += steps;
 }
 
 Crew::Crew(size_t threads) : process_(getpid()) {

@@ -40,6 +40,7 @@ struct OpState {
     float* scaled = nullptr;  // r * y or r * h, when the reset gate acts before the product
     float* output = nullptr;  // linear, layer norm
     History history;
+    size_t trace_at = 0;                 // of its units in a trace
     std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
     std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
     std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
@@ -49,10 +50,15 @@ class Stream {
   public:
     explicit Stream(std::shared_ptr<const Engine> engine);
 
-    /// One step. Exactly one of `token` (in front of an embedding) and `x` (program.inputs() floats) is read; `out`
-    /// receives program.outputs() floats. The caller has checked the token. `trace`, if given, receives one byte per
-    /// unit of every EGRU and ReLU, in order: 1 where it emitted.
+    /// One step, of a program that does not play whole sequences. Exactly one of `token` (in front of an embedding) and
+    /// `x` (program.inputs() floats) is read; `out` receives program.outputs() floats. The caller has checked the
+    /// token. `trace`, if given, receives one byte per unit of every EGRU and ReLU, in order: 1 where it emitted.
     void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr);
+
+    /// `steps` steps: token (steps), or x (steps, inputs); out (steps, outputs), trace (steps, trace_width) or null. A
+    /// program that plays whole sequences starts from zero at each call, and first of all takes memory for what two of
+    /// its layers hand on at all steps; others take none.
+    void run(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace = nullptr);
 
     /// One step of each of `n` different streams of one engine, at most kBatch, as `step` would play it, to the bit:
     /// op by op, so that they share what the caches hold of its weights.
@@ -81,9 +87,13 @@ class Stream {
         const float* dense = nullptr;
         Events events{};
     };
-    // Of `n` streams: a compile-time 1 for `step`, so that a step and a batch are one text.
+    /// What a layer hands on at every step of a sequence: dense values, or lists of events.
+    class Sequence;
+    void run_whole(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace);
+    // Ops [first, last) of `n` streams: a compile-time 1 for `step`, so that a step and a batch are one text. `signals`
+    // are what the first of them reads, and then what the last one hands on.
     template <class N>
-    static void play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
+    static void play(size_t first, size_t last, Stream* const* streams, N n, const int64_t* token, Signal* signals,
                      uint8_t* trace);
     Signal window(size_t i, const Signal& x);
     template <class N>

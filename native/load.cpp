@@ -442,11 +442,12 @@ class Builder {
     void recurrent(const std::string& kind) {
         const MatrixView ih = matrix("weight_ih"), hh = matrix("weight_hh");
         const float *bias_ih = vector("bias_ih", ih.rows), *bias_hh = vector("bias_hh", hh.rows);
-        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh);
+        const bool reverse = fields_.count("reverse") && boolean("reverse");
+        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh, reverse);
         if (kind == "rnn")
-            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1);
+            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1, reverse);
         const bool reset_after = boolean("reset_after");
-        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after);
+        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after, reverse);
         const float* threshold = vector("threshold", hh.cols);
         for (uint32_t j = 0; j < hh.cols; ++j)
             if (!(threshold[j] >= 0)) refuse("every threshold must be a number >= 0");
@@ -457,7 +458,7 @@ class Builder {
         const double zoneout = number("zoneout");
         if (!(zoneout >= 0 && zoneout < 1)) refuse("zoneout must be in [0, 1)");
         program_.add_egru(ih, hh, bias_ih, bias_hh, threshold, reset_after, reset, always, events,
-                          static_cast<float>(zoneout));
+                          static_cast<float>(zoneout), reverse);
     }
     uint32_t whole(const char* name) {
         const std::optional<Json> said = field(name);

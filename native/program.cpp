@@ -455,20 +455,24 @@ size_t Matrix::nbytes() const {
            (index16_.size() + tail_.size()) * sizeof(uint16_t) + live_.size();
 }
 
-Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
+Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs, bool reverse) const {
     if (inputs == 0 || outputs == 0) refuse("every op needs at least one input and one output.");
-    if (!ops_.empty()) {
+    if (reverse && (ops_.empty() || ops_.back().kind != kind || ops_.back().reverse || ops_.back().inputs != inputs ||
+                    ops_.back().outputs != outputs))
+        refuse("an op that reads backwards follows one of its kind and sizes that reads forwards.");
+    if (!ops_.empty() && !reverse) {
         if (kind == Op::Kind::embedding) refuse("an embedding can only be the first op.");
-        if (ops_.back().outputs != inputs)
+        if (this->outputs() != inputs)
             refuse("op " + number(ops_.size()) + " reads " + number(inputs) + " values, but the op before it gives " +
-                   number(ops_.back().outputs) + ".");
+                   number(this->outputs()) + ".");
     }
     Op op;
     op.kind = kind;
     op.inputs = inputs;
     op.outputs = outputs;
     const bool pointwise = op.weightless() || kind == Op::Kind::layer_norm;  // no columns to leave out
-    op.reads_events = !pointwise && !ops_.empty() && ops_.back().emits_events;
+    op.reads_events = reverse ? ops_.back().reads_events : !pointwise && !ops_.empty() && ops_.back().emits_events;
+    op.reverse = reverse;
     return op;
 }
 
@@ -517,7 +521,7 @@ void Program::add_conv1d(const MatrixView& weight, const float* bias, uint32_t k
 }
 
 Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
-                           const float* bias_ih, const float* bias_hh, bool reset_after) const {
+                           const float* bias_ih, const float* bias_hh, bool reset_after, bool reverse) const {
     const uint32_t units = weight_hh.cols;
     if (weight_hh.gates != gates || weight_ih.gates != gates || uint64_t{weight_hh.rows} != uint64_t{units} * gates ||
         weight_ih.rows != weight_hh.rows)
@@ -525,7 +529,7 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
                " gates of as many rows; its matrices have " + number(weight_ih.rows) + " and " +
                number(weight_hh.rows) + " rows in " + number(weight_ih.gates) + " and " + number(weight_hh.gates) +
                " gates.");
-    Op op = make(kind, weight_ih.cols, units);
+    Op op = make(kind, weight_ih.cols, units, reverse);
     op.gates = gates;
     op.input = Matrix(weight_ih, op.reads());
     const Matrix::Reads spoken = kind == Op::Kind::egru ? Matrix::Reads::events : Matrix::Reads::dense;
@@ -538,14 +542,16 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
 }
 
 void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool reset_after) {
-    ops_.push_back(make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after));
+                      const float* bias_hh, bool reset_after, bool reverse) {
+    ops_.push_back(make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, reverse));
 }
 
 void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
                        const float* bias_hh, const float* threshold, bool reset_after, Reset reset, bool always,
-                       bool emits_events, float zoneout) {
-    Op op = make_recurrent(Op::Kind::egru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+                       bool emits_events, float zoneout, bool reverse) {
+    Op op = make_recurrent(Op::Kind::egru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, reverse);
+    if (reverse && ops_.back().emits_events != emits_events)
+        refuse("both directions hand on events, or both their state.");
     op.reset = reset;
     op.zoneout = zoneout;
     op.emits_events = emits_events;
@@ -557,13 +563,13 @@ void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh,
 }
 
 void Program::add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                       const float* bias_hh) {
-    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh));
+                       const float* bias_hh, bool reverse) {
+    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh, true, reverse));
 }
 
 void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool relu) {
-    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh);
+                      const float* bias_hh, bool relu, bool reverse) {
+    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh, true, reverse);
     op.relu = relu;
     ops_.push_back(std::move(op));
 }
@@ -592,6 +598,10 @@ void Program::add_weightless(Op::Kind kind, uint32_t units, uint32_t k, uint32_t
     ops_.push_back(std::move(op));
 }
 
+bool Program::whole_sequences() const {
+    return std::any_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.reverse; });
+}
+
 void Program::complete() const {
     for (const Op& op : ops_)
         if (!op.weightless()) return;
@@ -608,6 +618,7 @@ void Program::add_layer_norm(const float* weight, const float* bias, uint32_t un
 
 void Program::fold(const Kernels& kernels, uint64_t limit) {
     if (ops_.size() < 2 || !takes_tokens() || !ops_[1].recurrent()) return;
+    if (ops_.size() > 2 && ops_[2].reverse) return;  // it reads the embedding as well
     Op &embedding = ops_[0], &layer = ops_[1];
     const size_t stride = size_t{layer.gates} * pad(layer.outputs);
     if (uint64_t{embedding.inputs} * stride * sizeof(float) > limit) return;

@@ -149,6 +149,7 @@ struct Op {
     bool folded = false;               // embedding: skipped, the next op holds the table
     Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
     Buffer<float> bias_input, bias_hidden;
+    bool reverse = false;  // of a recurrent op: reads what the op before it reads, backwards; both outputs go on
     bool reset_after = true;
     bool relu = false;    // RNN only
     Buffer<float> scale;  // layer norm only, and its bias is bias_input
@@ -177,13 +178,16 @@ class Program {
     void add_embedding(const float* weight, uint32_t tokens, uint32_t width);
     void add_linear(const MatrixView& weight, const float* bias);
     void add_conv1d(const MatrixView& weight, const float* bias, uint32_t kernel, uint32_t dilation, uint32_t groups);
+    // `reverse`: of the kind and the sizes of the op before it, which plays forwards.
     void add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                 bool reset_after);
+                 bool reset_after, bool reverse = false);
     void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                  const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout);
-    void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh);
+                  const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout,
+                  bool reverse = false);
+    void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
+                  bool reverse = false);
     void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                 bool relu);
+                 bool relu, bool reverse = false);
     // Of all that the op before gives; events may be the first op.
     void add_relu() { add_weightless(Op::Kind::relu, 0); }
     void add_events(uint32_t units) { add_weightless(Op::Kind::events, units); }
@@ -199,15 +203,17 @@ class Program {
     /// Throws unless some op has weights: the others ask for memory that no file paid for.
     void complete() const;
     uint32_t inputs() const { return ops_.front().inputs; }
-    uint32_t outputs() const { return ops_.back().outputs; }
+    uint32_t outputs() const { return ops_.back().outputs * (ops_.back().reverse ? 2 : 1); }
+    /// Whether an op reads backwards: only `Stream::run` plays such a program, and each run starts from zero.
+    bool whole_sequences() const;
     bool takes_tokens() const { return ops_.front().kind == Op::Kind::embedding; }
     size_t nbytes() const;
 
   private:
     void add_weightless(Op::Kind kind, uint32_t units, uint32_t k = 0, uint32_t groups = 1);
-    Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const;
+    Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs, bool reverse = false) const;
     Op make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
-                      const float* bias_ih, const float* bias_hh, bool reset_after = true) const;
+                      const float* bias_ih, const float* bias_hh, bool reset_after, bool reverse) const;
     std::vector<Op> ops_;  // an op enters when it is complete: a refused one leaves no trace
 };
 

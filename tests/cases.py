@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -231,10 +231,15 @@ def rounded(ops: list[Any], precision: Any) -> tuple[Any, ...]:
     return sf.Program(tuple(ops)).rounded(precision).ops
 
 
+def two_ways(make: Any, r: np.random.Generator, *args: Any, **options: Any) -> list[Recurrent]:
+    """A layer that reads forwards and one of other weights that reads backwards."""
+    return [make(r, *args, **options), replace(make(r, *args, **options), reverse=True)]
+
+
 def network(name: str) -> sf.Program:
-    """One of :data:`NETWORKS`, the same every time."""
+    """One of :data:`NETWORKS` or :data:`WHOLE_SEQUENCES`, the same every time."""
     r = rng(*name.encode())
-    return sf.Program(tuple(NETWORKS[name](r)), {"name": name})
+    return sf.Program(tuple((NETWORKS | WHOLE_SEQUENCES)[name](r)), {"name": name})
 
 
 # One to three layers, with and without an embedding, every kind of last op, every format, sizes around a vector.
@@ -327,6 +332,30 @@ NETWORKS = {
         embedding(r, 7, 16), egru(r, 16, 150, Overlay(4), zoneout=0.2), egru(r, 150, 31, Overlay(17), 0.9, reset_after=False),
         linear(r, 31, 7, Overlay(2)),
     ],
+}  # fmt: skip
+
+
+# With layers that read both ways: at the start, at the end, one after the other, and with every kind of op around them.
+WHOLE_SEQUENCES = {
+    "two-ways-gru": lambda r: two_ways(gru, r, 3, 17),
+    "two-ways-lstm-2": lambda r: [*two_ways(lstm, r, 9, 16, (16, 1), 0.5), *two_ways(lstm, r, 32, 5), linear(r, 10, 3)],
+    "two-ways-rnn": lambda r: [
+        linear(r, 4, 7), *two_ways(rnn, r, 7, 9, "csc", 0.5), layer_norm(r, 18), ReLU(18), linear(r, 18, 5)
+    ],
+    "two-ways-egru-3": lambda r: [
+        *two_ways(egru, r, 6, 20, (4, 1), 0.5), *two_ways(egru, r, 40, 17, reset_after=False), conv1d(r, 34, 12, 2),
+        *two_ways(egru, r, 12, 9, output="state"),
+    ],
+    "two-ways-events": lambda r: [
+        Events(9), *two_ways(gru, r, 9, 10, (5, 3), 0.5, reset_after=False), KWTA(20, 4), gru(r, 20, 6)
+    ],
+    "two-ways-tokens": lambda r: [
+        embedding(r, 7, 12), *two_ways(egru, r, 12, 15), layer_norm(r, 30), linear(r, 30, 7), LogSoftmax(7)
+    ],
+    "two-ways-later": lambda r: [embedding(r, 7, 12), gru(r, 12, 15), *two_ways(rnn, r, 15, 8, nonlinearity="relu"), TopK(16, 2)],
+    "two-ways-w8a8": lambda r: rounded(
+        [*two_ways(gru, r, 9, 20, (16, 1), 0.5), *two_ways(egru, r, 40, 12, Overlay(4)), linear(r, 24, 3)], "w8a8"
+    ),
 }  # fmt: skip
 
 

@@ -98,6 +98,7 @@ class Engine:
         bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         reset_after: bool,
+        reverse: bool = False,
     ) -> None: ...
     def add_egru(
         self,
@@ -111,6 +112,7 @@ class Engine:
         always: bool,
         emits_events: bool,
         zoneout: float,
+        reverse: bool = False,
     ) -> None: ...
     def add_lstm(
         self,
@@ -118,6 +120,7 @@ class Engine:
         weight_hh: Matrix,
         bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        reverse: bool = False,
     ) -> None: ...
     def add_rnn(
         self,
@@ -126,6 +129,7 @@ class Engine:
         bias_ih: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         relu: bool,
+        reverse: bool = False,
     ) -> None: ...
     def add_relu(self) -> None: ...
     def add_events(self, units: int) -> None: ...

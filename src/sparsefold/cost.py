@@ -49,21 +49,25 @@ class Counts:
         """
         events, input_reads, hidden_reads = {}, {}, {}
         steps = len(next(iter(trace.values()))) if trace else steps
-        for i, emitted in trace.items():
-            flags = np.asarray(emitted) != 0
+        emitted = {i: np.asarray(flags) != 0 for i, flags in trace.items()}
+        for i, flags in emitted.items():
             events[i] = flags.sum(0)
-            if isinstance(program.ops[i], EGRU):
+            if isinstance(op := program.ops[i], EGRU):
                 before = (
                     np.zeros(flags.shape[1], bool) if emitted_before is None else np.asarray(emitted_before[i]) != 0
                 )
-                hidden_reads[i] = flags[:-1].sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
-            if i + 1 < len(program.ops) and program.reads_events(i + 1):
-                input_reads[i + 1] = events[i]
-                if isinstance(conv := program.ops[i + 1], Conv1d):
-                    remembered = (emitted_before or {}).get(i + 1, np.zeros((conv.history, conv.inputs)))
-                    seen = np.concatenate([np.asarray(remembered) != 0, flags])
-                    taps = range(0, conv.history + 1, conv.dilation)
-                    input_reads[i + 1] = np.concatenate([seen[first : first + len(flags)].sum(0) for first in taps])
+                read = flags[1:] if op.reverse else flags[:-1]
+                hidden_reads[i] = read.sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
+        for i, reader in enumerate(program.ops):
+            if not program.reads_events(i):
+                continue
+            flags = np.concatenate([emitted[j] for j in program.sources(i)], axis=1)
+            input_reads[i] = flags.sum(0)
+            if isinstance(reader, Conv1d):
+                remembered = (emitted_before or {}).get(i, np.zeros((reader.history, reader.inputs)))
+                seen = np.concatenate([np.asarray(remembered) != 0, flags])
+                taps = range(0, reader.history + 1, reader.dilation)
+                input_reads[i] = np.concatenate([seen[first : first + len(flags)].sum(0) for first in taps])
         return cls(steps, events, input_reads, hidden_reads)
 
     def event_rate(self, op: int | None = None) -> float:
@@ -203,10 +207,10 @@ def _state_bytes(i: int, op: Op, counts: Counts) -> int:
     A convolution writes its newest input and reads all taps.
     """
     if isinstance(op, Conv1d):
-        remembered = counts.input_reads.get(i)
-        if remembered is not None:  # what is read is counted at the op that emitted
-            return 8 * int(remembered[-op.inputs :].sum())
+        reads = counts.input_reads.get(i)
+        if reads is not None:
+            return 8 * int(reads[-op.inputs :].sum() + reads.sum())
         return 4 * (op.kernel + 1) * op.inputs * counts.steps
     dense = len(set(op.state) - {"y"}) if isinstance(op, Recurrent) else 0
-    listed = [counts.events.get(i), counts.hidden_reads.get(i), counts.input_reads.get(i + 1)]
+    listed = [counts.events.get(i), counts.hidden_reads.get(i), counts.input_reads.get(i)]
     return 2 * 4 * dense * op.outputs * counts.steps + 8 * sum(int(np.sum(n)) for n in listed if n is not None)

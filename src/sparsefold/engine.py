@@ -31,6 +31,7 @@ from sparsefold.program import (
     Speaking,
     TopK,
     matrices,
+    reads_backwards,
 )
 
 FOLD_LIMIT = 8 * 2**20
@@ -43,7 +44,8 @@ class Engine:
     Args:
         program: what to play.
         fold: ``"auto"`` replaces an embedding and the input product after it by one table in memory where that takes at most
-            8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way.
+            8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way. A layer that reads both ways leaves
+            the embedding as it is.
         isa: ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else the best of this
             processor.
         threads: between how many threads :meth:`step_batch` divides its streams, the caller's among them; at most 256. They
@@ -97,13 +99,14 @@ class Engine:
                 op.event == "always",
                 op.output == "events",
                 op.zoneout,
+                op.reverse,
             )
         elif isinstance(op, GRU):
-            self._core.add_gru(*weights, op.reset_after)
+            self._core.add_gru(*weights, op.reset_after, op.reverse)
         elif isinstance(op, RNN):
-            self._core.add_rnn(*weights, op.nonlinearity == "relu")
+            self._core.add_rnn(*weights, op.nonlinearity == "relu", op.reverse)
         else:
-            self._core.add_lstm(*weights)
+            self._core.add_lstm(*weights, op.reverse)
 
     @classmethod
     def load(
@@ -144,7 +147,8 @@ class Engine:
             out: float32 (B, O) to fill and return; a fresh array when left out.
 
         Raises:
-            ValueError: a stream of another engine or named twice, a token outside the vocabulary, an array of another shape.
+            ValueError: a stream of another engine or named twice, a token outside the vocabulary, an array of another shape, a
+                program that plays whole sequences.
             RuntimeError: a stream is in use by another thread. Nothing was played then.
         """
         try:
@@ -200,7 +204,8 @@ class Stream:
             out: float32 (O,) to fill and return; a fresh array when left out.
 
         Raises:
-            ValueError: a token outside the vocabulary, or an array of another shape or type.
+            ValueError: a token outside the vocabulary, an array of another shape or type, or a program that plays whole
+                sequences.
         """
         if out is None:
             out = np.empty(self._outputs, np.float32)
@@ -208,7 +213,11 @@ class Stream:
         return out
 
     def run(self, sequence: Any) -> Float:
-        """All steps of ``sequence`` (T,) token ids or (T, I) values, without Python in between; returns (T, O)."""
+        """All steps of ``sequence`` (T,) token ids or (T, I) values, without Python in between; returns (T, O).
+
+        A program with a layer that reads backwards plays each sequence from zero and carries nothing on. It takes memory for
+        what two of its layers hand on: 4 bytes a value, or 8 where events are read, at each of T steps.
+        """
         return self._run(sequence, np.empty((0, 0), np.uint8))
 
     def run_traced(self, sequence: Any) -> tuple[Float, dict[int, NDArray[np.bool_]]]:
@@ -253,7 +262,7 @@ class Stream:
 
     def save_state(self) -> State:
         """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,); for a
-        convolution ``"{op}.x"``, its last inputs, the oldest first, float32 (history, I).
+        convolution ``"{op}.x"``, its last inputs, the oldest first, float32 (history, I). Empty where each run starts from zero.
         """
         return {
             key: self._read(i, name, np.float32, *shape) for key, i, name, shape in _state_keys(self.engine.program)
@@ -363,7 +372,12 @@ def native_matrix(matrix: Format) -> _native.Matrix:
 
 
 def _state_keys(program: Program) -> list[tuple[str, int, str, tuple[int, ...]]]:
-    """(key, op, name, shape) of every state array."""
+    """(key, op, name, shape) of every state array that is carried from call to call."""
+    return [] if program.whole_sequences else _state_arrays(program)
+
+
+def _state_arrays(program: Program) -> list[tuple[str, int, str, tuple[int, ...]]]:
+    """The same from step to step."""
     found: list[tuple[str, int, str, tuple[int, ...]]] = []
     for i, op in enumerate(program.ops):
         if isinstance(op, Recurrent):
@@ -393,17 +407,22 @@ def interpret(
     Args:
         program: what to play.
         sequence: (T,) token ids or (T, I) values.
-        state: as from ``Stream.save_state``; zero when left out.
+        state: as from ``Stream.save_state``; zero when left out, and where the program plays whole sequences.
         dtype: precision of all arithmetic.
     """
-    keys = _state_keys(program)
-    now = {k: np.array(state[k] if state else np.zeros(shape), dtype) for k, _, _, shape in keys}
-    outputs = []
+    carried = {key for key, *_ in _state_keys(program)}
+    now = {
+        key: np.array(state[key] if state and key in carried else np.zeros(shape), dtype)
+        for key, _, _, shape in _state_arrays(program)
+    }
     events: dict[int, list[NDArray[Any]]] = {i: [] for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
     us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
-    for x in sequence:
-        value: Any = x if program.takes_tokens else np.asarray(x, dtype)
-        for i, op in enumerate(program.ops):
+    read: list[Any] = []  # by op i - 1, at every step
+    values: list[Any] = [x if program.takes_tokens else np.asarray(x, dtype) for x in sequence]
+    for i, op in enumerate(program.ops):
+        backwards, given = reads_backwards(op), []
+        read = read if backwards else values
+        for value in read[::-1] if backwards else read:
             if isinstance(op, Embedding):
                 value = op.weight[value].astype(dtype)
             elif isinstance(op, Linear):
@@ -456,16 +475,20 @@ def interpret(
                     now[f"{i}.c"] = _sigmoid(f_) * now[f"{i}.c"] + _sigmoid(i_) * np.tanh(g_)
                     value = _sigmoid(o_) * np.tanh(now[f"{i}.c"])
                 now[f"{i}.h"] = value
-        outputs.append(value)
+            given.append(value)
+        if backwards:
+            for rows in (events.get(i, []), us.get(i, [])):
+                rows.reverse()
+        values = [np.concatenate(both) for both in zip(values, given[::-1], strict=True)] if backwards else given
 
     def stacked(rows: list[NDArray[Any]], width: int, of: DTypeLike) -> NDArray[Any]:
         return np.array(rows, of).reshape(len(rows), width)
 
     return Interpretation(
-        stacked(outputs, program.outputs, dtype),
+        stacked(values, program.outputs, dtype),
         {i: stacked(rows, program.ops[i].outputs, np.bool_) for i, rows in events.items()},
         {i: stacked(rows, program.ops[i].outputs, dtype) for i, rows in us.items()},
-        now,
+        {key: now[key] for key in now if key in carried},
     )
 
 

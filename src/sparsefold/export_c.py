@@ -196,8 +196,13 @@ def export_c(program: Program, name: str, fold: bool | None = None) -> tuple[str
         fold: whether one table replaces the embedding and the input product behind it; default: where the table is smaller.
 
     Raises:
-        ValueError: no C name can be made of ``name``, or there is nothing to fold.
+        ValueError: no C name can be made of ``name``, there is nothing to fold, or a layer reads backwards.
     """
+    if program.whole_sequences:
+        raise ValueError(
+            "the exported C plays one step after the other in memory of a fixed size, but a layer of this program reads the "
+            "sequence backwards. Play it with the library: sparsefold_run_values or sparsefold_run_tokens."
+        )
     return _Writer(program, c_name(name), fold).text()
 
 

@@ -113,12 +113,17 @@ class Conv1d:
 
 @dataclass(frozen=True, eq=False)
 class Recurrent:
-    """What every recurrent op holds: a product of x and one of its own output, gates stacked in the rows as torch does."""
+    """What every recurrent op holds: a product of x and one of its own output, gates stacked in the rows as torch does.
+
+    ``reverse``: this op reads what the op before it reads, one of its kind that plays forwards, from the last step to the first,
+    and both outputs go on side by side, the forward ones first. A program that holds such an op plays whole sequences.
+    """
 
     weight_ih: Format  # (gates H, I)
     weight_hh: Format  # (gates H, H)
     bias_ih: Float  # (gates H,)
     bias_hh: Float  # (gates H,)
+    reverse: bool = field(default=False, kw_only=True)
     kind: ClassVar[str]
     gates: ClassVar[int]
     state: ClassVar[tuple[str, ...]] = ("h",)  # what is carried from step to step, (H,) each
@@ -300,6 +305,17 @@ OPS: dict[str, type[Op]] = {
 }
 
 
+def reads_backwards(op: Op) -> bool:
+    """Whether ``op`` reads what the op before it reads, from the last step to the first."""
+    return isinstance(op, Recurrent) and op.reverse
+
+
+def _sources(ops: tuple[Op, ...], i: int) -> tuple[int, ...]:
+    if i < len(ops) and reads_backwards(ops[i]):
+        return _sources(ops, i - 1)
+    return tuple(range(i - 1 - reads_backwards(ops[i - 1]), i)) if i else ()
+
+
 def matrices(op: Op) -> dict[str, Format]:
     """The weight matrices of an op that are stored in a format, by field name."""
     return {f.name: v for f in fields(op) if is_format(v := getattr(op, f.name))}
@@ -338,11 +354,21 @@ class Program:
     @property
     def outputs(self) -> int:
         """Values given per step."""
-        return self.ops[-1].outputs
+        return sum(self.ops[j].outputs for j in self.sources(len(self.ops)))
+
+    @property
+    def whole_sequences(self) -> bool:
+        """True when an op reads backwards: then only ``Stream.run`` plays the program, and each run starts from zero."""
+        return any(map(reads_backwards, self.ops))
+
+    def sources(self, i: int) -> tuple[int, ...]:
+        """The ops whose outputs, side by side, op ``i`` reads; none where it reads the input. ``len(ops)``: those handed out."""
+        return _sources(self.ops, i)
 
     def reads_events(self, i: int) -> bool:
         """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
-        before = self.ops[i - 1] if i else None
+        sources = self.sources(i)
+        before = self.ops[sources[-1]] if sources else None  # both directions of a layer emit, or none
         emits = isinstance(before, Picks) or (isinstance(before, EGRU) and before.output == "events")
         return emits and isinstance(self.ops[i], Linear | Conv1d | Recurrent)
 
@@ -504,6 +530,8 @@ def _describe(op: Op) -> dict[str, Any]:
         value = getattr(op, f.name)
         if is_format(value):
             described[f.name] = value.layout()
+        elif f.kw_only and value == f.default:  # younger than the format
+            continue
         elif not isinstance(value, np.ndarray):
             described[f.name] = value
     return described
@@ -526,6 +554,8 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
         return array
 
     for name, f in known.items():
+        if f.kw_only:
+            values.setdefault(name, f.default)
         if f.type == "Format":
             values[name] = _build_matrix(i, name, values.get(name), take)
         elif f.type == "Float":
@@ -610,11 +640,15 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 _check(op.event in ("threshold", "always"), f"{where}: event must be threshold or always.")
                 _check(op.output in ("events", "state"), f"{where}: output must be events or state.")
                 _check(0 <= op.zoneout < 1, f"{where}: zoneout must be in [0, 1), got {op.zoneout}.")
-        if i:
+        if reads_backwards(op):
             _check(
-                ops[i - 1].outputs == op.inputs,
-                f"{where} reads {op.inputs} values, but op {i - 1} ({ops[i - 1].kind}) gives {ops[i - 1].outputs}.",
+                _both_ways(op, ops[i - 1] if i else None),
+                f"{where}: an op that reads backwards follows one of its kind and sizes that reads forwards, and both hand on "
+                "events or both their state.",
             )
+        if sources := _sources(ops, i):
+            j, given = sources[-1], sum(ops[s].outputs for s in sources)
+            _check(given == op.inputs, f"{where} reads {op.inputs} values, but op {j} ({ops[j].kind}) gives {given}.")
         _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
     _check(not all(isinstance(op, Weightless) for op in ops), "a program needs an op with weights.")
     remembered = sum(op.history * op.inputs for op in ops if isinstance(op, Conv1d))
@@ -627,6 +661,13 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 f"every weight must be finite, but tensor {name} holds {array[tuple(where)]} at {where}. "
                 "Training probably diverged: lower the learning rate, or load an earlier checkpoint."
             )
+
+
+def _both_ways(op: Op, before: Op | None) -> bool:
+    if before is None or type(before) is not type(op) or reads_backwards(before):
+        return False
+    sizes = (before.inputs, before.outputs) == (op.inputs, op.outputs)
+    return sizes and bool(getattr(before, "output", None) == getattr(op, "output", None))
 
 
 def _validate_conv1d(where: str, op: Conv1d) -> None:

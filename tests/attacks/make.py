@@ -272,6 +272,52 @@ def _norm(*changes: Any, **options: Any) -> Any:
     return change
 
 
+def _reverse(said: Any = True, **options: Any) -> Any:
+    """Op 1 as a gru, and once more behind it, reading backwards; the decoder is left out."""
+
+    def change(file: File) -> None:
+        _cell("gru", reset_after=True)(file)
+        file.ops[2:] = [{**deepcopy(file.ops[1]), "reverse": said, **options}]
+        kept = {name: t for name, t in file.tensors.items() if not name.startswith("2.")}
+        file.tensors = kept | {f"2{name[1:]}": list(t) for name, t in kept.items() if name.startswith("1.")}
+
+    return change
+
+
+def _reverse_alone(file: File) -> None:
+    """Op 1 reads backwards what an embedding reads."""
+    _reverse()(file)
+    file.ops[1]["reverse"] = True
+    del file.ops[2]
+    file.tensors = {name: t for name, t in file.tensors.items() if not name.startswith("2.")}
+
+
+def _reverse_of_an_egru(file: File) -> None:
+    """A gru that reads backwards what an egru reads."""
+    _reverse()(file)
+    file.ops[1] = File().ops[1]
+    file.tensors["1.threshold"] = File().tensors["1.threshold"]
+
+
+def _reverse_of_one_unit(file: File) -> None:
+    """The direction that reads backwards has one unit, the other two."""
+    _reverse()(file)
+    for name, cols in (("weight_ih", 2), ("weight_hh", 1)):
+        file.ops[2][name] = {"format": "dense", "rows": 3, "cols": cols, "gates": 3}
+        file.tensors[f"2.{name}.values"] = ["F32", [3, cols], bytes(12 * cols)]
+        file.tensors[f"2.bias_{name[-2:]}"] = ["F32", [3], bytes(12)]
+    for name in ("block_row", "start"):
+        del file.tensors[f"2.weight_hh.{name}"]
+
+
+def _reverse_too_wide(file: File) -> None:
+    """A linear op of two inputs behind two directions of two units each."""
+    _reverse()(file)
+    sound = File()
+    file.ops.append(sound.ops[2])
+    file.tensors |= {f"3{name[1:]}": t for name, t in sound.tensors.items() if name.startswith("2.")}
+
+
 def _conv(*changes: Any, groups: int = 1, **options: Any) -> Any:
     """A conv1d of two taps as op 3, the last one; every output reads the input of its own number. Then further changes."""
 
@@ -444,6 +490,14 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "norm_of_a_matrix": (_file(_norm(_tensor("3.weight", "F32", [3, 1]), epsilon=1e-5)), "weight has one axis; got (3, 1)"),
     "norm_of_a_number": (_file(_norm(_tensor("3.weight", "F32", [], b"\0" * 4), epsilon=1e-5)), "weight has one axis; got ()"),
     "norm_short_bias": (_file(_norm(_tensor("3.bias", "F32", [2], b"\0" * 8), epsilon=1e-5)), "bias must be (3,), got (2,)"),
+    "reverse_a_number": (_file(_reverse(1)), "reverse must be true or false"),
+    "reverse_null": (_file(_reverse(None)), "reverse must be true or false"),
+    "reverse_alone": (_file(_reverse_alone), "an op that reads backwards follows one of its kind"),
+    "reverse_twice": (_file(lambda f: (_reverse()(f), f.ops[1].update(reverse=True))), "an op that reads backwards follows"),
+    "reverse_of_another_kind": (_file(_reverse_of_an_egru), "an op that reads backwards follows one of its kind"),
+    "reverse_of_one_unit": (_file(_reverse_of_one_unit), "an op that reads backwards follows one of its kind and sizes"),
+    "reverse_of_a_linear": (_file(_set(2, "reverse", True)), "unknown field 'reverse'"),
+    "reverse_then_one_width": (_file(_reverse_too_wide), "reads 2 values, but op 2 (gru) gives 4"),
     "conv_kernel_zero": (_file(_conv(kernel=0)), "kernel must be a whole number between 1 and 2^28"),
     "conv_kernel_does_not_divide": (_file(_conv(kernel=4)), "6 columns cannot hold 4 taps"),
     "conv_kernel_huge": (_file(_conv(kernel=2**28 - 1)), "6 columns cannot hold 268435455 taps"),

@@ -191,6 +191,14 @@ def test_folding_is_chosen_where_it_saves_memory():
     assert "table[" in export_c(few, "a")[1] and "table[" not in export_c(many, "a")[1]
 
 
+def test_a_program_that_plays_whole_sequences_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"reads the sequence backwards\. Play it with the library: sparsefold_run_values"
+    ):
+        write_c(network("two-ways-gru"), tmp_path, "net")
+    assert not list(tmp_path.iterdir())
+
+
 def test_names():
     assert [c_name(n) for n in ("net", "my net-2", "2fast", "_x_", "größe", "a.b")] == [
         "net", "my_net_2", "net_2fast", "x", "gr_e", "a_b"

@@ -74,16 +74,24 @@ def compile_model(
     leaves = _flatten("", model)
     _check_axes(model, leaves)
     for name, module in leaves:
-        lowered += _rule(name, module)(name, module, lowered[-1].outputs if lowered else 0)
+        lowered += _rule(name, module)(name, module, _width(lowered))
     folded = _fold(lowered)
     if not folded:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
-        folded += _head(head, folded[-1].outputs)
+        folded += _head(head, _width(folded))
         program = choose_all(Program(tuple(folded), dict(metadata or {})), sample, tune, weights)
         return program.rounded(weights)
     except ValueError as error:
         raise ValueError(f"the model cannot be compiled: {error}") from error
+
+
+def _width(lowered: Sequence[Op | _Affine]) -> int:
+    """Values that the last of them hands on, 0 where there is none."""
+    if not lowered:
+        return 0
+    last = lowered[-1]
+    return last.outputs * (1 if isinstance(last, _Affine) else 1 + ops.reads_backwards(last))
 
 
 def _head(head: Any, width: int) -> list[Op]:
@@ -158,51 +166,49 @@ def _conv1d(name: str, module: Any, width: int) -> list[Op]:
     return _causal_conv1d(name, module, width)
 
 
-def _refuse_bidirectional(name: str, module: Any) -> None:
-    if module.bidirectional:
-        raise ValueError(
-            f"{name}: a bidirectional {type(module).__name__} needs the whole sequence and cannot be streamed."
-        )
+def _layers(module: Any) -> list[tuple[str, bool]]:
+    """(suffix of its parameters, whether it reads backwards) of every layer and direction, as they are played."""
+    ways = (False, True) if module.bidirectional else (False,)
+    return [(f"l{k}{'_reverse' * reverse}", reverse) for k in range(module.num_layers) for reverse in ways]
 
 
-def _arrays(module: Any, k: int, gates: int) -> tuple[Format, Format, Float, Float]:
-    """Weights and biases of layer ``k`` of anything that names them as ``torch.nn.RNNBase`` does."""
-    biases = (getattr(module, f"bias_{which}_l{k}", None) for which in ("ih", "hh"))
+def _arrays(module: Any, layer: str, gates: int) -> tuple[Format, Format, Float, Float]:
+    """Weights and biases of a layer of anything that names them as ``torch.nn.RNNBase`` does."""
+    biases = (getattr(module, f"bias_{which}_{layer}", None) for which in ("ih", "hh"))
     bias_ih, bias_hh = (_bias(b if module.bias else None, gates * module.hidden_size) for b in biases)
-    weight_ih, weight_hh = (_matrix(getattr(module, f"weight_{which}_l{k}"), gates) for which in ("ih", "hh"))
+    weight_ih, weight_hh = (_matrix(getattr(module, f"weight_{which}_{layer}"), gates) for which in ("ih", "hh"))
     return weight_ih, weight_hh, bias_ih, bias_hh
 
 
 def _gru(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
-    return [ops.GRU(*_arrays(module, k, 3)) for k in range(module.num_layers)]
+    return [ops.GRU(*_arrays(module, layer, 3), reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _lstm(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
     if module.proj_size:
         raise ValueError(f"{name}: an LSTM with proj_size cannot be compiled. Train it with proj_size=0.")
-    return [ops.LSTM(*_arrays(module, k, 4)) for k in range(module.num_layers)]
+    return [ops.LSTM(*_arrays(module, layer, 4), reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _rnn(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
-    return [ops.RNN(*_arrays(module, k, 1), nonlinearity=module.nonlinearity) for k in range(module.num_layers)]
+    kind = module.nonlinearity
+    return [ops.RNN(*_arrays(module, layer, 1), kind, reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _egru(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
+    last = f"l{module.num_layers - 1}"
     return [
         ops.EGRU(
-            *_arrays(module, k, 3),
+            *_arrays(module, layer, 3),
             reset_after=module.reset_after,
-            threshold=np.maximum(_array(getattr(module, f"threshold_l{k}")), 0),
+            threshold=np.maximum(_array(getattr(module, f"threshold_{layer}")), 0),
             reset=module.reset,
             event=module.event,
-            output=module.output if k == module.num_layers - 1 else "events",
+            output=module.output if layer.removesuffix("_reverse") == last else "events",
             zoneout=float(module.zoneout),
+            reverse=reverse,
         )
-        for k in range(module.num_layers)
+        for layer, reverse in _layers(module)
     ]
 
 
@@ -243,7 +249,10 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
     """Every _Affine multiplied into the op before it, or else into the one after it."""
     out: list[Op] = []
     waiting: _Affine | None = None
+    taken: _Affine | None = None  # by the op before this one
     for op in (*lowered, None):
+        if taken is not None and isinstance(op, ops.Recurrent) and op.reverse:  # reads the same
+            op, taken = _scaled_inputs(op, taken), None
         if waiting is not None:
             if not isinstance(op, ops.Linear | ops.Recurrent):
                 raise ValueError(
@@ -251,7 +260,7 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
                     "Linear or recurrent layer after it; here is none. Put it beside one."
                 )
             out.append(_scaled_inputs(op, waiting))
-            waiting = None
+            waiting, taken = None, waiting
         elif isinstance(op, _Affine):
             if out and isinstance(out[-1], ops.Linear | ops.Embedding | ops.Conv1d):
                 out[-1] = _scaled_outputs(out[-1], op)
@@ -259,6 +268,7 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
                 waiting = op
         elif op is not None:
             out.append(op)
+            taken = None
     return out
 
 
