@@ -540,7 +540,8 @@ NB_MODULE(_native, m) {
              "reverse"_a = false)
         .def("add_egru", &PyEngine::add_egru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "threshold"_a,
              "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a, "reverse"_a = false)
-        .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reverse"_a = false)
+        .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a,
+             "reverse"_a = false)
         .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a,
              "reverse"_a = false)
         .def("add_relu", &PyEngine::add_relu)
