@@ -36,7 +36,8 @@ typedef enum {
                                     * a stream of another engine, or twice */
     SPARSEFOLD_ERROR_TOKEN = 4,    /* the token is outside the vocabulary */
     SPARSEFOLD_ERROR_BUSY = 5,     /* another thread is using this stream */
-    SPARSEFOLD_ERROR_MEMORY = 6
+    SPARSEFOLD_ERROR_MEMORY = 6,
+    SPARSEFOLD_ERROR_SEQUENCE = 7  /* a step of a program that plays whole sequences */
 } sparsefold_status;
 
 /* What a status means: one sentence, never null, never to be freed. */
@@ -60,6 +61,7 @@ typedef struct {
     size_t ops;       /* numbered from 0 in the order they are played */
     int takes_tokens; /* 1: sparsefold_step_token; 0: sparsefold_step_values */
     const char *isa;  /* the instruction set in use */
+    int whole_sequences; /* 1: a layer reads backwards, so that only sparsefold_run_... plays it */
 } sparsefold_info;
 
 /* Lives as long as the engine. Later versions add fields at the end. */
@@ -75,6 +77,13 @@ SPARSEFOLD_API sparsefold_status sparsefold_stream_reset(sparsefold_stream *stre
 /* One step; y receives `outputs` values. Neither allocates. */
 SPARSEFOLD_API sparsefold_status sparsefold_step_token(sparsefold_stream *stream, int64_t token, float *y);
 SPARSEFOLD_API sparsefold_status sparsefold_step_values(sparsefold_stream *stream, const float *x, float *y);
+
+/* `steps` steps: tokens (steps), or x (steps, inputs); y (steps, outputs). The same as a step after the other, without
+ * allocation; but a program that plays whole sequences starts from zero at each call, keeps no state, and allocates room for the
+ * outputs of two of its layers at all steps: SPARSEFOLD_ERROR_MEMORY where there is none. */
+SPARSEFOLD_API sparsefold_status sparsefold_run_tokens(sparsefold_stream *stream, size_t steps, const int64_t *tokens,
+                                                       float *y);
+SPARSEFOLD_API sparsefold_status sparsefold_run_values(sparsefold_stream *stream, size_t steps, const float *x, float *y);
 
 /* One step of each of `count` different streams of this engine, bit for bit what a step of each alone gives: tokens (count), or
  * x (count, inputs); y (count, outputs). They share what is read of the weights, and the engine's threads. Neither allocates.

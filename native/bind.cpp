@@ -190,33 +190,38 @@ struct PyEngine {
         open();
         program.add_linear(weight.view, vector(bias, weight.view.rows, "bias"));
     }
+    void add_conv1d(const PyMatrix& weight, Vector bias, uint32_t kernel, uint32_t dilation, uint32_t groups) {
+        open();
+        program.add_conv1d(weight.view, vector(bias, weight.view.rows, "bias"), kernel, dilation, groups);
+    }
     void add_gru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool reset_after,
-                 float delta_input, float delta_hidden) {
+                 float delta_input, float delta_hidden, bool reverse) {
         open();
         program.add_gru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
-                        vector(bias_hh, hh.view.rows, "bias_hh"), reset_after, {delta_input, delta_hidden});
+                        vector(bias_hh, hh.view.rows, "bias_hh"), reset_after, {delta_input, delta_hidden}, reverse);
     }
     void add_egru(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, Vector threshold,
-                  bool reset_after, const std::string& reset, bool always, bool emits_events, float zoneout) {
+                  bool reset_after, const std::string& reset, bool always, bool emits_events, float zoneout,
+                  bool reverse) {
         open();
         const Reset kind = reset == "threshold" ? Reset::threshold : reset == "output" ? Reset::output : Reset::none;
         if (kind == Reset::none && reset != "none")
             throw std::invalid_argument("reset '" + reset + "' is not one of threshold, output, none.");
         program.add_egru(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
                          vector(bias_hh, hh.view.rows, "bias_hh"), vector(threshold, hh.view.cols, "threshold"),
-                         reset_after, kind, always, emits_events, zoneout);
+                         reset_after, kind, always, emits_events, zoneout, reverse);
     }
     void add_lstm(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, float delta_input,
-                  float delta_hidden) {
+                  float delta_hidden, bool reverse) {
         open();
         program.add_lstm(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
-                         vector(bias_hh, hh.view.rows, "bias_hh"), {delta_input, delta_hidden});
+                         vector(bias_hh, hh.view.rows, "bias_hh"), {delta_input, delta_hidden}, reverse);
     }
     void add_rnn(const PyMatrix& ih, const PyMatrix& hh, Vector bias_ih, Vector bias_hh, bool relu, float delta_input,
-                 float delta_hidden) {
+                 float delta_hidden, bool reverse) {
         open();
         program.add_rnn(ih.view, hh.view, vector(bias_ih, ih.view.rows, "bias_ih"),
-                        vector(bias_hh, hh.view.rows, "bias_hh"), relu, {delta_input, delta_hidden});
+                        vector(bias_hh, hh.view.rows, "bias_hh"), relu, {delta_input, delta_hidden}, reverse);
     }
     void add_relu() {
         open();
@@ -293,6 +298,14 @@ class FloatBuffer {
     Py_buffer view_{};
 };
 
+/// For a step, of one stream or of many.
+void check_steps(const Program& program) {
+    if (program.whole_sequences())
+        throw std::invalid_argument(
+            "this program has a layer that reads backwards, so that it plays whole sequences, not one step. "
+            "Pass the sequence to Stream.run().");
+}
+
 void check_token(const Program& program, int64_t token) {
     if (token < 0 || token >= static_cast<int64_t>(program.inputs()))
         throw std::invalid_argument("token " + std::to_string(token) +
@@ -306,6 +319,7 @@ class PyStream {
 
     void step(nb::handle x, nb::handle out) {
         const Program& program = engine_->program;
+        check_steps(program);
         const FloatBuffer target(out, program.outputs(), "out", true);
         if (program.takes_tokens()) {
             run_one(token(x), nullptr, target.data());
@@ -319,15 +333,13 @@ class PyStream {
                     nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> trace) {
         if (!engine_->program.takes_tokens()) throw std::invalid_argument("this program reads values, not tokens.");
         for (size_t t = 0; t < tokens.shape(0); ++t) check_token(tokens(t));
-        run(tokens.shape(0), out, trace,
-            [&](size_t t) { return std::pair<int64_t, const float*>(tokens(t), nullptr); });
+        run(tokens.shape(0), tokens.data(), nullptr, out, trace);
     }
     void run_values(Array<float, 2> x, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
                     nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu> trace) {
         if (engine_->program.takes_tokens() || x.shape(1) != engine_->program.inputs())
             throw std::invalid_argument("sequence does not fit the program's input.");
-        run(x.shape(0), out, trace,
-            [&](size_t t) { return std::pair<int64_t, const float*>(0, x.data() + t * x.shape(1)); });
+        run(x.shape(0), nullptr, x.data(), out, trace);
     }
 
     void reset() {
@@ -359,6 +371,11 @@ class PyStream {
             c.read(values.data());
             return copy(values.data(), values.size(), nb::dtype<float>());
         }
+        if (name == "x" && stream_.history_size(op)) {
+            if (out.dtype() != nb::dtype<float>() || out.shape(0) != stream_.history_size(op))
+                throw std::invalid_argument("cannot read 'x'.");
+            return stream_.history(op, static_cast<float*>(out.data()));
+        }
         if (name == "events") return counters(s.events);
         if (name == "input_reads") return counters(s.input_reads);
         if (name == "hidden_reads") return counters(s.hidden_reads);
@@ -367,6 +384,8 @@ class PyStream {
     void write(size_t op, const std::string& name, Vector values) {
         const Lock lock(stream_);
         OpState& s = at(op);
+        if (name == "x" && values.shape(0) && values.shape(0) == stream_.history_size(op))
+            return stream_.set_history(op, values.data());
         const Carried changes = stream_.changes(op, name);
         const size_t size = changes.at ? changes.size() : s.cell.units;
         if (values.shape(0) != size || size == 0) throw std::invalid_argument("cannot write '" + name + "'.");
@@ -420,19 +439,16 @@ class PyStream {
         nb::gil_scoped_release release;
         stream_.step(token, x, out);
     }
-    template <class Source>
-    void run(size_t steps, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out,
-             nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& trace, Source source) {
+    void run(size_t steps, const int64_t* tokens, const float* x,
+             nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out,
+             nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& trace) {
         const bool traced = trace.shape(0) != 0;
         if (out.shape(0) != steps || out.shape(1) != engine_->program.outputs() ||
             (traced && (trace.shape(0) != steps || trace.shape(1) != stream_.trace_width())))
             throw std::invalid_argument("output or trace does not fit the sequence.");
         const Lock lock(stream_);
         nb::gil_scoped_release release;
-        for (size_t t = 0; t < steps; ++t) {
-            const auto [token, x] = source(t);
-            stream_.step(token, x, out.data() + t * out.shape(1), traced ? trace.data() + t * trace.shape(1) : nullptr);
-        }
+        stream_.run(steps, tokens, x, out.data(), traced ? trace.data() : nullptr);
     }
 
     friend struct PyEngine;
@@ -461,6 +477,7 @@ void PyEngine::step_batch_values(const std::vector<PyStream*>& streams, Array<fl
 
 void PyEngine::play_batch(const std::vector<PyStream*>& streams, const int64_t* tokens, const float* x,
                           float* out) const {
+    check_steps(get().program);
     for (size_t s = 0; s < streams.size(); ++s)
         if (!streams[s] || streams[s]->engine_ != engine)
             throw std::invalid_argument("stream " + std::to_string(s) +
@@ -529,14 +546,15 @@ NB_MODULE(_native, m) {
         .def(nb::init<>())
         .def("add_embedding", &PyEngine::add_embedding, "weight"_a)
         .def("add_linear", &PyEngine::add_linear, "weight"_a, "bias"_a)
+        .def("add_conv1d", &PyEngine::add_conv1d, "weight"_a, "bias"_a, "kernel"_a, "dilation"_a, "groups"_a)
         .def("add_gru", &PyEngine::add_gru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "reset_after"_a,
-             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f)
+             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f, "reverse"_a = false)
         .def("add_egru", &PyEngine::add_egru, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "threshold"_a,
-             "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a)
+             "reset_after"_a, "reset"_a, "always"_a, "emits_events"_a, "zoneout"_a, "reverse"_a = false)
         .def("add_lstm", &PyEngine::add_lstm, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a,
-             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f)
+             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f, "reverse"_a = false)
         .def("add_rnn", &PyEngine::add_rnn, "weight_ih"_a, "weight_hh"_a, "bias_ih"_a, "bias_hh"_a, "relu"_a,
-             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f)
+             "delta_input"_a = -1.0f, "delta_hidden"_a = -1.0f, "reverse"_a = false)
         .def("add_relu", &PyEngine::add_relu)
         .def("add_events", &PyEngine::add_events, "units"_a)
         .def("add_kwta", &PyEngine::add_kwta, "units"_a, "k"_a, "groups"_a)

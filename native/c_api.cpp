@@ -53,11 +53,26 @@ sparsefold_status step(sparsefold_stream* handle, bool takes_tokens, int64_t tok
     Stream& stream = handle->stream;
     const Program& program = stream.engine().program;
     if (program.takes_tokens() != takes_tokens) return SPARSEFOLD_ERROR_ARGUMENT;
+    if (program.whole_sequences()) return SPARSEFOLD_ERROR_SEQUENCE;
     if (takes_tokens && (token < 0 || token >= static_cast<int64_t>(program.inputs()))) return SPARSEFOLD_ERROR_TOKEN;
     const Claim claim(stream);
     if (!claim) return SPARSEFOLD_ERROR_BUSY;
     stream.step(token, x, y);
     return SPARSEFOLD_OK;
+}
+
+sparsefold_status run(sparsefold_stream* handle, bool takes_tokens, size_t steps, const int64_t* tokens, const float* x,
+                      float* y) {
+    if (!handle || (steps && (!y || !(takes_tokens ? static_cast<const void*>(tokens) : x))))
+        return SPARSEFOLD_ERROR_ARGUMENT;
+    Stream& stream = handle->stream;
+    const Program& program = stream.engine().program;
+    if (program.takes_tokens() != takes_tokens) return SPARSEFOLD_ERROR_ARGUMENT;
+    for (size_t t = 0; takes_tokens && t < steps; ++t)
+        if (tokens[t] < 0 || tokens[t] >= static_cast<int64_t>(program.inputs())) return SPARSEFOLD_ERROR_TOKEN;
+    const Claim claim(stream);
+    if (!claim) return SPARSEFOLD_ERROR_BUSY;
+    return guarded(nullptr, 0, [&] { stream.run(steps, tokens, x, y); });
 }
 
 sparsefold_status step_batch(const sparsefold_engine* handle, sparsefold_stream* const* handles, size_t n,
@@ -66,6 +81,7 @@ sparsefold_status step_batch(const sparsefold_engine* handle, sparsefold_stream*
         return SPARSEFOLD_ERROR_ARGUMENT;
     const Program& program = handle->engine->program;
     if (program.takes_tokens() != takes_tokens) return SPARSEFOLD_ERROR_ARGUMENT;
+    if (program.whole_sequences()) return SPARSEFOLD_ERROR_SEQUENCE;
     for (size_t s = 0; s < n; ++s) {
         if (!handles[s] || &handles[s]->stream.engine() != handle->engine.get()) return SPARSEFOLD_ERROR_ARGUMENT;
         if (takes_tokens && (tokens[s] < 0 || tokens[s] >= static_cast<int64_t>(program.inputs())))
@@ -101,6 +117,9 @@ const char* sparsefold_status_text(sparsefold_status status) {
             return "Another thread is using this stream. Give each thread its own.";
         case SPARSEFOLD_ERROR_MEMORY:
             return "There is not enough memory.";
+        case SPARSEFOLD_ERROR_SEQUENCE:
+            return "This program plays whole sequences, not one step: a layer reads backwards. Call "
+                   "sparsefold_run_....";
     }
     return "This status is unknown.";
 }
@@ -118,8 +137,8 @@ sparsefold_status sparsefold_load(const void* data, size_t size, const char* isa
         made->engine = std::make_shared<const Engine>(load_program(data, size), isa ? isa : "", kFoldLimit);
         made->crew.reset(new Crew(1));
         const Program& program = made->engine->program;
-        made->info = {program.inputs(), program.outputs(), program.ops().size(), program.takes_tokens(),
-                      made->engine->isa.c_str()};
+        made->info = {program.inputs(),       program.outputs(),         program.ops().size(),
+                      program.takes_tokens(), made->engine->isa.c_str(), program.whole_sequences()};
         *engine = made.release();
     });
 }
@@ -179,6 +198,14 @@ sparsefold_status sparsefold_step_token(sparsefold_stream* stream, int64_t token
 
 sparsefold_status sparsefold_step_values(sparsefold_stream* stream, const float* x, float* y) {
     return step(stream, false, 0, x, y);
+}
+
+sparsefold_status sparsefold_run_tokens(sparsefold_stream* stream, size_t steps, const int64_t* tokens, float* y) {
+    return run(stream, true, steps, tokens, nullptr, y);
+}
+
+sparsefold_status sparsefold_run_values(sparsefold_stream* stream, size_t steps, const float* x, float* y) {
+    return run(stream, false, steps, nullptr, x, y);
 }
 
 sparsefold_status sparsefold_step_batch_tokens(const sparsefold_engine* engine, sparsefold_stream* const* streams,

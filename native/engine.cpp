@@ -123,6 +123,19 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
             OpState& s = states_[i];
             const uint32_t units = pad(op.outputs);
             if (!op.recurrent() && !op.speaks() && op.kind != Op::Kind::embedding) s.output = take(units);
+            if (op.kind == Op::Kind::conv1d) {
+                const size_t slots = size_t{op.kernel} * op.dilation, window = size_t{op.kernel} * op.inputs;
+                History& h = s.history;
+                if (op.reads_events) {
+                    h.index = reinterpret_cast<uint32_t*>(take(slots * op.inputs));
+                    h.value = take(slots * op.inputs);
+                    h.count = reinterpret_cast<uint32_t*>(take(slots));
+                    h.window_index = reinterpret_cast<uint32_t*>(take(window));
+                    h.window_value = take(window);
+                } else {
+                    h.dense = take(2 * slots * op.inputs);
+                }
+            }
             if (op.kind == Op::Kind::kwta) s.cell.keys = reinterpret_cast<uint32_t*>(take(units));
             if (op.recurrent()) {
                 s.cell.gi = take(size_t{op.gates} * units);
@@ -156,7 +169,7 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         OpState& s = states_[i];
         for (const Matrix* m : {&op.input, &op.hidden, &op.hidden_n})
             if (m->code_bytes() > codes_.size()) codes_.resize(m->code_bytes());
-        if (op.reads_events || op.delta.input >= 0) s.input_reads.assign(op.inputs, 0);
+        if (op.reads_events || op.delta.input >= 0) s.input_reads.assign(op.input.cols(), 0);
         if (op.delta.hidden >= 0) s.hidden_reads.assign(op.outputs, 0);
         if (op.recurrent() || op.speaks()) s.cell.units = op.outputs;
         s.cell.reset_after = op.reset_after;
@@ -165,6 +178,7 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         s.cell.groups = op.groups;
         if (op.speaks()) {
             s.events.assign(op.outputs, 0);
+            s.trace_at = trace_width_;
             trace_width_ += op.outputs;
         }
         if (op.kind != Op::Kind::egru) continue;
@@ -214,6 +228,99 @@ void Stream::set_emitted(size_t op, const float* y) {
         cell.event_index[cell.event_count] = j;
         cell.event_value[cell.event_count++] = y[j];
     }
+}
+
+size_t Stream::history_size(size_t op) const {
+    const Op& o = engine_->program.ops()[op];
+    return size_t{o.history()} * o.inputs;
+}
+
+namespace {
+
+/// visit(row of the history, the oldest first, its slot, place of that in its phase and phase)
+template <class Visit>
+void each_remembered(const Op& op, const History& h, const Visit& visit) {
+    uint32_t phase = h.phase, turn = h.turn;
+    for (uint32_t row = 0; row < op.history(); ++row) {
+        // The next input takes the slot of the one that all taps have passed: the oldest that is left lies one turn on.
+        visit(row, phase, turn + 1 == op.kernel ? 0 : turn + 1);
+        if (++phase < op.dilation) continue;
+        phase = 0;
+        if (++turn == op.kernel) turn = 0;
+    }
+}
+
+}  // namespace
+
+void Stream::history(size_t op, float* x) const {
+    const Op& o = engine_->program.ops()[op];
+    const History& h = states_[op].history;
+    each_remembered(o, h, [&](uint32_t row, uint32_t phase, uint32_t turn) {
+        float* const to = x + size_t{row} * o.inputs;
+        const size_t slot = size_t{phase} * o.kernel + turn;
+        if (h.dense) {
+            std::memcpy(to, h.dense + (slot + size_t{phase} * o.kernel) * o.inputs, o.inputs * sizeof(float));
+            return;
+        }
+        std::fill_n(to, o.inputs, 0.0f);
+        for (uint32_t e = 0; e < h.count[slot]; ++e) to[h.index[slot * o.inputs + e]] = h.value[slot * o.inputs + e];
+    });
+}
+
+void Stream::set_history(size_t op, const float* x) {
+    const Op& o = engine_->program.ops()[op];
+    History& h = states_[op].history;
+    each_remembered(o, h, [&](uint32_t row, uint32_t phase, uint32_t turn) {
+        const float* const from = x + size_t{row} * o.inputs;
+        const size_t slot = size_t{phase} * o.kernel + turn;
+        if (h.dense) {
+            float* const to = h.dense + (slot + size_t{phase} * o.kernel) * o.inputs;
+            for (const size_t twice : {size_t{0}, size_t{o.kernel}})
+                std::memcpy(to + twice * o.inputs, from, o.inputs * sizeof(float));
+            return;
+        }
+        h.count[slot] = 0;
+        for (uint32_t j = 0; j < o.inputs; ++j) {
+            if (from[j] == 0.0f) continue;
+            h.index[slot * o.inputs + h.count[slot]] = j;
+            h.value[slot * o.inputs + h.count[slot]++] = from[j];
+        }
+    });
+}
+
+/// What the product of convolution i reads at this step; x is remembered.
+Stream::Signal Stream::window(size_t i, const Signal& x) {
+    const Op& op = engine_->program.ops()[i];
+    History& h = states_[i].history;
+    const size_t inputs = op.inputs, first = size_t{h.phase} * op.kernel;
+    const uint32_t turn = h.turn;
+    if (++h.phase == op.dilation) {
+        h.phase = 0;
+        if (++h.turn == op.kernel) h.turn = 0;
+    }
+    Signal read;
+    if (h.dense) {
+        float* const slot = h.dense + (2 * first + turn) * inputs;
+        std::memcpy(slot, x.dense, inputs * sizeof(float));
+        std::memcpy(slot + op.kernel * inputs, x.dense, inputs * sizeof(float));
+        read.dense = slot + inputs;
+        return read;
+    }
+    const size_t newest = first + turn;
+    std::memcpy(h.index + newest * inputs, x.events.index, x.events.count * sizeof(uint32_t));
+    std::memcpy(h.value + newest * inputs, x.events.value, x.events.count * sizeof(float));
+    h.count[newest] = x.events.count;
+    uint32_t count = 0;
+    for (uint32_t tap = 0, at = turn; tap < op.kernel; ++tap) {
+        if (++at == op.kernel) at = 0;
+        const size_t slot = first + at;
+        for (uint32_t e = 0; e < h.count[slot]; ++e, ++count) {
+            h.window_index[count] = h.index[slot * inputs + e] + tap * op.inputs;
+            h.window_value[count] = h.value[slot * inputs + e];
+        }
+    }
+    read.events = {h.window_index, h.window_value, count};
+    return read;
 }
 
 template <class N>
@@ -370,14 +477,11 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
 }
 
 template <class N>
-void Stream::play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
+void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const int64_t* token, Signal* signals,
                   uint8_t* trace) {
-    const FlushDenormals flush;
     const std::vector<Op>& ops = streams[0]->engine_->program.ops();
     const Kernels& k = *streams[0]->engine_->kernels;
-    Signal signals[room<N>];
-    for (size_t s = 0; s < n; ++s) signals[s].dense = x[s];
-    for (size_t i = 0; i < ops.size(); ++i) {
+    for (size_t i = first; i < last; ++i) {
         const Op& op = ops[i];
         switch (op.kind) {
             case Op::Kind::embedding:
@@ -385,9 +489,11 @@ void Stream::play(Stream* const* streams, N n, const int64_t* token, const float
                 for (size_t s = 0; s < n; ++s)
                     signals[s].dense = op.table.data() + static_cast<size_t>(token[s]) * pad(op.outputs);
                 break;
-            case Op::Kind::linear: {
+            case Op::Kind::linear:
+            case Op::Kind::conv1d: {
                 float* y[room<N>]{};
                 for (size_t s = 0; s < n; ++s) {
+                    if (op.kind == Op::Kind::conv1d) signals[s] = streams[s]->window(i, signals[s]);
                     y[s] = streams[s]->states_[i].output;
                     std::memcpy(y[s], op.bias_input.data(), op.bias_input.size() * sizeof(float));
                 }
@@ -415,29 +521,141 @@ void Stream::play(Stream* const* streams, N n, const int64_t* token, const float
         }
         if (!trace) continue;  // of one stream
         const Events& events = signals[0].events;
-        std::memset(trace, 0, op.outputs);
-        for (uint32_t e = 0; e < events.count; ++e) trace[events.index[e]] = 1;
-        trace += op.outputs;
-    }
-    for (size_t s = 0; s < n; ++s) {
-        std::memcpy(out[s], signals[s].dense, ops.back().outputs * sizeof(float));
-        ++streams[s]->steps_;
+        uint8_t* const spoke = trace + streams[0]->states_[i].trace_at;
+        std::memset(spoke, 0, op.outputs);
+        for (uint32_t e = 0; e < events.count; ++e) spoke[events.index[e]] = 1;
     }
 }
 
 void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
+    const FlushDenormals flush;
+    const Program& program = engine_->program;
     Stream* const self = this;
     Companion* const companion = engine_->companion.get();
     if (companion && companion->offer(*this)) companion_ = companion;
-    play(&self, One{}, &token, &x, &out, trace);
-    if (!companion_) return;
-    companion_->end();
+    Signal signal;
+    signal.dense = x;
+    play(0, program.ops().size(), &self, One{}, &token, &signal, trace);
+    if (companion_) companion_->end();
     companion_ = nullptr;
+    std::memcpy(out, signal.dense, program.outputs() * sizeof(float));
+    ++steps_;
 }
 
 void Stream::step_group(Stream* const* streams, size_t n, const int64_t* token, const float* const* x,
                         float* const* out) {
-    play(streams, n, token, x, out, nullptr);
+    const FlushDenormals flush;
+    const Program& program = streams[0]->engine_->program;
+    Signal signals[kBatch];
+    for (size_t s = 0; s < n; ++s) signals[s].dense = x[s];
+    play(0, program.ops().size(), streams, n, token, signals, nullptr);
+    for (size_t s = 0; s < n; ++s) {
+        std::memcpy(out[s], signals[s].dense, program.outputs() * sizeof(float));
+        ++streams[s]->steps_;
+    }
+}
+
+void Stream::run(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace) {
+    const Program& program = engine_->program;
+    if (program.whole_sequences()) return run_whole(steps, token, x, out, trace);
+    for (size_t t = 0; t < steps; ++t)
+        step(token ? token[t] : 0, x ? x + t * program.inputs() : nullptr, out + t * program.outputs(),
+             trace ? trace + t * trace_width_ : nullptr);
+}
+
+class Stream::Sequence {
+  public:
+    /// Room for `steps` steps of at most `dense` values or `events` events.
+    Sequence(size_t steps, size_t dense, size_t events)
+        : value_(checked(steps, std::max(dense, events))), index_(checked(steps, events)), count_(events ? steps : 0) {}
+    /// From now on each step holds `width` values, or as many events.
+    void start(size_t width, bool events) {
+        width_ = width;
+        events_ = events;
+        if (events) std::memset(count_.data(), 0, count_.size() * sizeof(uint32_t));
+    }
+    /// Adds what an op of `units` units hands on to step t, at values `first` on.
+    void add(size_t t, uint32_t first, uint32_t units, const Signal& signal) {
+        if (!events_) {
+            std::memcpy(value_.data() + t * width_ + first, signal.dense, units * sizeof(float));
+            return;
+        }
+        for (uint32_t e = 0; e < signal.events.count; ++e) {
+            const size_t at = t * width_ + count_[t]++;
+            index_[at] = first + signal.events.index[e];
+            value_[at] = signal.events.value[e];
+        }
+    }
+    Signal at(size_t t) const {
+        Signal signal;
+        if (events_)
+            signal.events = {index_.data() + t * width_, value_.data() + t * width_, count_[t]};
+        else
+            signal.dense = value_.data() + t * width_;
+        return signal;
+    }
+
+  private:
+    static size_t checked(size_t steps, size_t width) {
+        if (width && steps > SIZE_MAX / width) throw std::bad_alloc();
+        return steps * width;
+    }
+    Buffer<float> value_;
+    Buffer<uint32_t> index_, count_;
+    size_t width_ = 0;
+    bool events_ = false;
+};
+
+/// Layer by layer: stretches of ops that read forwards are played step by step, and between them both directions of a
+/// layer, each over all steps.
+void Stream::run_whole(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace) {
+    const Program& program = engine_->program;
+    const std::vector<Op>& ops = program.ops();
+    // What op i reads is kept where it or the one after it begins a stretch: of all these places the widest.
+    const auto two_ways = [&](size_t i) { return i + 1 < ops.size() && ops[i + 1].reverse; };
+    const auto hands_on_events = [&](size_t i) { return i < ops.size() && ops[i].reads_events; };
+    size_t dense = 0, events = 0;
+    for (size_t i = 1; i <= ops.size(); ++i)
+        if (ops[i - 1].reverse || two_ways(i)) {
+            const size_t width = ops[i - 1].outputs * (ops[i - 1].reverse ? size_t{2} : size_t{1});
+            (hands_on_events(i) ? events : dense) = std::max(hands_on_events(i) ? events : dense, width);
+        }
+    Sequence first(steps, dense, events), second(steps, dense, events);
+    Sequence *read = &first, *write = &second;
+    bool from_x = true;
+    const FlushDenormals flush;
+    Stream* const self = this;
+    const auto play_step = [&](size_t from, size_t to, size_t t) {
+        Signal signal = from_x ? Signal{} : read->at(t);
+        if (from_x) signal.dense = x ? x + t * program.inputs() : nullptr;
+        play(from, to, &self, One{}, token ? token + t : nullptr, &signal, trace ? trace + t * trace_width_ : nullptr);
+        return signal;
+    };
+    reset();
+    for (size_t i = 0;;) {
+        size_t end = i;
+        while (end < ops.size() && !two_ways(end)) ++end;
+        if (end == ops.size()) {
+            for (size_t t = 0; t < steps; ++t)
+                std::memcpy(out + t * program.outputs(), play_step(i, end, t).dense, program.outputs() * sizeof(float));
+            break;
+        }
+        if (end > i) {
+            const uint32_t width = ops[end - 1].outputs * (ops[end - 1].reverse ? 2 : 1);
+            write->start(width, ops[end].reads_events);
+            for (size_t t = 0; t < steps; ++t) write->add(t, 0, width, play_step(i, end, t));
+            std::swap(read, write);
+            from_x = false;
+        }
+        const uint32_t units = ops[end].outputs;
+        write->start(size_t{2} * units, hands_on_events(end + 2));
+        for (size_t t = 0; t < steps; ++t) write->add(t, 0, units, play_step(end, end + 1, t));
+        for (size_t t = steps; t-- > 0;) write->add(t, units, units, play_step(end + 1, end + 2, t));
+        std::swap(read, write);
+        from_x = false;
+        i = end + 2;
+    }
+    steps_ += steps;
 }
 
 void Engine::set_threads(size_t threads) const {

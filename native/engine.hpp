@@ -33,6 +33,18 @@ struct Engine {
     mutable std::unique_ptr<Companion, Delete> companion;  // no bit of any output depends on it
 };
 
+/// The last inputs of a convolution: a ring of `kernel` slots for each of `dilation` phases, for its taps lie in one
+/// phase.
+struct History {
+    float* dense = nullptr;  // (dilation, 2, kernel, inputs), every input twice: what the product reads is one piece
+    // Where it reads events:
+    uint32_t *index = nullptr, *count = nullptr;  // (dilation, kernel, inputs), (dilation, kernel)
+    float* value = nullptr;                       // (dilation, kernel, inputs)
+    uint32_t* window_index = nullptr;             // (kernel, inputs) columns of the product
+    float* window_value = nullptr;
+    uint32_t phase = 0, turn = 0;  // of the next input
+};
+
 /// State and counters of one op of one stream; pointers into the stream's arena.
 struct OpState {
     CellArgs cell{};
@@ -40,9 +52,11 @@ struct OpState {
     float* output = nullptr;                     // linear, layer norm
     float *sent_x = nullptr, *sent_h = nullptr;  // of a delta network; its memories are cell.gi and cell.gh
     float* age = nullptr;                        // steps since they were summed anew
-    std::vector<uint64_t> events;                // EGRU, ReLU: per unit, events emitted
-    std::vector<uint64_t> input_reads;           // per input column, how often its event was read; empty for dense x
-    std::vector<uint64_t> hidden_reads;          // the same for the recurrent matrix; empty for dense h
+    History history;
+    size_t trace_at = 0;                 // of its units in a trace
+    std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
+    std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
+    std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
 };
 
 /// Some of what a stream carries: `parts` parts of `units` values, each padded to whole vectors.
@@ -65,10 +79,15 @@ class Stream {
   public:
     explicit Stream(std::shared_ptr<const Engine> engine);
 
-    /// One step. Exactly one of `token` (in front of an embedding) and `x` (program.inputs() floats) is read; `out`
-    /// receives program.outputs() floats. The caller has checked the token. `trace`, if given, receives one byte per
-    /// unit of every EGRU and ReLU, in order: 1 where it emitted.
+    /// One step, of a program that does not play whole sequences. Exactly one of `token` (in front of an embedding) and
+    /// `x` (program.inputs() floats) is read; `out` receives program.outputs() floats. The caller has checked the
+    /// token. `trace`, if given, receives one byte per unit of every EGRU and ReLU, in order: 1 where it emitted.
     void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr);
+
+    /// `steps` steps: token (steps), or x (steps, inputs); out (steps, outputs), trace (steps, trace_width) or null. A
+    /// program that plays whole sequences starts from zero at each call, and first of all takes memory for what two of
+    /// its layers hand on at all steps; others take none.
+    void run(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace = nullptr);
 
     /// One step of each of `n` different streams of one engine, at most kBatch, as `step` would play it, to the bit:
     /// op by op, so that they share what the caches hold of its weights.
@@ -78,6 +97,10 @@ class Stream {
     void reset();  // state to zero; counters stay
     void reset_counters();
     void set_emitted(size_t op, const float* y);  // y of step t-1; what is not zero is an event
+    /// Inputs that convolution `op` remembers, (history, inputs), the oldest first; what is not zero is an event.
+    void history(size_t op, float* x) const;
+    void set_history(size_t op, const float* x);
+    size_t history_size(size_t op) const;  // 0 of any other op
 
     /// sent_x, memory_x, sent_h, memory_h or age of an op that sends changes; null where it has none.
     Carried changes(size_t op, const std::string& name);
@@ -96,10 +119,15 @@ class Stream {
         const float* dense = nullptr;
         Events events{};
     };
-    // Of `n` streams: a compile-time 1 for `step`, so that a step and a batch are one text.
+    /// What a layer hands on at every step of a sequence: dense values, or lists of events.
+    class Sequence;
+    void run_whole(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace);
+    // Ops [first, last) of `n` streams: a compile-time 1 for `step`, so that a step and a batch are one text. `signals`
+    // are what the first of them reads, and then what the last one hands on.
     template <class N>
-    static void play(Stream* const* streams, N n, const int64_t* token, const float* const* x, float* const* out,
+    static void play(size_t first, size_t last, Stream* const* streams, N n, const int64_t* token, Signal* signals,
                      uint8_t* trace);
+    Signal window(size_t i, const Signal& x);
     template <class N>
     static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
     template <class N>

@@ -388,6 +388,8 @@ class Builder {
                 embedding();
             else if (name == "linear")
                 linear();
+            else if (name == "conv1d")
+                conv1d();
             else if (name == "gru" || name == "egru" || name == "lstm" || name == "rnn")
                 recurrent(name);
             else if (name == "relu" || name == "events" || name == "kwta" || name == "log_softmax" || name == "top_k")
@@ -396,7 +398,7 @@ class Builder {
                 layer_norm();
             else
                 refuse(
-                    "is not one of embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, "
+                    "is not one of embedding, linear, conv1d, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, "
                     "log_softmax, "
                     "top_k");
         } catch (const std::invalid_argument& error) {  // what the program itself finds wrong
@@ -431,16 +433,24 @@ class Builder {
         const MatrixView weight = matrix("weight");
         program_.add_linear(weight, vector("bias", weight.rows));
     }
+    void conv1d() {
+        const MatrixView weight = matrix("weight");
+        const float* bias = vector("bias", weight.rows);
+        const uint32_t kernel = whole("kernel"), dilation = whole("dilation");
+        program_.add_conv1d(weight, bias, kernel, dilation, whole("groups"));
+    }
     void recurrent(const std::string& kind) {
         const MatrixView ih = matrix("weight_ih"), hh = matrix("weight_hh");
         const float *bias_ih = vector("bias_ih", ih.rows), *bias_hh = vector("bias_hh", hh.rows);
         Deltas delta;
         if (kind != "egru") delta = {change("delta_input"), change("delta_hidden")};
-        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh, delta);
+        const bool reverse = fields_.count("reverse") && boolean("reverse");
+        if (kind == "lstm") return program_.add_lstm(ih, hh, bias_ih, bias_hh, delta, reverse);
         if (kind == "rnn")
-            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1, delta);
+            return program_.add_rnn(ih, hh, bias_ih, bias_hh, choice("nonlinearity", {"tanh", "relu"}) == 1, delta,
+                                    reverse);
         const bool reset_after = boolean("reset_after");
-        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after, delta);
+        if (kind == "gru") return program_.add_gru(ih, hh, bias_ih, bias_hh, reset_after, delta, reverse);
         const float* threshold = vector("threshold", hh.cols);
         for (uint32_t j = 0; j < hh.cols; ++j)
             if (!(threshold[j] >= 0)) refuse("every threshold must be a number >= 0");
@@ -451,7 +461,7 @@ class Builder {
         const double zoneout = number("zoneout");
         if (!(zoneout >= 0 && zoneout < 1)) refuse("zoneout must be in [0, 1)");
         program_.add_egru(ih, hh, bias_ih, bias_hh, threshold, reset_after, reset, always, events,
-                          static_cast<float>(zoneout));
+                          static_cast<float>(zoneout), reverse);
     }
     /// The threshold of a product that reads changes; below 0 where the op has none.
     float change(const char* name) {

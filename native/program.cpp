@@ -29,6 +29,33 @@ Buffer<float> padded(const float* values, uint32_t gates, uint32_t units) {
     return out;
 }
 
+/// visit(row, column, value) of all that a matrix of one gate stores; padding counts as its last row or column.
+template <class Visit>
+void each_element(const MatrixView& view, const Visit& visit) {
+    const auto at = [&](uint64_t row, uint64_t column, float value) {
+        visit(std::min<uint64_t>(row, view.rows - 1), std::min<uint64_t>(column, view.cols - 1), value);
+    };
+    const float* value = view.values;
+    switch (view.format) {
+        case MatrixView::Format::dense:
+            for (uint32_t r = 0; r < view.rows; ++r)
+                for (uint32_t c = 0; c < view.cols; ++c) at(r, c, *value++);
+            return;
+        case MatrixView::Format::block:
+            for (uint64_t c = 0; c * view.block_cols < view.cols; ++c)
+                for (uint64_t k = view.start[c]; k < view.start[c + 1]; ++k)
+                    for (uint32_t j = 0; j < view.block_cols; ++j)
+                        for (uint32_t i = 0; i < view.block_rows; ++i)
+                            at(uint64_t{view.block_row[k]} * view.block_rows + i, c * view.block_cols + j, *value++);
+            return;
+        case MatrixView::Format::complementary:
+            const uint32_t sets = ceil_div(view.rows, view.overlay);
+            for (uint32_t c = 0; c < view.cols; ++c)
+                for (uint32_t s = 0; s < sets; ++s)
+                    at(uint64_t{view.live[size_t{c} * sets + s]} * sets + s, c, *value++);
+    }
+}
+
 /// Dense x of `n` streams.
 struct Batch {
     size_t n;
@@ -454,20 +481,24 @@ size_t Matrix::nbytes() const {
            added_.size() * sizeof(int32_t);
 }
 
-Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const {
+Op Program::make(Op::Kind kind, uint32_t inputs, uint32_t outputs, bool reverse) const {
     if (inputs == 0 || outputs == 0) refuse("every op needs at least one input and one output.");
-    if (!ops_.empty()) {
+    if (reverse && (ops_.empty() || ops_.back().kind != kind || ops_.back().reverse || ops_.back().inputs != inputs ||
+                    ops_.back().outputs != outputs))
+        refuse("an op that reads backwards follows one of its kind and sizes that reads forwards.");
+    if (!ops_.empty() && !reverse) {
         if (kind == Op::Kind::embedding) refuse("an embedding can only be the first op.");
-        if (ops_.back().outputs != inputs)
+        if (this->outputs() != inputs)
             refuse("op " + number(ops_.size()) + " reads " + number(inputs) + " values, but the op before it gives " +
-                   number(ops_.back().outputs) + ".");
+                   number(this->outputs()) + ".");
     }
     Op op;
     op.kind = kind;
     op.inputs = inputs;
     op.outputs = outputs;
     const bool pointwise = op.weightless() || kind == Op::Kind::layer_norm;  // no columns to leave out
-    op.reads_events = !pointwise && !ops_.empty() && ops_.back().emits_events;
+    op.reads_events = reverse ? ops_.back().reads_events : !pointwise && !ops_.empty() && ops_.back().emits_events;
+    op.reverse = reverse;
     return op;
 }
 
@@ -487,8 +518,37 @@ void Program::add_linear(const MatrixView& weight, const float* bias) {
     ops_.push_back(std::move(op));
 }
 
+void Program::add_conv1d(const MatrixView& weight, const float* bias, uint32_t kernel, uint32_t dilation,
+                         uint32_t groups) {
+    if (weight.gates != 1) refuse("a convolution has one gate.");
+    if (kernel == 0 || dilation == 0 || groups == 0) refuse("kernel, dilation and groups are at least 1.");
+    if (weight.cols % kernel)
+        refuse(number(weight.cols) + " columns cannot hold " + number(kernel) + " taps of equal width.");
+    const uint32_t inputs = weight.cols / kernel;
+    if (inputs % groups || weight.rows % groups)
+        refuse(number(inputs) + " inputs and " + number(weight.rows) + " outputs cannot form " + number(groups) +
+               " groups of equal size.");
+    uint64_t remembered = uint64_t{kernel - 1} * inputs * dilation;  // each below 2^28, and kernel * inputs as well
+    for (const Op& op : ops_)
+        if (op.kind == Op::Kind::conv1d) remembered += uint64_t{op.history()} * op.inputs;
+    if (remembered > kHistory)
+        refuse("convolutions remember at most " + number(kHistory) + " values, these " + number(remembered) + ".");
+    Op op = make(Op::Kind::conv1d, inputs, weight.rows);
+    op.input = Matrix(weight, op.reads());  // checks every index
+    if (groups > 1)
+        each_element(weight, [&](uint64_t row, uint64_t column, float value) {
+            if (value != 0 && row / (weight.rows / groups) != column % inputs / (inputs / groups))
+                refuse("a weight joins an input and an output of two of its " + number(groups) + " groups.");
+        });
+    op.bias_input = padded(bias, 1, weight.rows);
+    op.kernel = kernel;
+    op.dilation = kernel > 1 ? dilation : 1;
+    ops_.push_back(std::move(op));
+}
+
 Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
-                           const float* bias_ih, const float* bias_hh, bool reset_after, Deltas delta) const {
+                           const float* bias_ih, const float* bias_hh, bool reset_after, Deltas delta,
+                           bool reverse) const {
     const uint32_t units = weight_hh.cols;
     for (const float threshold : {delta.input, delta.hidden})
         if (threshold != -1 && !(threshold >= 0 && threshold <= 1e30f))
@@ -502,7 +562,7 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
                " gates of as many rows; its matrices have " + number(weight_ih.rows) + " and " +
                number(weight_hh.rows) + " rows in " + number(weight_ih.gates) + " and " + number(weight_hh.gates) +
                " gates.");
-    Op op = make(kind, weight_ih.cols, units);
+    Op op = make(kind, weight_ih.cols, units, reverse);
     op.gates = gates;
     op.delta = delta;
     if (delta.input >= 0) op.reads_events = false;  // changes of the values themselves, whoever else hears of them
@@ -518,14 +578,17 @@ Op Program::make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weig
 }
 
 void Program::add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool reset_after, Deltas delta) {
-    ops_.push_back(make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, delta));
+                      const float* bias_hh, bool reset_after, Deltas delta, bool reverse) {
+    ops_.push_back(
+        make_recurrent(Op::Kind::gru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, delta, reverse));
 }
 
 void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
                        const float* bias_hh, const float* threshold, bool reset_after, Reset reset, bool always,
-                       bool emits_events, float zoneout) {
-    Op op = make_recurrent(Op::Kind::egru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after);
+                       bool emits_events, float zoneout, bool reverse) {
+    Op op = make_recurrent(Op::Kind::egru, 3, weight_ih, weight_hh, bias_ih, bias_hh, reset_after, {}, reverse);
+    if (reverse && ops_.back().emits_events != emits_events)
+        refuse("both directions hand on events, or both their state.");
     op.reset = reset;
     op.zoneout = zoneout;
     op.emits_events = emits_events;
@@ -537,13 +600,13 @@ void Program::add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh,
 }
 
 void Program::add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                       const float* bias_hh, Deltas delta) {
-    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh, true, delta));
+                       const float* bias_hh, Deltas delta, bool reverse) {
+    ops_.push_back(make_recurrent(Op::Kind::lstm, 4, weight_ih, weight_hh, bias_ih, bias_hh, true, delta, reverse));
 }
 
 void Program::add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih,
-                      const float* bias_hh, bool relu, Deltas delta) {
-    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh, true, delta);
+                      const float* bias_hh, bool relu, Deltas delta, bool reverse) {
+    Op op = make_recurrent(Op::Kind::rnn, 1, weight_ih, weight_hh, bias_ih, bias_hh, true, delta, reverse);
     op.relu = relu;
     ops_.push_back(std::move(op));
 }
@@ -572,6 +635,10 @@ void Program::add_weightless(Op::Kind kind, uint32_t units, uint32_t k, uint32_t
     ops_.push_back(std::move(op));
 }
 
+bool Program::whole_sequences() const {
+    return std::any_of(ops_.begin(), ops_.end(), [](const Op& op) { return op.reverse; });
+}
+
 void Program::complete() const {
     for (const Op& op : ops_)
         if (!op.weightless()) return;
@@ -588,6 +655,7 @@ void Program::add_layer_norm(const float* weight, const float* bias, uint32_t un
 
 void Program::fold(const Kernels& kernels, uint64_t limit) {
     if (ops_.size() < 2 || !takes_tokens() || !ops_[1].recurrent()) return;
+    if (ops_.size() > 2 && ops_[2].reverse) return;  // it reads the embedding as well
     Op &embedding = ops_[0], &layer = ops_[1];
     if (layer.delta.input >= 0) return;  // its product is not one of the token alone
     const size_t stride = size_t{layer.gates} * pad(layer.outputs);

@@ -53,6 +53,7 @@ class Buffer {
 
 constexpr size_t kBatch = 16;             // streams that play together
 constexpr uint32_t kDeltaRefresh = 1024;  // steps after which the memories of changes are summed anew
+constexpr uint64_t kHistory = 1u << 22;   // values that all convolutions of a program remember
 
 /// A weight matrix as a file holds it; pointers are borrowed.
 struct MatrixView {
@@ -137,7 +138,21 @@ struct Deltas {
 };
 
 struct Op {
-    enum class Kind { embedding, linear, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, log_softmax, top_k };
+    enum class Kind {
+        embedding,
+        linear,
+        conv1d,
+        gru,
+        egru,
+        lstm,
+        rnn,
+        relu,
+        events,
+        kwta,
+        layer_norm,
+        log_softmax,
+        top_k
+    };
     Kind kind = Kind::linear;
     uint32_t inputs = 0, outputs = 0;  // an embedding's inputs are its tokens
     uint32_t gates = 0;                // of a recurrent op
@@ -147,11 +162,14 @@ struct Op {
     Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
     Buffer<float> bias_input, bias_hidden;
     Deltas delta;
+    bool reverse = false;  // of a recurrent op: reads what the op before it reads, backwards; both outputs go on
     bool reset_after = true;
     bool relu = false;    // RNN only
     Buffer<float> scale;  // layer norm only, and its bias is bias_input
     float epsilon = 0;
     uint32_t k = 0, groups = 1;  // KWTA; k of a top-k too
+    uint32_t kernel = 1,
+             dilation = 1;  // convolution only; its input matrix has kernel * inputs columns, the newest last
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
@@ -163,6 +181,7 @@ struct Op {
     }
     bool sends_changes() const { return delta.input >= 0 || delta.hidden >= 0; }
     bool recurrent() const { return gates != 0; }
+    uint32_t history() const { return (kernel - 1) * dilation; }  // inputs that are carried from step to step
     bool picks() const {
         return kind == Kind::relu || kind == Kind::events || kind == Kind::kwta;
     }  // which values speak
@@ -174,14 +193,17 @@ class Program {
   public:
     void add_embedding(const float* weight, uint32_t tokens, uint32_t width);
     void add_linear(const MatrixView& weight, const float* bias);
+    void add_conv1d(const MatrixView& weight, const float* bias, uint32_t kernel, uint32_t dilation, uint32_t groups);
+    // `reverse`: of the kind and the sizes of the op before it, which plays forwards.
     void add_gru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                 bool reset_after, Deltas delta = {});
+                 bool reset_after, Deltas delta = {}, bool reverse = false);
     void add_egru(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                  const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout);
+                  const float* threshold, bool reset_after, Reset reset, bool always, bool emits_events, float zoneout,
+                  bool reverse = false);
     void add_lstm(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                  Deltas delta = {});
+                  Deltas delta = {}, bool reverse = false);
     void add_rnn(const MatrixView& weight_ih, const MatrixView& weight_hh, const float* bias_ih, const float* bias_hh,
-                 bool relu, Deltas delta = {});
+                 bool relu, Deltas delta = {}, bool reverse = false);
     // Of all that the op before gives; events may be the first op.
     void add_relu() { add_weightless(Op::Kind::relu, 0); }
     void add_events(uint32_t units) { add_weightless(Op::Kind::events, units); }
@@ -197,15 +219,17 @@ class Program {
     /// Throws unless some op has weights: the others ask for memory that no file paid for.
     void complete() const;
     uint32_t inputs() const { return ops_.front().inputs; }
-    uint32_t outputs() const { return ops_.back().outputs; }
+    uint32_t outputs() const { return ops_.back().outputs * (ops_.back().reverse ? 2 : 1); }
+    /// Whether an op reads backwards: only `Stream::run` plays such a program, and each run starts from zero.
+    bool whole_sequences() const;
     bool takes_tokens() const { return ops_.front().kind == Op::Kind::embedding; }
     size_t nbytes() const;
 
   private:
     void add_weightless(Op::Kind kind, uint32_t units, uint32_t k = 0, uint32_t groups = 1);
-    Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs) const;
+    Op make(Op::Kind kind, uint32_t inputs, uint32_t outputs, bool reverse = false) const;
     Op make_recurrent(Op::Kind kind, uint32_t gates, const MatrixView& weight_ih, const MatrixView& weight_hh,
-                      const float* bias_ih, const float* bias_hh, bool reset_after = true, Deltas delta = {}) const;
+                      const float* bias_ih, const float* bias_hh, bool reset_after, Deltas delta, bool reverse) const;
     std::vector<Op> ops_;  // an op enters when it is complete: a refused one leaves no trace
 };
 

@@ -17,6 +17,7 @@ from sparsefold.program import (
     KWTA,
     LSTM,
     RNN,
+    Conv1d,
     Embedding,
     Events,
     LayerNorm,
@@ -145,6 +146,25 @@ def linear(r: np.random.Generator, inputs: int, outputs: int, storage: Storage =
     return Linear(matrix(r, outputs, inputs, 1, storage, density), vector(r, outputs))
 
 
+def conv1d(
+    r: np.random.Generator,
+    inputs: int,
+    outputs: int,
+    kernel: int = 3,
+    dilation: int = 1,
+    groups: int = 1,
+    storage: Storage = None,
+    density: float = 1.0,
+) -> Conv1d:
+    """A convolution; weights between groups are zero."""
+    weight = matrix(r, outputs, kernel * inputs, 1, storage, density)
+    if groups > 1:
+        out, of = np.arange(outputs) // (outputs // groups), np.arange(inputs) // (inputs // groups)
+        dense = weight.to_dense() * (out[:, None] == np.tile(of, kernel))
+        weight = store(dense.astype(np.float32), 1, storage)
+    return Conv1d(weight, vector(r, outputs), kernel, dilation, groups)
+
+
 def gru(
     r: np.random.Generator,
     inputs: int,
@@ -171,11 +191,11 @@ def egru(
     )  # fmt: skip
 
 
-def large_layers() -> Program:
+def large_layers() -> sf.Program:
     """Layers whose recurrent products are large enough to be made by a second thread, in both forms of reset."""
     r = rng(7)
     ops = (egru(r, 40, 320), egru(r, 320, 320, (16, 1), 0.8, reset_after=False), gru(r, 320, 96), lstm(r, 96, 90))
-    return Program(ops)
+    return sf.Program(ops)
 
 
 def lstm(r: np.random.Generator, inputs: int, units: int, storage: Storage = None, density: float = 1.0) -> LSTM:
@@ -224,10 +244,15 @@ def rounded(ops: list[Any], precision: Any) -> tuple[Any, ...]:
     return sf.Program(tuple(ops)).rounded(precision).ops
 
 
+def two_ways(make: Any, r: np.random.Generator, *args: Any, **options: Any) -> list[Recurrent]:
+    """A layer that reads forwards and one of other weights that reads backwards."""
+    return [make(r, *args, **options), replace(make(r, *args, **options), reverse=True)]
+
+
 def network(name: str) -> sf.Program:
-    """One of :data:`NETWORKS`, the same every time."""
+    """One of :data:`NETWORKS` or :data:`WHOLE_SEQUENCES`, the same every time."""
     r = rng(*name.encode())
-    return sf.Program(tuple(NETWORKS[name](r)), {"name": name})
+    return sf.Program(tuple((NETWORKS | WHOLE_SEQUENCES)[name](r)), {"name": name})
 
 
 # One to three layers, with and without an embedding, every kind of last op, every format, sizes around a vector.
@@ -283,6 +308,22 @@ NETWORKS = {
         embedding(r, 11, 8), egru(r, 8, 33), egru(r, 33, 32, (32, 1), 0.7, reset="output"), egru(r, 32, 17, (1, 1), 0.3),
         linear(r, 17, 11),
     ],
+    "conv": lambda r: [conv1d(r, 9, 33, 3, 2)],
+    "conv-one-tap": lambda r: [conv1d(r, 16, 8, 1, 5, 4), conv1d(r, 8, 17, 2, 3)],
+    "conv-depthwise": lambda r: [
+        conv1d(r, 20, 20, 4, 2, 20, "csc"), linear(r, 20, 33, (16, 1), 0.5), ReLU(33), conv1d(r, 33, 17)
+    ],
+    "conv-of-events": lambda r: [
+        egru(r, 9, 33), conv1d(r, 33, 20, 3, 2, 1, (4, 4), 0.5), ReLU(20), conv1d(r, 20, 16, 2, 4, 2, (8, 1), 0.7),
+        egru(r, 16, 17), conv1d(r, 17, 3, 5),
+    ],
+    "tokens-conv": lambda r: [
+        embedding(r, 7, 12), conv1d(r, 12, 32, 2, 1, 1, Overlay(4)), KWTA(32, 5), conv1d(r, 32, 9, 3, 3), gru(r, 9, 7)
+    ],
+    "conv-i8": lambda r: rounded([conv1d(r, 9, 33, 3, 2), ReLU(33), conv1d(r, 33, 17, 2, 1, 1, (16, 1), 0.5)], "i8"),
+    "conv-w8a8": lambda r: rounded(
+        [conv1d(r, 9, 33, 3, 2, 3, (4, 1), 0.7), conv1d(r, 33, 20, 2), ReLU(20), conv1d(r, 20, 17, 2, 1, 1, (16, 1), 0.5)], "w8a8"
+    ),
     "csc": lambda r: [gru(r, 20, 33, "csc", 0.5), egru(r, 33, 17, "csc", 0.3, reset_after=False), linear(r, 17, 5, "csc", 0.5)],
     "mixed-i8": lambda r: rounded([egru(r, 20, 33, (16, 1), 0.5), lstm(r, 33, 17, (4, 4), 0.5), linear(r, 17, 3)], "i8"),
     "mixed-w8a8": lambda r: rounded(
@@ -322,6 +363,30 @@ NETWORKS = {
 }  # fmt: skip
 
 
+# With layers that read both ways: at the start, at the end, one after the other, and with every kind of op around them.
+WHOLE_SEQUENCES = {
+    "two-ways-gru": lambda r: two_ways(gru, r, 3, 17),
+    "two-ways-lstm-2": lambda r: [*two_ways(lstm, r, 9, 16, (16, 1), 0.5), *two_ways(lstm, r, 32, 5), linear(r, 10, 3)],
+    "two-ways-rnn": lambda r: [
+        linear(r, 4, 7), *two_ways(rnn, r, 7, 9, "csc", 0.5), layer_norm(r, 18), ReLU(18), linear(r, 18, 5)
+    ],
+    "two-ways-egru-3": lambda r: [
+        *two_ways(egru, r, 6, 20, (4, 1), 0.5), *two_ways(egru, r, 40, 17, reset_after=False), conv1d(r, 34, 12, 2),
+        *two_ways(egru, r, 12, 9, output="state"),
+    ],
+    "two-ways-events": lambda r: [
+        Events(9), *two_ways(gru, r, 9, 10, (5, 3), 0.5, reset_after=False), KWTA(20, 4), gru(r, 20, 6)
+    ],
+    "two-ways-tokens": lambda r: [
+        embedding(r, 7, 12), *two_ways(egru, r, 12, 15), layer_norm(r, 30), linear(r, 30, 7), LogSoftmax(7)
+    ],
+    "two-ways-later": lambda r: [embedding(r, 7, 12), gru(r, 12, 15), *two_ways(rnn, r, 15, 8, nonlinearity="relu"), TopK(16, 2)],
+    "two-ways-w8a8": lambda r: rounded(
+        [*two_ways(gru, r, 9, 20, (16, 1), 0.5), *two_ways(egru, r, 40, 12, Overlay(4)), linear(r, 24, 3)], "w8a8"
+    ),
+}  # fmt: skip
+
+
 def sequence(program: sf.Program, steps: int, *salt: int) -> np.ndarray:
     """Inputs that the program takes: token ids, or float32 values of which some are exactly zero."""
     r = rng(*salt, steps)
@@ -334,6 +399,9 @@ def state(program: sf.Program, *salt: int) -> dict[str, np.ndarray]:
     """A state in the middle of a run: about a third of the units have spoken."""
     r, out = rng(*salt), {}
     for i, op in enumerate(program.ops):
+        if isinstance(op, Conv1d) and op.history:
+            past = vector(r, op.history * op.inputs) * (r.random(op.history * op.inputs) < 0.3)
+            out[f"{i}.x"] = past.astype(np.float32).reshape(op.history, op.inputs)
         if isinstance(op, Recurrent):
             out[f"{i}.h"] = vector(r, op.outputs, 0.5)
         if isinstance(op, LSTM):

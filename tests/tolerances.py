@@ -254,6 +254,11 @@ def program_step(program, x, state):
         error = np.zeros(len(value)) if error is None else error
         if op.kind == "linear":
             value, error = matrix_product(op.weight, op.bias.astype(np.float64), value, error)
+        elif op.kind == "conv1d":
+            past = state.get(f"{i}.x", np.zeros((0, op.inputs))).astype(np.float64)
+            value = np.concatenate([past, value[None]])[:: op.dilation].reshape(-1)
+            error = np.concatenate([np.zeros(len(value) - op.inputs), error])
+            value, error = matrix_product(op.weight, op.bias.astype(np.float64), value, error)
         elif op.kind == "gru":
             h = state[f"{i}.h"].astype(np.float64)
             products = both_products(op, i, value, error, state, found)

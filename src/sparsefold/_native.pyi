@@ -83,6 +83,14 @@ class Engine:
         weight: Matrix,
         bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
     ) -> None: ...
+    def add_conv1d(
+        self,
+        weight: Matrix,
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        kernel: int,
+        dilation: int,
+        groups: int,
+    ) -> None: ...
     def add_gru(
         self,
         weight_ih: Matrix,
@@ -92,6 +100,7 @@ class Engine:
         reset_after: bool,
         delta_input: float = -1.0,
         delta_hidden: float = -1.0,
+        reverse: bool = False,
     ) -> None: ...
     def add_egru(
         self,
@@ -105,6 +114,7 @@ class Engine:
         always: bool,
         emits_events: bool,
         zoneout: float,
+        reverse: bool = False,
     ) -> None: ...
     def add_lstm(
         self,
@@ -114,6 +124,7 @@ class Engine:
         bias_hh: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
         delta_input: float = -1.0,
         delta_hidden: float = -1.0,
+        reverse: bool = False,
     ) -> None: ...
     def add_rnn(
         self,
@@ -124,6 +135,7 @@ class Engine:
         relu: bool,
         delta_input: float = -1.0,
         delta_hidden: float = -1.0,
+        reverse: bool = False,
     ) -> None: ...
     def add_relu(self) -> None: ...
     def add_events(self, units: int) -> None: ...

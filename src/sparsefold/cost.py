@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, Embedding, Linear, Op, Program, Recurrent, Weightless
+from sparsefold.program import EGRU, Conv1d, Embedding, Linear, Op, Program, Recurrent, Weightless
 
 Integers = NDArray[np.integer[Any]]
 
@@ -24,9 +24,9 @@ class Counts:
     """What happened in ``steps`` steps, as integers, by the index of the op.
 
     ``events[i]``: (H,) how often each unit of op ``i`` emitted, an EGRU or one that picks. ``input_reads[i]``: (I,) how often
-    each input column of op ``i`` was read, where its input is an event list or changes; absent where the input is
-    dense. ``hidden_reads[i]``: (H,) the same
-    for the recurrent matrix of an EGRU, or of an op that sends the changes of its units.
+    each input column of op ``i`` was read, where its input is an event list (of a convolution (kernel I,), tap after tap) or
+    changes; absent where the input is dense. ``hidden_reads[i]``: (H,) the same for the recurrent matrix of an EGRU, or of an
+    op that sends the changes of its units.
     """
 
     steps: int
@@ -44,7 +44,8 @@ class Counts:
     ) -> Counts:
         """Counts of a recorded run: ``trace[i]`` (T, H) says which units of op ``i`` emitted at each step.
 
-        ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first; none, when left out.
+        ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first, or (history, I) which of
+        the inputs that convolution ``i`` remembers were events; none, when left out.
         ``steps`` is read only where the program has neither, so that no trace tells the number.
 
         Raises:
@@ -54,16 +55,25 @@ class Counts:
             raise ValueError("a trace says nothing of the changes this program sends. Take Stream.counters.")
         events, input_reads, hidden_reads = {}, {}, {}
         steps = len(next(iter(trace.values()))) if trace else steps
-        for i, emitted in trace.items():
-            flags = np.asarray(emitted) != 0
+        emitted = {i: np.asarray(flags) != 0 for i, flags in trace.items()}
+        for i, flags in emitted.items():
             events[i] = flags.sum(0)
-            if isinstance(program.ops[i], EGRU):
+            if isinstance(op := program.ops[i], EGRU):
                 before = (
                     np.zeros(flags.shape[1], bool) if emitted_before is None else np.asarray(emitted_before[i]) != 0
                 )
-                hidden_reads[i] = flags[:-1].sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
-            if i + 1 < len(program.ops) and program.reads_events(i + 1):
-                input_reads[i + 1] = events[i]
+                read = flags[1:] if op.reverse else flags[:-1]
+                hidden_reads[i] = read.sum(0) + before if len(flags) else np.zeros(flags.shape[1], np.int64)
+        for i, reader in enumerate(program.ops):
+            if not program.reads_events(i):
+                continue
+            flags = np.concatenate([emitted[j] for j in program.sources(i)], axis=1)
+            input_reads[i] = flags.sum(0)
+            if isinstance(reader, Conv1d):
+                remembered = (emitted_before or {}).get(i, np.zeros((reader.history, reader.inputs)))
+                seen = np.concatenate([np.asarray(remembered) != 0, flags])
+                taps = range(0, reader.history + 1, reader.dilation)
+                input_reads[i] = np.concatenate([seen[first : first + len(flags)].sum(0) for first in taps])
         return cls(steps, events, input_reads, hidden_reads)
 
     def read_rate(self, op: int, role: str) -> float | None:
@@ -82,9 +92,9 @@ class Counts:
 class Part:
     """One product of the network, totals over all steps.
 
-    ``role`` is embedding, input, recurrent, linear or decoder (a linear that is the last op). ``macs_dense``: of the unfolded
-    dense network. ``macs_weight``: zero weights skipped (elements in stored blocks). ``macs_effective``: executed, silent units
-    skipped too. ``bytes_*``: read from memory.
+    ``role`` is embedding, input, recurrent, convolution, linear or decoder (a linear that is the last op). ``macs_dense``: of the
+    unfolded dense network, within its groups where a convolution has any. ``macs_weight``: zero weights skipped (elements in
+    stored blocks). ``macs_effective``: executed, silent units skipped too. ``bytes_*``: read from memory.
     """
 
     op: int
@@ -174,6 +184,8 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
         elif isinstance(op, Linear):
             role = "decoder" if i == len(program.ops) - 1 else "linear"
             parts.append(_product(i, role, op.weight, counts.steps, counts.input_reads.get(i)))
+        elif isinstance(op, Conv1d):
+            parts.append(_product(i, "convolution", op.weight, counts.steps, counts.input_reads.get(i), op.groups))
         elif isinstance(op, Recurrent):
             product = _product(i, "input", op.weight_ih, counts.steps, counts.input_reads.get(i))
             if folded and i == 1:
@@ -181,7 +193,7 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
                 product = Part(i, "input", product.macs_dense, product.macs_weight, 0, read, 0, product.density)
             parts.append(product)
             parts.append(_product(i, "recurrent", op.weight_hh, counts.steps, counts.hidden_reads.get(i)))
-        if not isinstance(op, Embedding | Linear):
+        if not isinstance(op, Embedding | Linear | Conv1d):
             unit_updates += (op.units if isinstance(op, Weightless) else op.outputs) * counts.steps
         if isinstance(op, Recurrent):  # whoever sends changes looks at every value
             unit_updates += sum(n for name, n in op.carried().items() if name.startswith("sent")) * counts.steps
@@ -189,22 +201,29 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
     return Cost(counts.steps, tuple(parts), unit_updates, bytes_state)
 
 
-def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | None) -> Part:
-    rows, cols = matrix.shape
+def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | None, groups: int = 1) -> Part:
+    dense = matrix.shape[0] * matrix.shape[1] // groups
     elements, index = matrix.elements, matrix.column_index_bytes
     if reads is None:
         executed, index_bytes = elements * steps, int(index.sum()) * steps
     else:
         counted = np.asarray(reads).astype(np.int64)
         executed, index_bytes = int(counted @ matrix.column_elements), int(counted @ index)
-    density = elements / (rows * cols)
     return Part(
-        i, role, rows * cols * steps, elements * steps, executed, matrix.value_bytes * executed, index_bytes, density
+        i, role, dense * steps, elements * steps, executed, matrix.value_bytes * executed, index_bytes, elements / dense
     )
 
 
 def _state_bytes(i: int, op: Op, counts: Counts) -> int:
-    """Dense state in and out, 4 bytes a value; events (which carry an EGRU's y) and changes written and read, index and value."""
+    """Dense state in and out, 4 bytes a value; events (which carry an EGRU's y) and changes written and read, index and value.
+
+    A convolution writes its newest input and reads all taps.
+    """
+    if isinstance(op, Conv1d):
+        reads = counts.input_reads.get(i)
+        if reads is not None:
+            return 8 * int(reads[-op.inputs :].sum() + reads.sum())
+        return 4 * (op.kernel + 1) * op.inputs * counts.steps
     dense = sum(n for name, n in op.carried().items() if name not in ("y", "age")) if isinstance(op, Recurrent) else 0
     written = [counts.events.get(i)]
     if isinstance(op, Recurrent):  # changes: written by the op that reads them

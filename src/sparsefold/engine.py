@@ -19,6 +19,7 @@ from sparsefold.program import (
     GRU,
     KWTA,
     RNN,
+    Conv1d,
     Embedding,
     Events,
     LayerNorm,
@@ -30,6 +31,8 @@ from sparsefold.program import (
     ReLU,
     Speaking,
     TopK,
+    matrices,
+    reads_backwards,
 )
 
 FOLD_LIMIT = 8 * 2**20
@@ -42,7 +45,8 @@ class Engine:
     Args:
         program: what to play.
         fold: ``"auto"`` replaces an embedding and the input product after it by one table in memory where that takes at most
-            8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way.
+            8 MB; ``True`` always, ``False`` never. The outputs are the same bits either way. A layer that reads both ways leaves
+            the embedding as it is.
         isa: ``"avx512vnni"``, ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else
             the best of this processor.
         threads: between how many threads :meth:`step_batch` divides its streams, the caller's among them; at most 256. They
@@ -68,6 +72,8 @@ class Engine:
                 self._core.add_embedding(op.weight)
             elif isinstance(op, Linear):
                 self._core.add_linear(native_matrix(op.weight), op.bias)
+            elif isinstance(op, Conv1d):
+                self._core.add_conv1d(native_matrix(op.weight), op.bias, op.kernel, op.dilation, op.groups)
             elif isinstance(op, ReLU):
                 self._core.add_relu()
             elif isinstance(op, Events):
@@ -87,7 +93,8 @@ class Engine:
 
     def _add_recurrent(self, op: Recurrent) -> None:
         weights = native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh
-        deltas = tuple(-1.0 if d is None else d for d in (op.delta_input, op.delta_hidden))  # below 0: none
+        delta_input, delta_hidden = (-1.0 if d is None else d for d in (op.delta_input, op.delta_hidden))  # below 0: none
+        deltas = delta_input, delta_hidden
         if isinstance(op, EGRU):
             self._core.add_egru(
                 *weights,
@@ -97,13 +104,14 @@ class Engine:
                 op.event == "always",
                 op.output == "events",
                 op.zoneout,
+                op.reverse,
             )
         elif isinstance(op, GRU):
-            self._core.add_gru(*weights, op.reset_after, *deltas)
+            self._core.add_gru(*weights, op.reset_after, *deltas, op.reverse)
         elif isinstance(op, RNN):
-            self._core.add_rnn(*weights, op.nonlinearity == "relu", *deltas)
+            self._core.add_rnn(*weights, op.nonlinearity == "relu", *deltas, op.reverse)
         else:
-            self._core.add_lstm(*weights, *deltas)
+            self._core.add_lstm(*weights, *deltas, op.reverse)
 
     @classmethod
     def load(
@@ -144,7 +152,8 @@ class Engine:
             out: float32 (B, O) to fill and return; a fresh array when left out.
 
         Raises:
-            ValueError: a stream of another engine or named twice, a token outside the vocabulary, an array of another shape.
+            ValueError: a stream of another engine or named twice, a token outside the vocabulary, an array of another shape, a
+                program that plays whole sequences.
             RuntimeError: a stream is in use by another thread. Nothing was played then.
         """
         try:
@@ -200,7 +209,8 @@ class Stream:
             out: float32 (O,) to fill and return; a fresh array when left out.
 
         Raises:
-            ValueError: a token outside the vocabulary, or an array of another shape or type.
+            ValueError: a token outside the vocabulary, an array of another shape or type, or a program that plays whole
+                sequences.
         """
         if out is None:
             out = np.empty(self._outputs, np.float32)
@@ -208,7 +218,11 @@ class Stream:
         return out
 
     def run(self, sequence: Any) -> Float:
-        """All steps of ``sequence`` (T,) token ids or (T, I) values, without Python in between; returns (T, O)."""
+        """All steps of ``sequence`` (T,) token ids or (T, I) values, without Python in between; returns (T, O).
+
+        A program with a layer that reads backwards plays each sequence from zero and carries nothing on. It takes memory for
+        what two of its layers hand on: 4 bytes a value, or 8 where events are read, at each of T steps.
+        """
         return self._run(sequence, np.empty((0, 0), np.uint8))
 
     def run_traced(self, sequence: Any) -> tuple[Float, dict[int, NDArray[np.bool_]]]:
@@ -252,12 +266,15 @@ class Stream:
         self._core.reset_counters()
 
     def save_state(self) -> State:
-        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,).
+        """A copy of the state: ``"{op}.h"``, for an EGRU ``"{op}.y"`` and for an LSTM ``"{op}.c"`` too, each float32 (H,); for a
+        convolution ``"{op}.x"``, its last inputs, the oldest first, float32 (history, I). Empty where each run starts from zero.
 
         Of an op that sends changes also ``sent_x`` (I,) and ``memory_x`` (gates H,), ``sent_h`` (H,) and ``memory_h``, and
         ``age`` (1,), the steps since the memories were summed anew.
         """
-        return {key: self._read(i, name, np.float32, size) for key, i, name, size in _state_keys(self.engine.program)}
+        return {
+            key: self._read(i, name, np.float32, *shape) for key, i, name, shape in _state_keys(self.engine.program)
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that :meth:`save_state` returned. Raises ``ValueError`` when it is not of this program."""
@@ -269,16 +286,17 @@ class Stream:
                 "Pass what save_state() of the same program returned."
             )
         arrays = []
-        for key, i, name, size in keys:
+        for key, i, name, shape in keys:
             array = np.asarray(state[key])
-            if array.shape != (size,) or array.dtype.kind not in "fiu":
+            if array.shape != shape or array.dtype.kind not in "fiu":
+                has = f"{shape[0]} units" if len(shape) == 1 else f"{shape[0]} inputs of {shape[1]} values"
                 raise ValueError(
-                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {size} values there. "
+                    f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {has} there. "
                     "Pass what save_state() of the same program returned."
                 )
             if name == "age" and not (0 <= array[0] < DELTA_REFRESH and array[0] == int(array[0])):
                 raise ValueError(f"state {key!r} must be a whole number from 0 to {DELTA_REFRESH - 1}, got {array[0]}.")
-            arrays.append((i, name, np.ascontiguousarray(array, np.float32)))
+            arrays.append((i, name, np.ascontiguousarray(array, np.float32).reshape(-1)))
         for i, name, array in arrays:
             self._core.write(i, name, array)
 
@@ -289,9 +307,9 @@ class Stream:
             raise ValueError(f"op {op} is a {found.kind}, only an egru has u.")
         return self._read(op, "u", np.float32, found.outputs)
 
-    def _read(self, op: int, name: str, dtype: DTypeLike, size: int) -> NDArray[Any]:
-        out = np.empty(size, dtype)
-        self._core.read(op, name, out)
+    def _read(self, op: int, name: str, dtype: DTypeLike, *shape: int) -> NDArray[Any]:
+        out = np.empty(shape, dtype)
+        self._core.read(op, name, out.reshape(-1))
         return out
 
     @property
@@ -303,8 +321,9 @@ class Stream:
                 events[i] = self._read(i, "events", np.uint64, op.outputs).astype(np.int64)
             if self.engine.program.by_events(i, "weight_hh"):
                 hidden_reads[i] = self._read(i, "hidden_reads", np.uint64, op.outputs).astype(np.int64)
-            if self.engine.program.by_events(i, "weight_ih"):
-                input_reads[i] = self._read(i, "input_reads", np.uint64, op.inputs).astype(np.int64)
+            if self.engine.program.by_events(i, next(iter(matrices(op)), "")):
+                columns = next(iter(matrices(op).values())).shape[1]
+                input_reads[i] = self._read(i, "input_reads", np.uint64, columns).astype(np.int64)
         return Counts(self._core.steps, events, input_reads, hidden_reads)
 
     @property
@@ -365,15 +384,25 @@ def native_matrix(matrix: Format) -> _native.Matrix:
     return native
 
 
-def _state_keys(program: Program) -> list[tuple[str, int, str, int]]:
-    """(key, op, name, size) of every state array."""
-    layers = [(i, op) for i, op in enumerate(program.ops) if isinstance(op, Recurrent)]
-    return [(f"{i}.{name}", i, name, size) for i, op in layers for name, size in op.carried().items()]
+def _state_keys(program: Program) -> list[tuple[str, int, str, tuple[int, ...]]]:
+    """(key, op, name, shape) of every state array that is carried from call to call."""
+    return [] if program.whole_sequences else _state_arrays(program)
+
+
+def _state_arrays(program: Program) -> list[tuple[str, int, str, tuple[int, ...]]]:
+    """The same from step to step."""
+    found: list[tuple[str, int, str, tuple[int, ...]]] = []
+    for i, op in enumerate(program.ops):
+        if isinstance(op, Recurrent):
+            found += [(f"{i}.{name}", i, name, (size,)) for name, size in op.carried().items()]
+        elif isinstance(op, Conv1d) and op.history:
+            found.append((f"{i}.x", i, "x", (op.history, op.inputs)))
+    return found
 
 
 def _fresh(program: Program) -> State:
     """The state before the first step: zero, and a memory of changes its bias."""
-    state = {key: np.zeros(size, np.float32) for key, _, _, size in _state_keys(program)}
+    state = {key: np.zeros(shape, np.float32) for key, _, _, shape in _state_arrays(program)}
     for i, op in enumerate(program.ops):
         if isinstance(op, Recurrent):
             biases = {f"{i}.memory_x": op.bias_ih, f"{i}.memory_h": op.bias_hh}
@@ -403,21 +432,32 @@ def interpret(
     Args:
         program: what to play.
         sequence: (T,) token ids or (T, I) values.
-        state: as from ``Stream.save_state``; zero when left out.
+        state: as from ``Stream.save_state``; zero when left out, and where the program plays whole sequences.
         dtype: precision of all arithmetic.
     """
-    now = {key: np.array(state[key] if state else array, dtype) for key, array in _fresh(program).items()}
+    carried = {key for key, *_ in _state_keys(program)}
+    now = {
+        key: np.array(state[key] if state and key in carried else array, dtype)
+        for key, array in _fresh(program).items()
+    }
     changes: dict[tuple[int, str], list[NDArray[Any]]] = {}
-    outputs = []
     events: dict[int, list[NDArray[Any]]] = {i: [] for i, op in enumerate(program.ops) if isinstance(op, Speaking)}
     us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
-    for x in sequence:
-        value: Any = x if program.takes_tokens else np.asarray(x, dtype)
-        for i, op in enumerate(program.ops):
+    read: list[Any] = []  # by op i - 1, at every step
+    values: list[Any] = [x if program.takes_tokens else np.asarray(x, dtype) for x in sequence]
+    for i, op in enumerate(program.ops):
+        backwards, given = reads_backwards(op), []
+        read = read if backwards else values
+        for value in read[::-1] if backwards else read:
             if isinstance(op, Embedding):
                 value = op.weight[value].astype(dtype)
             elif isinstance(op, Linear):
                 value = op.weight.matvec(value) + op.bias.astype(dtype)
+            elif isinstance(op, Conv1d):
+                seen = np.concatenate([now.get(f"{i}.x", np.zeros((0, op.inputs), dtype)), value[None]])
+                value = op.weight.matvec(seen[:: op.dilation].reshape(-1)) + op.bias.astype(dtype)
+                if op.history:
+                    now[f"{i}.x"] = seen[1:]
             elif isinstance(op, EGRU):
                 y = now[f"{i}.y"]
                 u = _gru_state(op, *_products(op, value, y, dtype), y, now[f"{i}.h"], dtype)
@@ -463,16 +503,20 @@ def interpret(
                     now[f"{i}.c"] = _sigmoid(f_) * now[f"{i}.c"] + _sigmoid(i_) * np.tanh(g_)
                     value = _sigmoid(o_) * np.tanh(now[f"{i}.c"])
                 now[f"{i}.h"] = value
-        outputs.append(value)
+            given.append(value)
+        if backwards:
+            for rows in (events.get(i, []), us.get(i, [])):
+                rows.reverse()
+        values = [np.concatenate(both) for both in zip(values, given[::-1], strict=True)] if backwards else given
 
     def stacked(rows: list[NDArray[Any]], width: int, of: DTypeLike) -> NDArray[Any]:
         return np.array(rows, of).reshape(len(rows), width)
 
     return Interpretation(
-        stacked(outputs, program.outputs, dtype),
+        stacked(values, program.outputs, dtype),
         {i: stacked(rows, program.ops[i].outputs, np.bool_) for i, rows in events.items()},
         {i: stacked(rows, program.ops[i].outputs, dtype) for i, rows in us.items()},
-        now,
+        {key: now[key] for key in now if key in carried},
         {key: np.array(rows) for key, rows in changes.items()},
     )
 

@@ -24,6 +24,7 @@ from sparsefold.program import (
     KWTA,
     LSTM,
     RNN,
+    Conv1d,
     Embedding,
     LayerNorm,
     Linear,
@@ -196,8 +197,13 @@ def export_c(program: Program, name: str, fold: bool | None = None) -> tuple[str
         fold: whether one table replaces the embedding and the input product behind it; default: where the table is smaller.
 
     Raises:
-        ValueError: no C name can be made of ``name``, or there is nothing to fold.
+        ValueError: no C name can be made of ``name``, there is nothing to fold, or a layer reads backwards.
     """
+    if program.whole_sequences:
+        raise ValueError(
+            "the exported C plays one step after the other in memory of a fixed size, but a layer of this program reads the "
+            "sequence backwards. Play it with the library: sparsefold_run_values or sparsefold_run_tokens."
+        )
     return _Writer(program, c_name(name), fold).text()
 
 
@@ -241,6 +247,8 @@ class _Writer:
                 value = self._embedding(i, op)
             elif isinstance(op, Linear):
                 value = self._linear(i, op, value, events_of)
+            elif isinstance(op, Conv1d):
+                value = self._conv1d(i, op, value, events_of)
             elif isinstance(op, Picks):
                 value = self._picks(i, op, value)
             elif isinstance(op, LogSoftmax | TopK):
@@ -419,6 +427,41 @@ class _Writer:
         call = self._function(i, op, f"{state}{dense}float *y", body)
         arguments = [*(["s"] if state else []), *([x] if dense else []), out]
         self.calls.append(f"    {call}({', '.join(arguments)});")
+        return out
+
+    def _conv1d(self, i: int, op: Conv1d, x: str, events_of: int | None) -> str:
+        add, width = self._matrix(f"weight_{i}", op.weight), op.inputs
+        bias = self._array(f"bias_{i}", op.bias)
+        out, seen = self._output(i, op), self._member("float", f"seen_{i}", op.kernel * width, f"op {i}: all taps")
+        body = [f"    const float *seen = {seen};"]
+        if op.history:
+            past = self._member(
+                "float", f"x_{i}", op.history * width, f"op {i}: a ring of its last {op.history} inputs"
+            )
+            self.state.append(f"    uint32_t at_{i}; /* the oldest of them */")
+            self.clear.append(f"    for (j = 0; j < {op.history * width}; ++j) {past}[j] = 0.0f;")
+            self.clear.append(f"    s->at_{i} = 0;")
+            body += [
+                f"    for (k = 0; k < {op.kernel - 1}; ++k) {{",
+                f"        i = (s->at_{i} + k * {op.dilation}) % {op.history};",
+                f"        for (j = 0; j < {width}; ++j) {seen}[k * {width} + j] = {past}[i * {width} + j];",
+                "    }",
+                f"    for (j = 0; j < {width}; ++j) {past}[s->at_{i} * {width} + j] = x[j];",
+                f"    s->at_{i} = (s->at_{i} + 1) % {op.history};",
+            ]
+        body += [
+            f"    for (j = 0; j < {width}; ++j) {seen}[{(op.kernel - 1) * width} + j] = x[j];",
+            f"    for (j = 0; j < {op.outputs}; ++j) y[j] = {bias}[j];",
+        ]
+        if events_of is None:
+            body += self._product(add, op.weight, "seen", None, "y")
+        else:
+            body += [
+                f"    for (i = 0; i < {op.kernel * width}; ++i)",
+                f"        if (seen[i] != 0.0f) {add('i', 'seen[i]', 'y')}",
+            ]
+        call = self._function(i, op, f"{self.name}_state *s, const float *x, float *y", body)
+        self.calls.append(f"    {call}(s, {x}, {out});")
         return out
 
     def _picks(self, i: int, op: Picks, x: str) -> str:

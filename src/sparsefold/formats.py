@@ -61,6 +61,15 @@ class _Values:
         """Row of each value, broadcastable to ``values``; where a value is padding, any row."""
         raise NotImplementedError
 
+    @property
+    def _value_columns(self) -> NDArray[np.int64]:
+        """Column of each value, broadcastable likewise."""
+        raise NotImplementedError
+
+    def coordinates(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Float]:
+        """(row, column, value) of everything stored, of any shape that broadcasts; padding is among it, with value 0."""
+        return self._value_rows, self._value_columns, self.values
+
     def rounded(self, precision: Precision) -> Self:
         """The same matrix with values rounded to nearest: bfloat16, or int8 with one scale a row (largest value / 127).
 
@@ -195,6 +204,10 @@ class Dense(_Values):
     def _value_rows(self) -> NDArray[np.int64]:
         return np.arange(self.shape[0])[:, None]
 
+    @property
+    def _value_columns(self) -> NDArray[np.int64]:
+        return np.arange(self.shape[1])
+
     def layout(self) -> dict[str, Any]:
         """What the file's op list says of this matrix."""
         rounded = {} if self.precision == "f32" else {"precision": self.precision}
@@ -320,6 +333,11 @@ class Block(_Sparse):
         rows: NDArray[np.int64] = first[:, None, None] + np.arange(self.block[0])
         return rows.clip(max=self.rows - 1)
 
+    @property
+    def _value_columns(self) -> NDArray[np.int64]:
+        columns: NDArray[np.int64] = self._block_column[:, None] * self.block[1] + np.arange(self.block[1])
+        return columns.clip(max=self.cols - 1)[..., None]
+
     @cached_property
     def _blocks_per_column(self) -> NDArray[np.int64]:
         start = self.start.astype(np.int64)
@@ -418,6 +436,10 @@ class CSC(_Sparse):
     @property
     def _value_rows(self) -> NDArray[np.int64]:
         return self.row.astype(np.int64)
+
+    @property
+    def _value_columns(self) -> NDArray[np.int64]:
+        return self._column
 
     @cached_property
     def _column(self) -> NDArray[np.int64]:
@@ -527,6 +549,10 @@ class Complementary(_Sparse):
         first = group * self.group + (self.rows // self.gates) * np.arange(self.gates)[None, :, None]
         rows: NDArray[np.int64] = first[..., None] + np.arange(self.group)
         return rows.clip(max=self.rows - 1)
+
+    @property
+    def _value_columns(self) -> NDArray[np.int64]:
+        return np.arange(self.cols)[:, None, None, None]
 
     @cached_property
     def _heights(self) -> NDArray[np.int64]:

@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
 MAX_OPS = 1024
 MAX_DEPTH = 64  # of lists and objects inside one another
+MAX_HISTORY = 2**22  # values that all convolutions of a program remember: dilation is memory that no array pays for
 RESETS = ("threshold", "output", "none")
 DELTA_REFRESH = 1024  # steps after which the sums of changes are made anew, so that rounding cannot gather for ever
 
@@ -77,6 +78,41 @@ class Linear:
 
 
 @dataclass(frozen=True, eq=False)
+class Conv1d:
+    """One step of a causal convolution over time; what lies before the first step is zero.
+
+    ::
+
+        y_t = sum over taps k of W_k x_(t - (kernel - 1 - k) dilation) + b
+
+    Columns k I to (k + 1) I of ``weight`` are W_k, so that the last ones read the newest x. With ``groups`` output o reads the
+    inputs of its own of as many equal parts only; all other weights are zero.
+    """
+
+    weight: Format  # (outputs, kernel I)
+    bias: Float  # (outputs,)
+    kernel: int
+    dilation: int = 1
+    groups: int = 1
+    kind: ClassVar[str] = "conv1d"
+
+    @property
+    def inputs(self) -> int:
+        """Values read."""
+        return self.weight.shape[1] // self.kernel
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.weight.shape[0]
+
+    @property
+    def history(self) -> int:
+        """Inputs that are carried from step to step."""
+        return (self.kernel - 1) * self.dilation
+
+
+@dataclass(frozen=True, eq=False)
 class Recurrent:
     """What every recurrent op holds: a product of x and one of its own output, gates stacked in the rows as torch does.
 
@@ -88,6 +124,9 @@ class Recurrent:
         M = M + W_ih d, at first b_ih                            in place of W_ih x + b_ih
 
     Every 1024 steps M is summed anew as W_ih x^ + b_ih, which changes nothing but what rounding had left in it.
+
+    ``reverse``: this op reads what the op before it reads, one of its kind that plays forwards, from the last step to the first,
+    and both outputs go on side by side, the forward ones first. A program that holds such an op plays whole sequences.
     """
 
     weight_ih: Format  # (gates H, I)
@@ -96,6 +135,7 @@ class Recurrent:
     bias_hh: Float  # (gates H,)
     delta_input: float | None = field(default=None, kw_only=True)  # threshold >= 0; None: all of x is read
     delta_hidden: float | None = field(default=None, kw_only=True)
+    reverse: bool = field(default=False, kw_only=True)
     kind: ClassVar[str]
     gates: ClassVar[int]
     state: ClassVar[tuple[str, ...]] = ("h",)  # what is carried from step to step, (H,) each
@@ -281,11 +321,23 @@ class LayerNorm:
         return self.weight.size
 
 
-Op = Embedding | Linear | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | TopK
+Op = Embedding | Linear | Conv1d | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | TopK
 Speaking = EGRU | Picks  # at every step each of their units emits an event or not
 OPS: dict[str, type[Op]] = {
-    op.kind: op for op in (Embedding, Linear, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, TopK)
+    op.kind: op
+    for op in (Embedding, Linear, Conv1d, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, TopK)
 }
+
+
+def reads_backwards(op: Op) -> bool:
+    """Whether ``op`` reads what the op before it reads, from the last step to the first."""
+    return isinstance(op, Recurrent) and op.reverse
+
+
+def _sources(ops: tuple[Op, ...], i: int) -> tuple[int, ...]:
+    if i < len(ops) and reads_backwards(ops[i]):
+        return _sources(ops, i - 1)
+    return tuple(range(i - 1 - reads_backwards(ops[i - 1]), i)) if i else ()
 
 
 def matrices(op: Op) -> dict[str, Format]:
@@ -326,14 +378,24 @@ class Program:
     @property
     def outputs(self) -> int:
         """Values given per step."""
-        return self.ops[-1].outputs
+        return sum(self.ops[j].outputs for j in self.sources(len(self.ops)))
+
+    @property
+    def whole_sequences(self) -> bool:
+        """True when an op reads backwards: then only ``Stream.run`` plays the program, and each run starts from zero."""
+        return any(map(reads_backwards, self.ops))
+
+    def sources(self, i: int) -> tuple[int, ...]:
+        """The ops whose outputs, side by side, op ``i`` reads; none where it reads the input. ``len(ops)``: those handed out."""
+        return _sources(self.ops, i)
 
     def reads_events(self, i: int) -> bool:
         """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
-        before = self.ops[i - 1] if i else None
+        sources = self.sources(i)
+        before = self.ops[sources[-1]] if sources else None  # both directions of a layer emit, or none
         emits = isinstance(before, Picks) or (isinstance(before, EGRU) and before.output == "events")
         op = self.ops[i]
-        return emits and isinstance(op, Linear | Recurrent) and getattr(op, "delta_input", None) is None
+        return emits and isinstance(op, Linear | Conv1d | Recurrent) and getattr(op, "delta_input", None) is None
 
     def by_events(self, i: int, name: str) -> bool:
         """Whether the product of matrix ``name`` of op ``i`` reads a list: events of the op before, its own, or changes."""
@@ -496,7 +558,9 @@ def _describe(op: Op) -> dict[str, Any]:
         value = getattr(op, f.name)
         if is_format(value):
             described[f.name] = value.layout()
-        elif not isinstance(value, np.ndarray) and value is not None:
+        elif f.kw_only and value == f.default:  # younger than the format
+            continue
+        elif not isinstance(value, np.ndarray):
             described[f.name] = value
     return described
 
@@ -518,6 +582,8 @@ def _build(i: int, described: Any, tensors: dict[str, NDArray[Any]]) -> Op:
         return array
 
     for name, f in known.items():
+        if f.kw_only:
+            values.setdefault(name, f.default)
         if f.type == "Format":
             values[name] = _build_matrix(i, name, values.get(name), take)
         elif f.type == "Float":
@@ -576,6 +642,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
         elif isinstance(op, Linear):
             _check(op.weight.gates == 1, f"{where}: a linear op has one gate, got {op.weight.gates}.")
             _check(op.bias.shape == (op.outputs,), f"{where}: bias must be ({op.outputs},), got {op.bias.shape}.")
+        elif isinstance(op, Conv1d):
+            _validate_conv1d(where, op)
         elif isinstance(op, Weightless):
             _validate_weightless(where, op, ops[:i])
         elif isinstance(op, LayerNorm):
@@ -604,13 +672,19 @@ def _validate(ops: tuple[Op, ...]) -> None:
                 _check(op.event in ("threshold", "always"), f"{where}: event must be threshold or always.")
                 _check(op.output in ("events", "state"), f"{where}: output must be events or state.")
                 _check(0 <= op.zoneout < 1, f"{where}: zoneout must be in [0, 1), got {op.zoneout}.")
-        if i:
+        if reads_backwards(op):
             _check(
-                ops[i - 1].outputs == op.inputs,
-                f"{where} reads {op.inputs} values, but op {i - 1} ({ops[i - 1].kind}) gives {ops[i - 1].outputs}.",
+                _both_ways(op, ops[i - 1] if i else None),
+                f"{where}: an op that reads backwards follows one of its kind and sizes that reads forwards, and both hand on "
+                "events or both their state.",
             )
+        if sources := _sources(ops, i):
+            j, given = sources[-1], sum(ops[s].outputs for s in sources)
+            _check(given == op.inputs, f"{where} reads {op.inputs} values, but op {j} ({ops[j].kind}) gives {given}.")
         _check(op.inputs > 0 and op.outputs > 0, f"{where} needs at least one input and one output.")
     _check(not all(isinstance(op, Weightless) for op in ops), "a program needs an op with weights.")
+    remembered = sum(op.history * op.inputs for op in ops if isinstance(op, Conv1d))
+    _check(remembered <= MAX_HISTORY, f"convolutions remember at most {MAX_HISTORY} values, these {remembered}.")
     for name, array, wanted in _arrays(ops):
         _check(array.dtype == wanted, f"tensor {name} must be {wanted.name}, got {array.dtype}. Convert it.")
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -636,6 +710,30 @@ def _validate_delta(where: str, op: Recurrent) -> None:
         f"{where}: delta_hidden needs reset_after=True, torch's form; otherwise n reads r * h', which changes with r "
         "while no unit does.",
     )
+
+
+def _both_ways(op: Op, before: Op | None) -> bool:
+    if before is None or type(before) is not type(op) or reads_backwards(before):
+        return False
+    sizes = (before.inputs, before.outputs) == (op.inputs, op.outputs)
+    return sizes and bool(getattr(before, "output", None) == getattr(op, "output", None))
+
+
+def _validate_conv1d(where: str, op: Conv1d) -> None:
+    rows, cols = op.weight.shape
+    _check(op.weight.gates == 1, f"{where}: a convolution has one gate, got {op.weight.gates}.")
+    _check(op.bias.shape == (rows,), f"{where}: bias must be ({rows},), got {op.bias.shape}.")
+    _check(min(op.kernel, op.dilation, op.groups) > 0, f"{where}: kernel, dilation and groups are at least 1.")
+    _check(cols % op.kernel == 0, f"{where}: {cols} columns cannot hold {op.kernel} taps of equal width.")
+    parts = op.groups
+    _check(
+        op.inputs % parts == 0 and rows % parts == 0,
+        f"{where}: {op.inputs} inputs and {rows} outputs cannot form {parts} groups of equal size.",
+    )
+    if parts > 1:
+        row, column, values = op.weight.coordinates()
+        outside = (row // (rows // parts) != column % op.inputs // (op.inputs // parts)) & (values != 0)
+        _check(not outside.any(), f"{where}: a weight joins an input and an output of two of its {parts} groups.")
 
 
 def _validate_weightless(where: str, op: Weightless, before: tuple[Op, ...]) -> None:

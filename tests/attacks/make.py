@@ -280,6 +280,84 @@ def _norm(*changes: Any, **options: Any) -> Any:
     return change
 
 
+def _reverse(said: Any = True, **options: Any) -> Any:
+    """Op 1 as a gru, and once more behind it, reading backwards; the decoder is left out."""
+
+    def change(file: File) -> None:
+        _cell("gru", reset_after=True)(file)
+        file.ops[2:] = [{**deepcopy(file.ops[1]), "reverse": said, **options}]
+        kept = {name: t for name, t in file.tensors.items() if not name.startswith("2.")}
+        file.tensors = kept | {f"2{name[1:]}": list(t) for name, t in kept.items() if name.startswith("1.")}
+
+    return change
+
+
+def _reverse_alone(file: File) -> None:
+    """Op 1 reads backwards what an embedding reads."""
+    _reverse()(file)
+    file.ops[1]["reverse"] = True
+    del file.ops[2]
+    file.tensors = {name: t for name, t in file.tensors.items() if not name.startswith("2.")}
+
+
+def _reverse_of_an_egru(file: File) -> None:
+    """A gru that reads backwards what an egru reads."""
+    _reverse()(file)
+    file.ops[1] = File().ops[1]
+    file.tensors["1.threshold"] = File().tensors["1.threshold"]
+
+
+def _reverse_of_one_unit(file: File) -> None:
+    """The direction that reads backwards has one unit, the other two."""
+    _reverse()(file)
+    for name, cols in (("weight_ih", 2), ("weight_hh", 1)):
+        file.ops[2][name] = {"format": "dense", "rows": 3, "cols": cols, "gates": 3}
+        file.tensors[f"2.{name}.values"] = ["F32", [3, cols], bytes(12 * cols)]
+        file.tensors[f"2.bias_{name[-2:]}"] = ["F32", [3], bytes(12)]
+    for name in ("block_row", "start"):
+        del file.tensors[f"2.weight_hh.{name}"]
+
+
+def _reverse_too_wide(file: File) -> None:
+    """A linear op of two inputs behind two directions of two units each."""
+    _reverse()(file)
+    sound = File()
+    file.ops.append(sound.ops[2])
+    file.tensors |= {f"3{name[1:]}": t for name, t in sound.tensors.items() if name.startswith("2.")}
+
+
+def _conv(*changes: Any, groups: int = 1, **options: Any) -> Any:
+    """A conv1d of two taps as op 3, the last one; every output reads the input of its own number. Then further changes."""
+
+    def change(file: File) -> None:
+        layout = {"format": "dense", "rows": 3, "cols": 6, "gates": 1}
+        file.ops.append({"op": "conv1d", "weight": layout, "kernel": 2, "dilation": 2, "groups": groups, **options})
+        eye = [float(row == column % 3) for row in range(3) for column in range(6)]
+        file.tensors |= {"3.weight.values": ["F32", [3, 6], _f32(*eye)], "3.bias": ["F32", [3], _f32(1, 2, 3)]}
+        for more in changes:
+            more(file)
+
+    return change
+
+
+def _conv_in_blocks(file: File) -> None:
+    """One block of 2 x 2 that joins what three groups part."""
+    file.ops[3]["weight"] = {"format": "block", "rows": 3, "cols": 6, "gates": 1, "block": [2, 2]}
+    file.tensors |= {
+        "3.weight.values": ["F32", [1, 2, 2], _f32(1, 1, 0, 1)], "3.weight.block_row": ["U32", [1], _u32(0)],
+        "3.weight.start": ["U32", [4], _u32(0, 1, 1, 1)],
+    }  # fmt: skip
+
+
+def _conv_complementary(file: File) -> None:
+    """One row of three in every column, and not the one of its group in the last."""
+    file.ops[3]["weight"] = {"format": "complementary", "rows": 3, "cols": 6, "gates": 1, "overlay": 3, "group": 1}
+    file.tensors |= {
+        "3.weight.values": ["F32", [6, 1, 1, 1], _f32(1, 1, 1, 1, 1, 1)],
+        "3.weight.live": ["U8", [6, 1, 1], bytes([0, 1, 2, 0, 1, 1])],
+    }  # fmt: skip
+
+
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
@@ -374,7 +452,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "tensor_extra": (_file(_tensor("9.bias")), "'9.bias' belongs to no op"),
     "tensor_missing": (_file(lambda f: f.tensors.pop("2.bias")), "needs a F32 tensor 2.bias"),
     # the ops
-    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, gru, "),
+    "op_unknown": (_file(_set(2, "op", "conv")), "op 2 is not one of embedding, linear, conv1d, gru, "),
     "op_a_list": (_file(_set(2, "op", ["linear"])), "op 2 is not one of"),
     "op_a_number": (_file(lambda f: f.ops.__setitem__(2, 7)), "op 2 is not one of"),
     "op_null": (_file(_set(2, "op", None)), "op 2 is not one of"),
@@ -420,6 +498,30 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "norm_of_a_matrix": (_file(_norm(_tensor("3.weight", "F32", [3, 1]), epsilon=1e-5)), "weight has one axis; got (3, 1)"),
     "norm_of_a_number": (_file(_norm(_tensor("3.weight", "F32", [], b"\0" * 4), epsilon=1e-5)), "weight has one axis; got ()"),
     "norm_short_bias": (_file(_norm(_tensor("3.bias", "F32", [2], b"\0" * 8), epsilon=1e-5)), "bias must be (3,), got (2,)"),
+    "reverse_a_number": (_file(_reverse(1)), "reverse must be true or false"),
+    "reverse_null": (_file(_reverse(None)), "reverse must be true or false"),
+    "reverse_alone": (_file(_reverse_alone), "an op that reads backwards follows one of its kind"),
+    "reverse_twice": (_file(lambda f: (_reverse()(f), f.ops[1].update(reverse=True))), "an op that reads backwards follows"),
+    "reverse_of_another_kind": (_file(_reverse_of_an_egru), "an op that reads backwards follows one of its kind"),
+    "reverse_of_one_unit": (_file(_reverse_of_one_unit), "an op that reads backwards follows one of its kind and sizes"),
+    "reverse_of_a_linear": (_file(_set(2, "reverse", True)), "unknown field 'reverse'"),
+    "reverse_then_one_width": (_file(_reverse_too_wide), "reads 2 values, but op 2 (gru) gives 4"),
+    "conv_kernel_zero": (_file(_conv(kernel=0)), "kernel must be a whole number between 1 and 2^28"),
+    "conv_kernel_does_not_divide": (_file(_conv(kernel=4)), "6 columns cannot hold 4 taps"),
+    "conv_kernel_huge": (_file(_conv(kernel=2**28 - 1)), "6 columns cannot hold 268435455 taps"),
+    "conv_without_dilation": (_file(_conv(lambda f: f.ops[3].pop("dilation"))), "dilation must be a whole number"),
+    "conv_dilation_a_float": (_file(_conv(dilation=1.0)), "dilation must be a whole number"),
+    "conv_dilation_huge": (_file(_conv(dilation=2**28 - 1)), "at most 4194304 values, these 805306365"),
+    "conv_of_two": (_file(_conv(kernel=3)), "reads 2 values, but op 2 (linear) gives 3"),
+    "conv_groups_zero": (_file(_conv(groups=0)), "groups must be a whole number"),
+    "conv_groups_do_not_divide": (_file(_conv(groups=2)), "3 inputs and 3 outputs cannot form 2 groups"),
+    "conv_between_groups": (
+        _file(_conv(_tensor("3.weight.values", data=_f32(*[0.5] * 18)), groups=3)), "two of its 3 groups"
+    ),
+    "conv_block_between_groups": (_file(_conv(_conv_in_blocks, groups=3)), "two of its 3 groups"),
+    "conv_live_between_groups": (_file(_conv(_conv_complementary, groups=3)), "two of its 3 groups"),
+    "conv_of_three_gates": (_file(_conv(_set(3, "weight", "gates", 3))), "a convolution has one gate"),
+    "conv_short_bias": (_file(_conv(_tensor("3.bias", shape=[2], data=_f32(1, 2)))), "bias must be (3,), got (2,)"),
     "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
     "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
     "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),

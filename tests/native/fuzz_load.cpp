@@ -30,9 +30,11 @@ bool play(const uint8_t* data, size_t size) {
     }
     Stream stream(std::make_shared<const Engine>(std::move(program), "", 1u << 20));
     const Program& played = stream.engine().program;
-    const std::vector<float> x(played.takes_tokens() ? 0 : played.inputs(), 0.5f);
-    std::vector<float> out(played.outputs());
-    for (int64_t t = 0; t < 3; ++t) stream.step(t % played.inputs(), x.data(), out.data());
+    const bool tokens = played.takes_tokens();
+    const std::vector<float> x(tokens ? 0 : 3 * size_t{played.inputs()}, 0.5f);
+    const int64_t token[3] = {0, 1 % played.inputs(), 2 % played.inputs()};
+    std::vector<float> out(3 * size_t{played.outputs()});
+    stream.run(3, tokens ? token : nullptr, tokens ? nullptr : x.data(), out.data());
     return true;
 }
 

@@ -66,6 +66,12 @@ void state(bool write) {
     const uint32_t op = read<uint32_t>();
     const std::vector<char> letters = read<char>(read<uint32_t>());
     const std::string name(letters.begin(), letters.end());
+    if (name == "x") {
+        if (write) return stream->set_history(op, read<float>(stream->history_size(op)).data());
+        std::vector<float> found(stream->history_size(op));
+        stream->history(op, found.data());
+        return answer(found.data(), found.size());
+    }
     CellArgs& cell = stream->state(op).cell;
     Carried found = stream->changes(op, name);
     if (!found.at) found = {name == "h" ? cell.h : name == "c" ? cell.c : cell.y, cell.units};

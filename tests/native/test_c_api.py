@@ -21,7 +21,7 @@ from attacks import make
 from sparsefold.program import EGRU, Program, ProgramError
 
 ROOT = Path(__file__).resolve().parents[2]
-OK, READ, PROGRAM, ARGUMENT, TOKEN, BUSY = range(6)
+OK, READ, PROGRAM, ARGUMENT, TOKEN, BUSY, MEMORY, SEQUENCE = range(8)
 STEPS, EVENTS, INPUT_READS, HIDDEN_READS = range(4)
 network = cache(cases.network)
 
@@ -30,7 +30,8 @@ class Info(ctypes.Structure):
     """``sparsefold_info``."""
 
     _fields_ = (
-        ("inputs", c_size_t), ("outputs", c_size_t), ("ops", c_size_t), ("takes_tokens", c_int), ("isa", c_char_p)
+        ("inputs", c_size_t), ("outputs", c_size_t), ("ops", c_size_t), ("takes_tokens", c_int), ("isa", c_char_p),
+        ("whole_sequences", c_int),
     )  # fmt: skip
 
 
@@ -51,6 +52,8 @@ def lib(c_build):
         ("stream_reset", c_int, [c_void_p]),
         ("step_token", c_int, [c_void_p, c_int64, POINTER(c_float)]),
         ("step_values", c_int, [c_void_p, POINTER(c_float), POINTER(c_float)]),
+        ("run_tokens", c_int, [c_void_p, c_size_t, POINTER(c_int64), POINTER(c_float)]),
+        ("run_values", c_int, [c_void_p, c_size_t, POINTER(c_float), POINTER(c_float)]),
         ("step_batch_tokens", c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_int64), POINTER(c_float)]),
         ("step_batch_values", c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float), POINTER(c_float)]),
         ("set_threads", c_int, [c_void_p, c_size_t]),
@@ -121,6 +124,61 @@ def test_every_option_of_an_egru_is_read(options, lib):
     program = Program((cases.egru(r, 19, 37, (8, 1), 0.5, **options), cases.linear(r, 37, 3)))
     x = cases.sequence(program, 8)
     assert play(lib, program.to_bytes(), x)[0].tobytes() == sf.Engine(program).stream().run(x).tobytes()
+
+
+def run_sequence(lib, stream, x, out):
+    """The status of one call over a sequence."""
+    if x.ndim == 1:
+        tokens = np.array(x, np.int64)
+        return lib.sparsefold_run_tokens(stream, len(x), tokens.ctypes.data_as(POINTER(c_int64)), floats(out))
+    return lib.sparsefold_run_values(stream, len(x), floats(x), floats(out))
+
+
+@pytest.mark.parametrize("name", [*cases.WHOLE_SEQUENCES, "three", "conv-of-events", "mixed-3"])
+def test_a_run_gives_the_bits_and_counts_of_python(name, lib, isa):
+    program = network(name)
+    x, stream = cases.sequence(program, 20), sf.Engine(program, isa=isa).stream()
+    _, engine, _ = load(lib, program.to_bytes(), isa.encode())
+    assert lib.sparsefold_describe(engine).contents.whole_sequences == program.whole_sequences
+    handle, out = lib.sparsefold_stream_new(engine), np.empty((20, program.outputs), np.float32)
+    for piece in (slice(0, 13), slice(13, 13), slice(13, 20)):
+        assert run_sequence(lib, handle, x[piece], out[piece]) == OK
+        assert out[piece].tobytes() == stream.run(x[piece]).tobytes()
+    for op, expected in stream.counters.events.items():
+        values, count = np.zeros(len(expected), np.uint64), c_size_t(len(expected))
+        pointer = values.ctypes.data_as(POINTER(c_uint64))
+        assert lib.sparsefold_counters(handle, op, EVENTS, pointer, byref(count)) == OK
+        np.testing.assert_array_equal(values, expected)
+    lib.sparsefold_stream_free(handle)
+    lib.sparsefold_free(engine)
+
+
+def test_a_wrong_run_and_a_step_of_whole_sequences_do_nothing(lib):
+    for name, x in (("two-ways-gru", np.zeros((3, 3), np.float32)), ("two-ways-tokens", np.array([1, 2, 3]))):
+        program = network(name)
+        _, engine, _ = load(lib, program.to_bytes())
+        handle, out = lib.sparsefold_stream_new(engine), np.full((3, program.outputs), 5, np.float32)
+        if program.takes_tokens:
+            assert lib.sparsefold_step_token(handle, 1, floats(out)) == SEQUENCE
+            for wrong in ([1, 7, 1], [-1, 2, 3]):
+                assert run_sequence(lib, handle, np.array(wrong), out) == TOKEN
+            assert run_sequence(lib, handle, np.zeros((3, 3)), out) == ARGUMENT
+            assert lib.sparsefold_run_tokens(handle, 1, None, floats(out)) == ARGUMENT
+        else:
+            assert lib.sparsefold_step_values(handle, floats(x), floats(out)) == SEQUENCE
+            assert run_sequence(lib, handle, np.array([1, 2, 3]), out) == ARGUMENT
+            assert lib.sparsefold_run_values(handle, 1, None, floats(out)) == ARGUMENT
+            assert lib.sparsefold_run_values(handle, 2**60, floats(x), floats(out)) == MEMORY
+        assert batch(lib, engine, [handle], x[:1], program.takes_tokens, out) == SEQUENCE
+        assert (out == 5).all()
+        count, steps = c_size_t(1), c_uint64(9)
+        assert lib.sparsefold_counters(handle, 0, STEPS, byref(steps), byref(count)) == OK and steps.value == 0
+        assert run_sequence(lib, handle, x, out) == OK
+        assert out.tobytes() == sf.Engine(program).stream().run(x).tobytes()
+        lib.sparsefold_stream_free(handle)
+        lib.sparsefold_free(engine)
+    assert b"Call sparsefold_run_" in lib.sparsefold_status_text(SEQUENCE)
+    assert lib.sparsefold_run_values(None, 0, None, None) == ARGUMENT
 
 
 # --- the reader against Python's -----------------------------------------------------------------------------------------

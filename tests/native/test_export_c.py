@@ -15,7 +15,7 @@ import tolerances
 from native.conftest import shell, tool
 from sparsefold.cli import main
 from sparsefold.export_c import _hex, c_name, export_c, write_c
-from sparsefold.program import EGRU, Program, Recurrent, ReLU
+from sparsefold.program import EGRU, Conv1d, Program, Recurrent, ReLU
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 F = np.float32
@@ -33,6 +33,8 @@ class Exported:
             if isinstance(op, Recurrent):
                 code += [f"float *{n}_{i}(void) {{ return state.{n}_{i}; }}" for n in op.carried() if n != "age"]
                 code += [f"uint32_t *age_{i}(void) {{ return &state.age_{i}; }}"] * ("age" in op.carried())
+            if isinstance(op, Conv1d) and op.history:
+                code += [f"float *x_{i}(void) {{ state.at_{i} = 0; return state.x_{i}; }}"]
             if isinstance(op, EGRU):
                 code += [
                     f"void spoke_{i}(void) {{ uint32_t j; state.count_{i} = 0; for (j = 0; j < {op.outputs}; ++j)",
@@ -48,7 +50,9 @@ class Exported:
         op, name = key.split(".")
         function = getattr(self.lib, f"{name}_{op}")
         function.restype = ctypes.POINTER(ctypes.c_uint32 if name == "age" else ctypes.c_float)
-        return np.ctypeslib.as_array(function(), (self.program.ops[int(op)].carried()[name],))
+        found = self.program.ops[int(op)]
+        shape = (found.history, found.inputs) if isinstance(found, Conv1d) else (found.carried()[name],)
+        return np.ctypeslib.as_array(function(), shape)
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         for key, values in state.items():
@@ -186,6 +190,14 @@ def test_folding_is_chosen_where_it_saves_memory():
     few = Program((cases.embedding(r, 4, 64), cases.egru(r, 64, 16)))
     many = Program((cases.embedding(r, 400, 4), cases.egru(r, 4, 16)))
     assert "table[" in export_c(few, "a")[1] and "table[" not in export_c(many, "a")[1]
+
+
+def test_a_program_that_plays_whole_sequences_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"reads the sequence backwards\. Play it with the library: sparsefold_run_values"
+    ):
+        write_c(network("two-ways-gru"), tmp_path, "net")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names():

@@ -21,7 +21,7 @@ def test_no_file_makes_the_reader_stumble(sanitized, tmp_path: Path) -> None:
     kept.mkdir()
     for i in range(60):  # as often as an attack, or hardly any file would get past the header
         (corpus / f"sound{i}.sfold").write_bytes(make.SOUND)
-    for name in cases.NETWORKS:
+    for name in (*cases.NETWORKS, *cases.WHOLE_SEQUENCES):
         if len(raw := cases.network(name).to_bytes()) < 20_000:
             (corpus / f"{name}.sfold").write_bytes(raw)
     files = [*sorted(ATTACKS.glob("*.sfold")), *sorted(corpus.iterdir())]

@@ -101,7 +101,9 @@ def header_end(raw):
 
 def test_damage_of_every_other_op_is_refused_or_plays():
     """As above, for ops that the attacks do not start from."""
-    for name in ("lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu", "delta-gru-before"):
+    for name in (
+        "lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu", "delta-gru-before", "conv-depthwise", "conv-of-events"
+    ):  # fmt: skip
         sound = cases.network(name).to_bytes()
         r, data = cases.rng(*name.encode()), 8 + struct.unpack_from("<Q", sound)[0]
         for _ in range(150):

@@ -9,7 +9,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold.cost import Part
-from sparsefold.program import EGRU, GRU, Embedding, LayerNorm, Linear, Picks, Weightless
+from sparsefold.program import EGRU, GRU, Conv1d, Embedding, LayerNorm, Linear, Picks, Weightless
 
 network = cache(cases.network)
 DELTAS = [name for name in cases.NETWORKS if sf.interpret(network(name), cases.sequence(network(name), 1)).changes]
@@ -22,7 +22,7 @@ def start(stream, salt):
     """Puts a stream into the middle of a run; returns which units had spoken."""
     state = cases.state(stream.engine.program, salt)
     stream.load_state(state)
-    return {int(key.split(".")[0]): y != 0 for key, y in state.items() if key.endswith(".y")}
+    return {int(key.split(".")[0]): y != 0 for key, y in state.items() if key.endswith((".y", ".x"))}
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -96,7 +96,7 @@ def multiplies(matrix, read):
 
 def brute(program, trace, before, changes, steps, folded):
     """{(op, role): [dense, weight, effective]} of a run, every step and every element by itself."""
-    parts = {}
+    parts, past = {}, {}
     for t in range(steps):
         speaking = None  # which of the values that the next op reads are events; None: all are read
         for i, op in enumerate(program.ops):
@@ -105,6 +105,19 @@ def brute(program, trace, before, changes, steps, folded):
                 continue
             if isinstance(op, Weightless | LayerNorm):
                 speaking = trace[i][t] if isinstance(op, Picks) else None
+                continue
+            if isinstance(op, Conv1d):
+                now = np.ones((1, op.inputs), bool) if speaking is None else speaking[None]
+                past[i] = np.concatenate([past.get(i, before.get(i, np.zeros((0, op.inputs), bool))), now])
+                read = past[i][-op.history - 1 :: op.dilation].reshape(-1)
+                total = parts.setdefault((i, "convolution"), [0, 0, 0])
+                for row in range(op.outputs):  # one multiply for each input of its group and each tap
+                    group = row // (op.outputs // op.groups)
+                    for column in range(op.kernel * op.inputs):
+                        total[0] += column % op.inputs // (op.inputs // op.groups) == group
+                total[1] += multiplies(op.weight, np.ones(len(read), bool))
+                total[2] += multiplies(op.weight, np.ones(len(read), bool) if speaking is None else read)
+                speaking = None
                 continue
             spoken_before = None
             if isinstance(op, EGRU):
@@ -268,6 +281,7 @@ def test_what_a_dense_cell_carries_is_read_and_written(name, bytes_a_step):
         "kwta",
         "events",
         "tokens-layer-norm",
+        "conv-of-events",
     ],
 )
 def test_to_dict_sums_and_is_json(name):
@@ -286,7 +300,9 @@ def test_to_dict_sums_and_is_json(name):
         roles = {p.role for p in found.parts}
         assert sum(found.per_step(field, role) for role in roles) == shown[field]
         assert isinstance(getattr(found, field), int)
-    assert shown["unit_updates"] == sum(op.outputs for op in program.ops if not isinstance(op, Embedding | Linear))
+    assert shown["unit_updates"] == sum(
+        op.outputs for op in program.ops if not isinstance(op, Embedding | Linear | Conv1d)
+    )
     assert shown["bytes_state"] == found.bytes_state / 8
     assert found.macs_dense >= found.macs_weight >= found.macs_effective
     assert {part["op"] for part in shown["parts"]} == {

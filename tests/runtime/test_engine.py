@@ -149,6 +149,92 @@ def test_lstm_and_rnn_follow_the_oracle(kind, units, block, isa):
     follow(program, sf.Engine(program, isa=isa), 12)
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16", "i8", "w8a8"])
+@pytest.mark.parametrize(
+    "storage", [None, (16, 1), (8, 4), (5, 3), "csc", cases.Overlay(4), cases.Overlay(2, 16)], ids=str
+)
+def test_a_convolution_follows_the_oracle_in_every_format(storage, precision, isa):
+    r = cases.rng(6)
+    ops = cases.conv1d(r, 9, 37, 3, 2, 1, storage, 0.6), ReLU(37), cases.conv1d(r, 37, 17, 2, 3, 1, storage, 0.6)
+    program = Program(ops).rounded(precision)
+    follow(program, sf.Engine(program, isa=isa), 12)
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(1, 3), (2, 1), (3, 4), (7, 2)])
+@pytest.mark.parametrize("emits", [True, False])
+def test_a_convolution_is_the_sum_over_a_sequence_with_zeros_in_front(kernel, dilation, emits, isa):
+    r = cases.rng(kernel, dilation)
+    op = cases.conv1d(r, 5, 19, kernel, dilation)
+    program = Program((cases.Events(5), op) if emits else (op,))
+    x, steps = cases.sequence(program, 40), 40
+    taps = op.weight.to_dense().astype(np.float64).reshape(19, kernel, 5)
+    expected = np.tile(op.bias.astype(np.float64), (steps, 1))
+    for t in range(steps):
+        for k in range(kernel):
+            if (then := t - (kernel - 1 - k) * dilation) >= 0:
+                expected[t] += taps[:, k] @ x[then]
+    size = np.abs(taps).sum((1, 2)) * np.abs(x).max() + np.abs(op.bias)
+    stream = sf.Engine(program, isa=isa).stream()
+    played = stream.run(x)
+    assert (np.abs(played - expected) <= tolerances.product_f32(5 * kernel + 1, size)).all()
+    np.testing.assert_allclose(sf.interpret(program, x).outputs, expected, rtol=1e-12, atol=1e-12)
+    stream.reset()
+    same_bits(stream.run(x), played)
+    if kernel > 1:
+        np.testing.assert_array_equal(stream.save_state()[f"{int(emits)}.x"], x[steps - op.history :])
+
+
+def test_silent_inputs_of_a_convolution_cost_nothing():
+    op = cases.conv1d(cases.rng(1), 6, 8, 3, 2)
+    stream = sf.Engine(Program((cases.Events(6), op))).stream()
+    x = Z((9, 6), F)
+    x[0, 2] = x[5, 4] = 1  # the second is read by two taps until the end, the first by all three
+    stream.run(x)
+    assert stream.counters.input_reads[1].reshape(3, 6)[:, [2, 4]].tolist() == [[1, 0], [1, 1], [1, 1]]
+    assert stream.cost.macs_effective == 8 * 5
+    assert stream.cost.bytes_state == 8 * (2 + 5 + 2)  # emitted, read by a tap, remembered
+
+
+@pytest.mark.parametrize("emits", [True, False])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_every_tap_of_a_convolution_and_leaves(bad, emits, isa):
+    op = cases.conv1d(cases.rng(1), 6, 8, 3, 2)
+    stream = sf.Engine(Program((cases.Events(6), op) if emits else (op,)), isa=isa).stream()
+    x = Z((7, 6), F)
+    x[0, 3] = bad
+    first = stream.run(x[:2])
+    stream.load_state(stream.save_state())
+    seen = ~np.isfinite(np.concatenate([first, stream.run(x[2:])]))
+    assert seen.all(1).tolist() == seen.any(1).tolist() == [True, False, True, False, True, False, False]
+
+
+@pytest.mark.parametrize("field", ["weight", "bias", "dilation"])
+def test_the_bound_notices_one_wrong_number_of_a_convolution(field):
+    right = cases.conv1d(cases.rng(3), 9, 17, 3, 2)
+    if field == "dilation":
+        wrong = replace(right, dilation=1)
+        x = cases.sequence(Program((right,)), 6)
+        a, b = (sf.Engine(Program((op,))).stream().run(x) for op in (right, wrong))
+        assert np.abs(a - b).max() > 0.1
+        return
+    array = (right.weight.values if field == "weight" else right.bias).copy()
+    array.flat[5] += 0.01
+    wrong = replace(right, **{field: sf.Dense(array) if field == "weight" else array})
+    follow(Program((right,)), sf.Engine(Program((right,))), 6)
+    with pytest.raises(AssertionError):
+        follow(Program((right,)), sf.Engine(Program((wrong,))), 6)
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (3, 9), (36,), (5, 9)])
+def test_a_history_of_another_shape_is_refused(shape):
+    stream = sf.Engine(Program((cases.conv1d(cases.rng(3), 9, 17, 3, 2),))).stream()
+    with pytest.raises(ValueError, match=r"this program has 4 inputs of 9 values there. Pass what save_state"):
+        stream.load_state({"0.x": Z(shape, F)})
+    for name, values in (("x", Z(35, F)), ("x", Z(0, F)), ("h", Z(0, F)), ("h", Z(17, F))):
+        with pytest.raises(ValueError, match=r"cannot write|no state"):
+            stream._core.write(0, name, values)
+
+
 @pytest.mark.parametrize("change", ["weight_ih", "weight_hh", "bias_ih", "bias_hh"])
 @pytest.mark.parametrize("make", [cases.lstm, cases.rnn])
 def test_the_bound_notices_one_wrong_number_of_each_gate(make, change):
@@ -596,7 +682,7 @@ def test_a_state_of_another_type_is_converted_and_a_list_too():
         (lambda s: {"0.h": s["0.h"], 0: s["0.y"]}, "the state holds"),
         (
             lambda s: {**s, "0.h": Z(30, F)},
-            r"state '0.h' .*shape \(30,\), this program has 31 values there. Pass what save_state",
+            r"state '0.h' .*shape \(30,\), this program has 31 units there. Pass what save_state",
         ),
         (lambda s: {**s, "0.y": Z((31, 1), F)}, r"shape \(31, 1\)"),
         (lambda s: {**s, "0.y": 0.0}, r"shape \(\)"),

@@ -22,6 +22,7 @@ from sparsefold.program import (
     LSTM,
     OPS,
     RNN,
+    Conv1d,
     Embedding,
     LayerNorm,
     Linear,
@@ -82,8 +83,8 @@ def test_the_networks_hold_every_op_in_every_format():
     assert {type(op) for n in cases.NETWORKS for op in cases.network(n).ops} == set(OPS.values())
     assert seen == {
         (op, name, form)
-        for op in (Linear, GRU, EGRU, LSTM, RNN)
-        for name in (["weight"] if op is Linear else ["weight_ih", "weight_hh"])
+        for op in (Linear, Conv1d, GRU, EGRU, LSTM, RNN)
+        for name in (["weight"] if op in (Linear, Conv1d) else ["weight_ih", "weight_hh"])
         for form in FORMATS.values()
     }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
-from sparsefold.nn import EGRU, EGRUCell, EGRUState, Stack, Triangle, anneal, param_groups
+from sparsefold.nn import EGRU, CausalConv1d, EGRUCell, EGRUState, Stack, Triangle, anneal, param_groups
 from sparsefold.nn.reference import egru
 from tolerances import CELL_F64
 
@@ -312,6 +312,41 @@ def test_a_stack_carries_every_state_and_gathers_every_rate():
     hidden, state, _ = model[:2](x)
     assert hidden.shape == (6, 2, 5)
     assert len(state) == 2
+
+
+@pytest.mark.parametrize(("kernel", "dilation", "groups"), [(1, 1, 1), (3, 1, 1), (2, 4, 1), (3, 2, 2), (5, 3, 6)])
+def test_a_causal_convolution_is_torchs_over_zeros_in_front_and_goes_on_from_window_to_window(kernel, dilation, groups):
+    torch.manual_seed(0)
+    layer = CausalConv1d(6, 12, kernel, dilation, groups).double()
+    plain = torch.nn.Conv1d(6, 12, kernel, dilation=dilation, groups=groups).double()
+    plain.load_state_dict(layer.state_dict())  # torch's names and shapes
+    x = torch.randn(17, 3, 6, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x.permute(1, 2, 0), ((kernel - 1) * dilation, 0))
+    output, end = layer(x)
+    torch.testing.assert_close(output, plain(padded).permute(2, 0, 1), rtol=0, atol=CELL_F64)
+    assert end.shape == (layer.history, 3, 6)
+    torch.testing.assert_close(end, padded[..., 17:].permute(2, 0, 1), rtol=0, atol=0)
+    stack, state, windows = Stack(layer), None, []
+    for window in (x[:1], x[1:1], x[1:4], x[4:15], x[15:]):
+        y, state, _ = stack(window, state)
+        windows.append(y)
+        state = state.detach()
+    torch.testing.assert_close(torch.cat(windows), output, rtol=0, atol=CELL_F64)
+
+
+def test_what_does_not_fit_a_causal_convolution_is_refused():
+    layer = CausalConv1d(3, 4, 3, 2)
+    for call, sentence in (
+        (lambda: layer(torch.zeros(5, 3)), r"input has shape \(time, batch, 3\), got \(5, 3\)"),
+        (lambda: layer(torch.zeros(5, 2, 4)), r"got \(5, 2, 4\)"),
+        (lambda: layer(torch.zeros(5, 2, 3), torch.zeros(4, 1, 3)), r"state has shape \(4, 2, 3\), got \(4, 1, 3\)"),
+        (lambda: CausalConv1d(3, 4, 0), "kernel_size is a whole number, at least 1, got 0"),
+        (lambda: CausalConv1d(3, 4, (3,)), "kernel_size is a whole number"),
+        (lambda: CausalConv1d(3, 4, 3, -1), "dilation is a whole number, at least 1, got -1"),
+        (lambda: CausalConv1d(3, 4, 3, groups=2), "in_channels must be divisible by groups"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
 
 
 def test_weight_decay_is_for_matrices():

@@ -15,7 +15,7 @@ from sparsefold import program as ops
 from sparsefold.calibrate import Site, delta_sites, with_deltas
 from sparsefold.formats import Dense, Float, Format, Precision
 from sparsefold.lowering.choose import choose, choose_all
-from sparsefold.nn import EGRU, KWTA, Stack
+from sparsefold.nn import EGRU, KWTA, CausalConv1d, Stack
 from sparsefold.program import Op, Program
 
 
@@ -57,7 +57,9 @@ def compile_model(
 
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
-            Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and Identity.
+            CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and
+            Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
+            Identity: its outputs are those of the causal convolution from the step on at which all of its taps have an input.
             Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
         weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32;
@@ -77,13 +79,15 @@ def compile_model(
         ValueError: a module that cannot be compiled, named by its path, with the list of those that can.
     """
     lowered: list[Op | _Affine] = []
-    for name, module in _flatten("", model):
-        lowered += _rule(name, module)(name, module, lowered[-1].outputs if lowered else 0)
+    leaves = _flatten("", model)
+    _check_axes(model, leaves)
+    for name, module in leaves:
+        lowered += _rule(name, module)(name, module, _width(lowered))
     folded = _fold(lowered)
     if not folded:
         raise ValueError("the model has no layer to compile. Pass the trained network, e.g. an nn.Stack.")
     try:
-        folded += _head(head, folded[-1].outputs)
+        folded += _head(head, _width(folded))
         program = _send_changes(Program(tuple(folded), dict(metadata or {})), delta)
         program = choose_all(program, sample, tune, weights)
         return program.rounded(weights)
@@ -114,6 +118,14 @@ def _send_changes(program: Program, delta: Any) -> Program:
     return with_deltas(program, thresholds)
 
 
+def _width(lowered: Sequence[Op | _Affine]) -> int:
+    """Values that the last of them hands on, 0 where there is none."""
+    if not lowered:
+        return 0
+    last = lowered[-1]
+    return last.outputs * (1 if isinstance(last, _Affine) else 1 + ops.reads_backwards(last))
+
+
 def _head(head: Any, width: int) -> list[Op]:
     if head is None:
         return []
@@ -136,6 +148,19 @@ def _flatten(name: str, module: torch.nn.Module) -> list[tuple[str, torch.nn.Mod
     return [(name or "the model", module)]
 
 
+def _check_axes(model: torch.nn.Module, leaves: list[tuple[str, torch.nn.Module]]) -> None:
+    """A torch.nn.Conv1d takes time from the last axis: refused where that is the axis of features to others."""
+    convolution = next((name for name, m in leaves if type(m) is torch.nn.Conv1d), None)
+    other = next((f"{name} ({type(m).__name__})" for name, m in leaves if not isinstance(m, _LAST_AXIS_IS_TIME)), None)
+    if other is None and any(isinstance(m, Stack) for m in model.modules()):
+        other = "a Stack"
+    if convolution is not None and other is not None:
+        raise ValueError(
+            f"{convolution}: a torch.nn.Conv1d convolves the last axis, in which {other} sees features. "
+            "Use sparsefold.nn.CausalConv1d, which convolves over time in (time, batch, feature)."
+        )
+
+
 def _embedding(name: str, module: Any, width: int) -> list[Op]:
     if module.max_norm is not None:
         raise ValueError(f"{name}: an Embedding with max_norm changes its rows when read; set max_norm=None.")
@@ -146,51 +171,76 @@ def _linear(name: str, module: Any, width: int) -> list[Op]:
     return [ops.Linear(_matrix(module.weight), _bias(module.bias, module.out_features))]
 
 
-def _refuse_bidirectional(name: str, module: Any) -> None:
-    if module.bidirectional:
+def _causal_conv1d(name: str, module: Any, width: int) -> list[Op]:
+    """Torch's (O, I / groups, kernel) as (O, kernel I), zero between groups."""
+    (kernel,), (dilation,), groups = module.kernel_size, module.dilation, module.groups
+    weight = _array(module.weight)
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    wide = np.zeros((groups, outputs, kernel, groups, inputs), np.float32)
+    for g in range(groups):
+        wide[g, :, :, g] = weight[g * outputs : (g + 1) * outputs].transpose(0, 2, 1)
+    matrix, bias = Dense.from_dense(wide.reshape(groups * outputs, -1)), _bias(module.bias, groups * outputs)
+    if kernel == groups == 1:
+        return [ops.Linear(matrix, bias)]
+    return [ops.Conv1d(matrix, bias, kernel, dilation, groups)]
+
+
+def _conv1d(name: str, module: Any, width: int) -> list[Op]:
+    (kernel,), (dilation,), (stride,) = module.kernel_size, module.dilation, module.stride
+    if stride != 1:
+        raise ValueError(f"{name}: a Conv1d of stride {stride} gives no output at some steps. A stream needs stride=1.")
+    causal = (kernel - 1) * dilation
+    if module.padding not in ((0,), (causal,), "valid") or module.padding_mode != "zeros":
         raise ValueError(
-            f"{name}: a bidirectional {type(module).__name__} needs the whole sequence and cannot be streamed."
+            f"{name}: a Conv1d with padding={module.padding!r} of {module.padding_mode} sees what is to come or what never "
+            f"was. Use padding=0, padding={causal} of zeros (the first outputs are the stream's), or sparsefold.nn.CausalConv1d."
         )
+    return _causal_conv1d(name, module, width)
 
 
-def _arrays(module: Any, k: int, gates: int) -> tuple[Format, Format, Float, Float]:
-    """Weights and biases of layer ``k`` of anything that names them as ``torch.nn.RNNBase`` does."""
-    biases = (getattr(module, f"bias_{which}_l{k}", None) for which in ("ih", "hh"))
+def _layers(module: Any) -> list[tuple[str, bool]]:
+    """(suffix of its parameters, whether it reads backwards) of every layer and direction, as they are played."""
+    ways = (False, True) if module.bidirectional else (False,)
+    return [(f"l{k}{'_reverse' * reverse}", reverse) for k in range(module.num_layers) for reverse in ways]
+
+
+def _arrays(module: Any, layer: str, gates: int) -> tuple[Format, Format, Float, Float]:
+    """Weights and biases of a layer of anything that names them as ``torch.nn.RNNBase`` does."""
+    biases = (getattr(module, f"bias_{which}_{layer}", None) for which in ("ih", "hh"))
     bias_ih, bias_hh = (_bias(b if module.bias else None, gates * module.hidden_size) for b in biases)
-    weight_ih, weight_hh = (_matrix(getattr(module, f"weight_{which}_l{k}"), gates) for which in ("ih", "hh"))
+    weight_ih, weight_hh = (_matrix(getattr(module, f"weight_{which}_{layer}"), gates) for which in ("ih", "hh"))
     return weight_ih, weight_hh, bias_ih, bias_hh
 
 
 def _gru(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
-    return [ops.GRU(*_arrays(module, k, 3)) for k in range(module.num_layers)]
+    return [ops.GRU(*_arrays(module, layer, 3), reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _lstm(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
     if module.proj_size:
         raise ValueError(f"{name}: an LSTM with proj_size cannot be compiled. Train it with proj_size=0.")
-    return [ops.LSTM(*_arrays(module, k, 4)) for k in range(module.num_layers)]
+    return [ops.LSTM(*_arrays(module, layer, 4), reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _rnn(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
-    return [ops.RNN(*_arrays(module, k, 1), nonlinearity=module.nonlinearity) for k in range(module.num_layers)]
+    kind = module.nonlinearity
+    return [ops.RNN(*_arrays(module, layer, 1), kind, reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _egru(name: str, module: Any, width: int) -> list[Op]:
-    _refuse_bidirectional(name, module)
+    last = f"l{module.num_layers - 1}"
     return [
         ops.EGRU(
-            *_arrays(module, k, 3),
+            *_arrays(module, layer, 3),
             reset_after=module.reset_after,
-            threshold=np.maximum(_array(getattr(module, f"threshold_l{k}")), 0),
+            threshold=np.maximum(_array(getattr(module, f"threshold_{layer}")), 0),
             reset=module.reset,
             event=module.event,
-            output=module.output if k == module.num_layers - 1 else "events",
+            output=module.output if layer.removesuffix("_reverse") == last else "events",
             zoneout=float(module.zoneout),
+            reverse=reverse,
         )
-        for k in range(module.num_layers)
+        for layer, reverse in _layers(module)
     ]
 
 
@@ -231,31 +281,35 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
     """Every _Affine multiplied into the op before it, or else into the one after it."""
     out: list[Op] = []
     waiting: _Affine | None = None
+    taken: _Affine | None = None  # by the op before this one
     for op in (*lowered, None):
+        if taken is not None and isinstance(op, ops.Recurrent) and op.reverse:  # reads the same
+            op, taken = _scaled_inputs(op, taken), None
         if waiting is not None:
             if not isinstance(op, ops.Linear | ops.Recurrent):
                 raise ValueError(
-                    f"{waiting.name}: a BatchNorm1d is folded into a Linear or Embedding before it, or into a Linear or "
-                    "recurrent layer after it; here is none. Put it beside one."
+                    f"{waiting.name}: a BatchNorm1d is folded into a Linear, Embedding or convolution before it, or into a "
+                    "Linear or recurrent layer after it; here is none. Put it beside one."
                 )
             out.append(_scaled_inputs(op, waiting))
-            waiting = None
+            waiting, taken = None, waiting
         elif isinstance(op, _Affine):
-            if out and isinstance(out[-1], ops.Linear | ops.Embedding):
+            if out and isinstance(out[-1], ops.Linear | ops.Embedding | ops.Conv1d):
                 out[-1] = _scaled_outputs(out[-1], op)
             else:
                 waiting = op
         elif op is not None:
             out.append(op)
+            taken = None
     return out
 
 
-def _scaled_outputs(op: ops.Linear | ops.Embedding, affine: _Affine) -> Op:
+def _scaled_outputs(op: ops.Linear | ops.Embedding | ops.Conv1d, affine: _Affine) -> Op:
     affine.check(op.outputs)
     if isinstance(op, ops.Embedding):
         return ops.Embedding(_rounded(op.weight * affine.scale + affine.shift))
     weight = Dense(_rounded(op.weight.to_dense() * affine.scale[:, None]))
-    return ops.Linear(weight, _rounded(op.bias * affine.scale + affine.shift))
+    return replace(op, weight=weight, bias=_rounded(op.bias * affine.scale + affine.shift))
 
 
 def _scaled_inputs(op: ops.Linear | ops.Recurrent, affine: _Affine) -> Op:
@@ -279,6 +333,8 @@ def _nothing(name: str, module: Any, width: int) -> list[Op]:
 _RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.Embedding: _embedding,
     torch.nn.Linear: _linear,
+    CausalConv1d: _causal_conv1d,
+    torch.nn.Conv1d: _conv1d,
     torch.nn.GRU: _gru,
     torch.nn.LSTM: _lstm,
     torch.nn.RNN: _rnn,
@@ -291,6 +347,9 @@ _RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,
 }
+
+
+_LAST_AXIS_IS_TIME = (torch.nn.Conv1d, torch.nn.BatchNorm1d, torch.nn.ReLU, torch.nn.Dropout, torch.nn.Identity)
 
 
 def _rule(name: str, module: torch.nn.Module) -> Rule:

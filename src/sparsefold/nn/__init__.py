@@ -3,12 +3,13 @@
 from .activity import Activity
 from .events import Triangle, event
 from .kwta import KWTA
-from .modules import EGRU, EGRUCell, EGRUState, Stack, StackState, anneal, param_groups
+from .modules import EGRU, CausalConv1d, EGRUCell, EGRUState, Stack, StackState, anneal, param_groups
 
 __all__ = [
     "EGRU",
     "KWTA",
     "Activity",
+    "CausalConv1d",
     "EGRUCell",
     "EGRUState",
     "Stack",

@@ -325,6 +325,54 @@ class EGRUCell(_EventRecurrent):
         return (trace.u if self.output == "state" else trace.y)[0], EGRUState(trace.y_n, trace.h_n)
 
 
+class CausalConv1d(nn.Conv1d):
+    """torch.nn.Conv1d along the time axis of (T, B, C), seeing nothing of what is to come, with state.
+
+    ::
+
+        y_t = bias + sum over k of weight[:, :, k] x_(t - (kernel_size - 1 - k) dilation)
+
+    Parameters are torch.nn.Conv1d's: `weight` (out_channels, in_channels / groups, kernel_size), `bias` (out_channels,).
+    What lies before the first step is zero, or `state`: the last (kernel_size - 1) · dilation inputs. A window after
+    the other with the state in between equals the whole sequence. A stride is not offered: a stream gives an output at
+    every step.
+
+    Errors: ValueError for sizes, an input or a state that does not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+    ) -> None:
+        for name, size in (("kernel_size", kernel_size), ("dilation", dilation), ("groups", groups)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} is a whole number, at least 1, got {size!r}.")
+        super().__init__(in_channels, out_channels, kernel_size, dilation=dilation, groups=groups, bias=bias)
+        self.history = (kernel_size - 1) * dilation
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Input (T, B, in_channels) -> output (T, B, out_channels), state (history, B, in_channels); state None is zeros."""
+        if x.dim() != 3 or x.shape[2] != self.in_channels:
+            raise ValueError(f"input has shape (time, batch, {self.in_channels}), got {tuple(x.shape)}.")
+        shape = (self.history, *x.shape[1:])
+        if state is None:
+            state = x.new_zeros(shape)
+        if state.shape != shape:
+            raise ValueError(
+                f"state has shape {shape}, got {tuple(state.shape)}. Pass the state this layer returned, or None."
+            )
+        seen = torch.cat([state, x])
+        if not len(x):
+            return x.new_zeros((0, x.shape[1], self.out_channels)), seen
+        output = self._conv_forward(seen.permute(1, 2, 0), self.weight, self.bias).permute(2, 0, 1)
+        return output, seen[len(x) :]
+
+
 class StackState(tuple[Any, ...]):
     """States of a Stack's modules in order, None for those that carry none."""
 
@@ -338,8 +386,8 @@ class StackState(tuple[Any, ...]):
 class Stack(nn.Sequential):
     """nn.Sequential that carries state: forward(x, state=None) -> (output, state, activity).
 
-    Members are EGRU, torch.nn.GRU, LSTM or RNN, which carry state, and modules of one tensor to one tensor, which do
-    not. `state` is a StackState, None to start; `activity` is the `Activity` of all EGRU members.
+    Members are EGRU, CausalConv1d, torch.nn.GRU, LSTM or RNN, which carry state, and modules of one tensor to one tensor,
+    which do not. `state` is a StackState, None to start; `activity` is the `Activity` of all EGRU members.
     """
 
     def __init__(self, *modules: Any) -> None:
@@ -349,7 +397,7 @@ class Stack(nn.Sequential):
             if inner is not None and not isinstance(module, _CARRIES_STATE):
                 raise ValueError(
                     f"module {name} ({type(module).__name__}) holds a recurrent {type(inner).__name__} whose state a "
-                    "Stack cannot carry. List EGRU, GRU, LSTM and RNN modules themselves as members."
+                    "Stack cannot carry. List EGRU, CausalConv1d, GRU, LSTM and RNN modules themselves as members."
                 )
 
     def forward(self, x: Any, state: StackState | None = None) -> tuple[Any, StackState, Activity]:
@@ -367,7 +415,7 @@ class Stack(nn.Sequential):
             if isinstance(module, EGRU):
                 x, new, layer_rates = module(x, old, with_activity=True)
                 rates += layer_rates
-            elif isinstance(module, nn.RNNBase):
+            elif isinstance(module, _CARRIES_STATE):
                 x, new = module(x, old)
             else:
                 x = module(x)
@@ -375,7 +423,7 @@ class Stack(nn.Sequential):
         return x, StackState(states), Activity(rates)
 
 
-_CARRIES_STATE = (EGRU, nn.RNNBase)
+_CARRIES_STATE = (EGRU, CausalConv1d, nn.RNNBase)
 _RECURRENT = (*_CARRIES_STATE, EGRUCell, nn.RNNCellBase, Stack)
 
 
