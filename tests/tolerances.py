@@ -23,6 +23,12 @@ MEAN_F64 = 64 * EPS64
 # The same mean as the difference of two float32 values, mean = own + (mean - own): two roundings of values below 1.
 DISTRIBUTED_F32 = 4 * 2.0**-23
 
+# Norms of blocks of at most 9 weights below 6 in float64: at most 12 operations on values below 20, and a division.
+LASSO_F64 = 16 * EPS64 * 20
+
+# A threshold is eight float64 operations of either order, relative.
+THRESHOLD_F64 = 16 * EPS64
+
 # --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
 
 EPS32 = 2.0**-24  # relative error of one float32 operation

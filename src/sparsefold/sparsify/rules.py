@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -422,32 +422,37 @@ def _read_rule(pattern: str, entry: Any) -> Rule:
         )
     if missing := [name for name, f in known.items() if f.default is MISSING and name not in given]:
         raise ValueError(f"{pattern!r}: {entry['rule']} needs {', '.join(missing)}.")
+    hints = get_type_hints(cls)
     for name, value in given.items():
-        wanted = _kinds(name)
-        if isinstance(value, bool) != (wanted is bool) or not all(isinstance(v, wanted) for v in _flat(value)):
-            raise ValueError(f"{pattern!r}: {name} must be {_WORDS[wanted]}, got {value!r}.")
+        if not _fits(value, hints[name]):
+            raise ValueError(f"{pattern!r}: {name} must be {_words(hints[name])}, got {entry[name]!r}.")
     try:
         return cls(**given)
     except ValueError as error:
         raise ValueError(f"{pattern!r}: {error}") from error
 
 
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    str: "a word",
-    int: "made of whole numbers",
-    (int, float): "made of numbers",
-}
+def _fits(value: Any, hint: Any) -> bool:
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in arguments
+    if get_origin(hint) is tuple:
+        items = arguments[:1] * len(value) if isinstance(value, tuple) and arguments[-1] is ... else arguments
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
+    if arguments:  # a union
+        return any(_fits(value, kind) for kind in arguments)
+    return isinstance(value, (int, float) if hint is float else hint) and isinstance(value, bool) == (hint is bool)
 
 
-def _kinds(name: str) -> Any:
-    if name in ("scope", "score", "sets", "choice"):
-        return str
-    return bool if name == "keep_diagonal" else (int, float) if name == "density" else int
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    yield from value if isinstance(value, tuple) else (value,)
+def _words(hint: Any) -> str:
+    arguments = get_args(hint)
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if get_origin(hint) is tuple:
+        return "a list of numbers" if arguments[-1] is ... else f"a list of {len(arguments)} whole numbers"
+    return {float: "a number", int: "a whole number", bool: "true or false"}.get(hint) or " or ".join(
+        map(_words, arguments)
+    )
 
 
 def magnitude_mask(
