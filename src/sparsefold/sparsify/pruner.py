@@ -107,6 +107,11 @@ class Pruner:
         """Share of weights that each mask keeps."""
         return {name: int(mask.sum()) / max(mask.numel(), 1) for name, mask in self.masks.items()}
 
+    @property
+    def gates(self) -> dict[str, int]:
+        """How many gates each mask's rows are stacked from."""
+        return {name: t.gates for name, t in self._targets.items()}
+
     def penalty(self) -> Tensor:
         """Scalar λ Σ ‖w_g‖₂ over the candidates (blocks, weights, …) of all rules: group lasso, to be added to the loss.
 
