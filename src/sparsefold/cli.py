@@ -248,6 +248,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], Any]:
     """Named tensors of a checkpoint, and a function that gives the file's bytes with whatever they then hold."""
     import io
     import pickle
+    import warnings
 
     import torch
     from safetensors import SafetensorError, safe_open
@@ -264,12 +265,21 @@ def _read_tensors(path: Path) -> tuple[dict[str, Any], Any]:
             raise ValueError(f"{path} is not a safetensors file: {error}.") from error
         return tensors, lambda: save(tensors, metadata)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what other programs' pickles look like
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, or is damaged; code in it is not run. Save the model's state_dict() instead."
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # as damage may have it
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is neither a safetensors nor a torch file: {reason}.") from error
 
