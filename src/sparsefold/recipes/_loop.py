@@ -137,9 +137,9 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
             if not math.isfinite(bits + norm):  # before the step, so that no checkpoint ever holds what came of it
                 raise _diverged(f"the loss is {bits}, its gradient's norm {norm}", at.step, last)
             optimizer.step()
-            optimizer.zero_grad()
             if trainer.pruner:
-                trainer.pruner.step()
+                trainer.pruner.step()  # before the gradients go: weights may return by them
+            optimizer.zero_grad()
             state = state.detach()
             at.step += 1
             at.loss_mean = bits if at.step == 1 else 0.98 * at.loss_mean + 0.02 * bits
