@@ -275,6 +275,95 @@ def heatmap() -> str:
     )
 
 
+GRID = ROOT / "results/prune_lm/grid.json"
+
+
+def _points() -> list[dict[str, Any]]:
+    """One row for each cell, size, method and density: means over seeds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for point in json.loads(GRID.read_text()).values() if GRID.exists() else ():
+        c = point["config"]
+        groups.setdefault((c["cell"], c["hidden"], c["method"], c["density"]), []).append(point)
+
+    def mean(of: list[dict[str, Any]], *keys: str) -> float:
+        values = []
+        for value in of:
+            for key in keys:
+                value = value[key]
+            values.append(value)
+        return float(sum(values) / len(values))
+
+    return [
+        {
+            "cell": cell, "hidden": hidden, "method": method, "seeds": len(of),
+            "density": mean(of, "density", "1.weight_hh_l0"), "bits": mean(of, "test_bits_per_char"),
+            "us": mean(of, "latency_us", "p50"), "macs": mean(of, "macs", "macs_effective"), "rate": mean(of, "event_rate"),
+        }
+        for (cell, hidden, method, _), of in groups.items()
+    ]  # fmt: skip
+
+
+def pruned() -> str:
+    """Quality, density and time of every way of pruning; in bold what no other point of its cell beats in both."""
+    rows = _points()
+    if not rows:
+        return "Not measured yet."
+    lines = [
+        "| cell, units | method | density | bits per character | seeds | event rate | MACs | µs p50 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(rows, key=lambda r: (r["cell"], r["us"])):
+        rivals = [o for o in rows if o["cell"] == r["cell"] and o is not r]
+        beaten = any(
+            o["us"] <= r["us"] and o["bits"] <= r["bits"] and (o["us"], o["bits"]) != (r["us"], r["bits"])
+            for o in rivals
+        )
+        bits = f"{r['bits']:.3f}" if beaten else f"**{r['bits']:.3f}**"
+        rate = f"{r['rate']:.1%}" if r["cell"] == "egru" else ""
+        lines.append(
+            f"| {r['cell']} {r['hidden']} | {r['method']} | {r['density']:.1%} | {bits} | {r['seeds']} | {rate} "
+            f"| {r['macs']:,.0f} | {r['us']:.2f} |"
+        )
+    about = next(iter(json.loads(GRID.read_text()).values()))
+    where = f"Test split, {about['config']['steps']} steps. {about['provenance']['processor']}, one thread, pinned."
+    picture = "![Quality of every pruned network against its time](pruning.svg)"
+    return "\n".join(lines) + f"\n\n{where} From [grid.json](../{GRID.relative_to(ROOT)}).\n\n{picture}"
+
+
+_CELLS = {"gru": "#6b747c", "lstm": "#a03c86", "egru": "#0067a8"}
+
+
+def pruned_svg() -> str:
+    """Bits per character against microseconds of a byte, every point named; lower and further left is better."""
+    rows = _points()
+    xs, ys = ([math.log10(r["us"]) for r in rows], [r["bits"] for r in rows])
+    (x0, x1), (y0, y1) = ((min(v) - 0.05, max(v) + 0.05) for v in (xs, ys))
+    width, height, left, bottom = 860, 520, 60, 50
+
+    def at(us: float, bits: float) -> tuple[float, float]:
+        x = left + (math.log10(us) - x0) / (x1 - x0) * (width - left - 150)
+        return x, 40 + (y1 - bits) / (y1 - y0) * (height - 40 - bottom)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="11" fill="#1b1f23">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        '<text x="16" y="22" font-size="13" font-weight="bold">bits per character (up) against µs of a byte, logarithmic</text>',
+        f'<path d="M{left} 40V{height - bottom}H{width - 150}" stroke="#5d666f" fill="none"/>',
+    ]
+    for k in range(5):
+        bits, us = y0 + (y1 - y0) * k / 4, 10 ** (x0 + (x1 - x0) * k / 4)
+        (x, _), (_, y) = at(us, y0), at(10**x0, bits)
+        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{bits:.2f}</text>')
+        out.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{us:.3g}</text>')
+    for r in sorted(rows, key=lambda r: (r["cell"], r["us"])):
+        (x, y), colour = at(r["us"], r["bits"]), _CELLS[r["cell"]]
+        name = f"{r['cell']} {r['hidden']}, {r['method']}, {r['density']:.0%}"
+        out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        out.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
 SECTIONS = {
     "README.md": {"demo": demo_table},
     "docs/benchmarks.md": {
@@ -286,8 +375,9 @@ SECTIONS = {
         "kernels": kernels,
         "heatmap": heatmap,
     },
+    "docs/pruning.md": {"pruned": pruned},
 }
-FIGURES = {"docs/heatmap.svg": heatmap_svg}
+FIGURES = {"docs/heatmap.svg": heatmap_svg} | ({"docs/pruning.svg": pruned_svg} if GRID.exists() else {})
 
 
 def render(text: str, sections: dict[str, Any]) -> str:

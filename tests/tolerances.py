@@ -17,11 +17,21 @@ GRADIENT_F64 = 64 * CELL_F64
 # of the triangle falls inside the step, step · slope / 4 with slope height / half_width = 1, times a gain of a few.
 GRADCHECK = {"eps": 1e-6, "atol": 2e-6, "rtol": 0.0}
 
+# Two networks whose sums differ by terms that are exactly 0, so by their order alone: a cell a layer, three layers and a reader,
+# at most 20 steps that each pass on what came before (CELL_F64 covers 8).
+SHRUNK_F64 = 4 * 3 * CELL_F64
+
 # A mean of at most 64 float64 values in [0, 1].
 MEAN_F64 = 64 * EPS64
 
 # The same mean as the difference of two float32 values, mean = own + (mean - own): two roundings of values below 1.
 DISTRIBUTED_F32 = 4 * 2.0**-23
+
+# Norms of blocks of at most 9 weights below 6 in float64: at most 12 operations on values below 20, and a division.
+LASSO_F64 = 16 * EPS64 * 20
+
+# A threshold is eight float64 operations of either order, relative.
+THRESHOLD_F64 = 16 * EPS64
 
 # --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The plots of a demo's page as SVG: loss, latency, event rates, MACs by part, and who speaks when.
+"""The plots of a demo's page as SVG: loss, latency, event rates, MACs by part, who speaks when; and masks as a PNG.
 
 Units of all figures are CSS pixels (72 dots an inch, so a point is a pixel). Each paint is drawn in a stand-in colour
 that the SVG then names as a CSS variable; so one drawing serves light and dark.
@@ -10,12 +10,13 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
-from io import StringIO
+from io import BytesIO, StringIO
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sparsefold._summary import Summary, clean, label_of, macs_by_role, number
 
@@ -303,3 +304,68 @@ def _rasters(summary: Summary) -> list[str]:
         caption += "above, the share of units that emit."
         figures.append(_figure(fig, f"raster-{len(figures)}", "Who speaks when", caption, wide=True))
     return figures
+
+
+MOST_PIXELS = 480  # of a side of a matrix: larger ones are drawn as the share of weights in each cell
+
+
+def patterns(matrices: Mapping[str, tuple[NDArray[np.bool_], int]]) -> bytes:
+    """A PNG of which weights each matrix (rows, cols) holds, named, with its number of gates: dark where there are some.
+
+    All to one scale, so that sizes compare; thin lines part the gates. Raises ``ImportError`` without matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures are drawn with matplotlib: pip install 'sparsefold[report]'.") from error
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    # Cells of one size for all matrices: at most MOST_PIXELS along the longest side, at least two pixels for a weight.
+    longest = max(max(mask.shape) for mask, _ in matrices.values())
+    cell = -(-longest // MOST_PIXELS)
+    pixels = max(min(MOST_PIXELS // longest, 12), 1)
+    shares = {name: _shares(mask, cell) for name, (mask, _) in matrices.items()}
+    margin, head = 18, 52
+    width = [max(share.shape[1] * pixels, 250) + margin for share in shares.values()]
+    total, rows, row = MOST_PIXELS * 2 + 3 * margin, [], []  # type: ignore[var-annotated]
+    for name, w in zip(shares, width, strict=True):  # as text flows: what does not fit starts a new row
+        if row and sum(x for _, x in row) + w > total - margin:
+            rows.append(row)
+            row = []
+        row.append((name, w))
+    rows.append(row)
+    heights = [max(shares[name].shape[0] * pixels for name, _ in row) + head + margin for row in rows]
+    with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False}):
+        fig = Figure(figsize=(total / 100, sum(heights) / 100), dpi=100, facecolor="white")
+        ink = LinearSegmentedColormap.from_list("ink", ["#f2f4f6", "#123a5c"])
+        top = float(sum(heights))
+        for row, height in zip(rows, heights, strict=True):
+            left = float(margin)
+            for name, w in row:
+                mask, gates = matrices[name]
+                share = shares[name]
+                h, wide = share.shape[0] * pixels, share.shape[1] * pixels
+                bottom = top - head - h
+                ax = fig.add_axes((left / total, bottom / sum(heights), wide / total, h / sum(heights)))
+                ax.imshow(share, cmap=ink, vmin=0, vmax=1, interpolation="nearest", aspect="auto")
+                ax.set(xticks=[], yticks=[])
+                for gate in range(1, gates):
+                    ax.axhline(gate * len(share) / gates - 0.5, color="#d4004f", linewidth=0.8)
+                kept = mask.mean() if mask.size else 0.0
+                title = f"{clean(name)}\n{mask.shape[0]} x {mask.shape[1]}, {kept:.1%} kept"
+                fig.text(left / total, (top - 10) / sum(heights), title, va="top", color="#1b1f23", linespacing=1.4)
+                left += w
+            top -= height
+        buffer = BytesIO()
+        fig.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _shares(mask: NDArray[np.bool_], cell: int) -> NDArray[np.float64]:
+    """Share of weights in each cell x cell part, of fewer at an edge."""
+    rows, cols = (np.arange(0, n, cell) for n in mask.shape)
+    kept = np.add.reduceat(np.add.reduceat(mask.astype(np.int64), rows, 0), cols, 1)
+    height, width = (np.diff(np.append(at, n)) for at, n in ((rows, mask.shape[0]), (cols, mask.shape[1])))
+    shares: NDArray[np.float64] = kept / np.outer(height, width)
+    return shares

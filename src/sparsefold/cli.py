@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         help="bits per character that a text may cost more; of a .npy, the relative error of the outputs (default: 0.01)",
     )  # fmt: skip
 
+    prune = add("prune", _prune, "Prune a checkpoint at once: safetensors, or a torch file without code in it.")
+    prune.add_argument("checkpoint", type=Path, metavar="CKPT")
+    prune.add_argument("--rules", type=Path, required=True, metavar="FILE", help="TOML: a table for each name pattern")
+    prune.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="may be CKPT itself")
+    prune.add_argument("--png", type=Path, default=None, metavar="FILE", help="draw the masks")
+
     run = add("run", _run, "Generate text with a compiled model, as a stream.")
     run.add_argument("file", type=Path)
     run.add_argument("--prompt", default="\n", help="text to start from")
@@ -122,6 +128,7 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = add("inspect", _inspect, "What a .sfold file holds: ops, formats, sizes, where it comes from.")
     inspect.add_argument("file", type=Path)
+    inspect.add_argument("--png", type=Path, default=None, metavar="FILE", help="draw which weights each matrix holds")
 
     export = add("export-c", _export_c, "Write a .sfold file as one self-contained C99 file and its header.")
     export.add_argument("file", type=Path)
@@ -250,6 +257,96 @@ def _calibrate(args: argparse.Namespace) -> None:
     found.program.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
     print(found)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    _need_torch()
+    import tomllib
+    import warnings
+
+    from sparsefold.program import write_atomically
+    from sparsefold.sparsify import Pruner, read_rules
+
+    try:
+        rules = read_rules(tomllib.loads(args.rules.read_text()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{args.rules} is not TOML: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{args.rules}: {error}") from error
+    tensors, encoded = _read_tensors(args.checkpoint)
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        pruner = Pruner(tensors, rules)
+    pruner.step()
+    write_atomically(args.output, encoded())
+    for note in notes:
+        print(f"sparsefold: {note.message}", file=sys.stderr)
+    print(pruner.summary())
+    print(f"{args.output}: {args.output.stat().st_size:,} bytes, zeros stored; compiling drops them.")
+    if args.png:
+        masks = {name: mask.flatten(1).numpy() for name, mask in pruner.masks.items()}
+        _draw_patterns(args.png, {name: (mask, pruner.gates[name]) for name, mask in masks.items()})
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Any], Any]:
+    """Named tensors of a checkpoint, and a function that gives the file's bytes with whatever they then hold."""
+    import io
+    import pickle
+    import warnings
+
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}.")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}.") from error
+        return tensors, lambda: save(tensors, metadata)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what other programs' pickles look like
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, or is damaged; code in it is not run. Save the model's state_dict() instead."
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:  # as damage may have it
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is neither a safetensors nor a torch file: {reason}.") from error
+
+    def flat(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {name: t for key, v in value.items() for name, t in flat(f"{prefix}.{key}", v).items()}
+        return {prefix[1:]: value} if isinstance(value, torch.Tensor) else {}
+
+    def encoded() -> bytes:
+        torch.save(loaded, buffer := io.BytesIO())
+        return buffer.getvalue()
+
+    return flat("", loaded), encoded
+
+
+def _draw_patterns(path: Path, matrices: dict[str, tuple[NDArray[np.bool_], int]]) -> None:
+    from sparsefold._figures import patterns
+    from sparsefold.program import write_atomically
+
+    if not matrices:
+        raise ValueError("there is no matrix to draw.")
+    write_atomically(path, patterns(matrices))
+    print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def _load(file: Path) -> Program:
@@ -397,6 +494,13 @@ def _inspect(args: argparse.Namespace) -> None:
             continue
         text = json.dumps(value)
         print(f"{key}: {text if len(text) <= 400 else text[:400] + ' ...'}")
+    if args.png:
+        found = {
+            f"{i} {op.kind} {name}, {m.description}": (m.to_dense() != 0, m.gates)
+            for i, op in enumerate(program.ops)
+            for name, m in matrices(op).items()
+        }
+        _draw_patterns(args.png, found)
 
 
 def _choices_table(choices: Any) -> list[str]:

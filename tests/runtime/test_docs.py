@@ -20,7 +20,7 @@ def generator():
     return module
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/pruning.md"])
 def test_tables_are_generated(page: str) -> None:
     generate = generator()
     text = (ROOT / page).read_text()
@@ -82,6 +82,33 @@ def test_the_table_of_streams_is_made_of_the_newest_result(tmp_path: Path, monke
         "1350 x 3 units, 10% of blocks, 11.5% events, 100 steps a second. A Processor, avx2, Python call included. "
         "From [throughput-2025-01-02-a.jsonl](../bench/results/a-machine/throughput-2025-01-02-a.jsonl)."
     )
+
+
+def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = generator()
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "GRID", tmp_path / "grid.json")
+    assert generate.pruned() == "Not measured yet."
+
+    def point(method: str, seed: int, bits: float, us: float, cell: str = "egru") -> dict[str, object]:
+        config = {"cell": cell, "hidden": 512, "method": method, "density": 0.1, "seed": seed, "steps": 1800}
+        return {
+            "config": config, "test_bits_per_char": bits, "density": {"1.weight_hh_l0": 0.1}, "event_rate": 0.08,
+            "macs": {"macs_effective": 20000}, "latency_us": {"p50": us}, "provenance": {"processor": "A Processor"},
+        }  # fmt: skip
+
+    found = [point("glp", 0, 1.75, 4.0), point("glp", 1, 1.85, 5.0), point("4x4", 0, 1.9, 6.0)]
+    found.append(point("4x4", 0, 1.7, 9.0, "gru"))
+    (tmp_path / "grid.json").write_text(json.dumps({str(i): p for i, p in enumerate(found)}))
+    table = generate.pruned()
+    assert "| egru 512 | glp | 10.0% | **1.800** | 2 | 8.0% | 20,000 | 4.50 |" in table
+    assert "| egru 512 | 4x4 | 10.0% | 1.900 | 1 | 8.0% | 20,000 | 6.00 |" in table
+    assert "| gru 512 | 4x4 | 10.0% | **1.700** | 1 |  | 20,000 | 9.00 |" in table
+    assert "1800 steps. A Processor, one thread, pinned. From [grid.json](../grid.json)." in table
+    drawn = generate.pruned_svg()
+    assert drawn.count("<circle") == 3 and "egru 512, glp, 10%" in drawn
 
 
 def test_links_lead_somewhere() -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -463,3 +464,125 @@ def test_the_installed_command(model):
     done = subprocess.run([*command, "inspect", "nothing.sfold"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "sparsefold: nothing.sfold: No such file or directory.\n"
+
+
+# --- prune and pictures ----------------------------------------------------------------------------------------------
+
+RULES = """
+["*weight_hh*"]
+rule = "block"
+density = [0.25, 0.5, 0.75]
+block = [4, 1]
+
+["*out.weight"]
+rule = "nm"
+n = 1
+m = 4
+"""
+
+
+@pytest.fixture
+def rules(tmp_path):
+    path = tmp_path / "rules.toml"
+    path.write_text(RULES)
+    return path
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return torch.nn.ModuleDict({"rnn": torch.nn.GRU(5, 8, bidirectional=True), "out": torch.nn.Linear(8, 4)})
+
+
+def assert_pruned(tensors):
+    for name in ("rnn.weight_hh_l0", "rnn.weight_hh_l0_reverse"):
+        assert (tensors[name].view(3, -1) != 0).sum(1).tolist() == [16, 32, 48]
+    assert ((tensors["out.weight"].view(4, 2, 4) != 0).sum(2) == 1).all()
+    assert (tensors["rnn.weight_ih_l0"] != 0).all()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "nested"])
+def test_prune_any_checkpoint(call, tmp_path, rules, network, kind):
+    from safetensors import safe_open
+
+    path, out = (tmp_path / f"{n}.{'safetensors' if kind == 'safetensors' else 'pt'}" for n in ("in", "out"))
+    state = network.state_dict()
+    if kind == "safetensors":
+        save_file(state, path, {"made by": "a test"})
+    else:
+        torch.save({"model": state, "step": 3, "loss": [0.5]} if kind == "nested" else state, path)
+    before = path.read_bytes()
+    status, shown, err = call("prune", path, "--rules", rules, "-o", out)
+    assert (status, err) == (0, "") and path.read_bytes() == before
+    assert "16/64   25.00%" in shown and "8/32   25.00%" in shown
+    if kind == "safetensors":
+        with safe_open(str(out), "pt") as file:
+            assert file.metadata() == {"made by": "a test"}
+            tensors = {name: file.get_tensor(name) for name in state}
+    else:
+        loaded = torch.load(out, weights_only=True)
+        assert kind == "torch" or (loaded["step"], loaded["loss"]) == (3, [0.5])
+        tensors = loaded["model"] if kind == "nested" else loaded
+    assert list(tensors) == list(state)
+    assert_pruned(tensors)
+    network.load_state_dict(tensors)
+    assert network["rnn"](torch.randn(2, 1, 5))[0].isfinite().all()
+
+
+def test_a_runs_own_checkpoint_is_pruned_in_place_and_compiles(call, made, tmp_path):
+    path = tmp_path / "best.safetensors"
+    path.write_bytes((made / "run/best.safetensors").read_bytes())
+    (tmp_path / "r.toml").write_text('["model.1.weight_hh*"]\nrule = "magnitude"\ndensity = 0.1\n')
+    assert call("prune", path, "--rules", tmp_path / "r.toml", "-o", path)[0] == 0
+    assert call("compile", path, "-o", tmp_path / "a.sfold")[0] == 0
+    assert (sf.Program.load(tmp_path / "a.sfold").ops[1].weight_hh.to_dense() != 0).sum() == 3 * 26
+
+
+def test_prune_refuses_with_a_sentence(call, tmp_path, rules, network):
+    import pickle
+
+    good, out = tmp_path / "good.safetensors", tmp_path / "out"
+    save_file(network.state_dict(), good)
+    evil, noise, bad = tmp_path / "evil.pt", tmp_path / "noise.pt", tmp_path / "noise.safetensors"
+    evil.write_bytes(pickle.dumps(Progress))
+    noise.write_bytes(b"PK no zip")
+    bad.write_bytes(b"\x08nothing")
+
+    def refused(checkpoint, text, sentence):
+        rules.write_text(text)
+        assert_refused(call("prune", checkpoint, "--rules", rules, "-o", out), sentence)
+        assert not out.exists()
+
+    refused(tmp_path / "none.pt", RULES, "there is no checkpoint")
+    refused(evil, RULES, "holds more than tensors, or is damaged; code in it is not run")
+    refused(noise, RULES, "noise.pt")
+    refused(bad, RULES, "is not a safetensors file")
+    refused(good, "density", "rules.toml is not TOML")
+    refused(good, "", "there is no rule")
+    refused(good, '["x"]\nrule = "blok"', "unknown rule 'blok'. Did you mean 'block'")
+    refused(good, '["nothing"]\nrule = "nm"\nn = 1\nm = 2', "no parameter is named 'nothing'")
+    refused(good, '["*bias*"]\nrule = "nm"\nn = 1\nm = 2', "rules prune matrices")
+    rules.write_text(RULES)
+    assert_refused(call("prune", good, "--rules", tmp_path / "none", "-o", out), "none: No such file")
+    assert_refused(call("prune", good, "--rules", rules, "-o", tmp_path / "no/out"), "the folder .* does not exist")
+
+
+def test_masks_are_drawn(call, made, model, tmp_path, rules, network):
+    pytest.importorskip("matplotlib", reason="matplotlib draws the masks")
+    import matplotlib.image
+
+    save_file(network.state_dict(), tmp_path / "in.safetensors")
+    words = ("prune", tmp_path / "in.safetensors", "--rules", rules, "-o", tmp_path / "out.safetensors")
+    assert call(*words, "--png", tmp_path / "masks.png")[0] == 0
+    assert call("inspect", model, "--png", tmp_path / "program.png")[0] == 0
+    for name in ("masks", "program"):
+        pixels = matplotlib.image.imread(tmp_path / f"{name}.png")
+        assert pixels.shape[0] > 100 and pixels.shape[1] > 900
+    from sparsefold._figures import patterns
+
+    half = np.zeros((64, 40), bool)
+    half[:32] = True
+    image = matplotlib.image.imread(BytesIO(patterns({"a": (half, 1)})))[..., :3]
+    ink, paper = ((np.abs(image - np.array(c) / 255).max(2) < 0.01).sum() for c in ((18, 58, 92), (242, 244, 246)))
+    # 7 pixels a weight, but for the frame
+    assert ink == pytest.approx(32 * 40 * 49, rel=0.03) and paper == pytest.approx(32 * 40 * 49, rel=0.03)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sparsefold.nn import KWTA
+from sparsefold.nn import KWTA, anneal
 
 
 def test_the_largest_win_and_ties_go_to_the_lower_index():
@@ -56,6 +56,17 @@ def test_boosting_changes_who_wins_and_not_what_is_handed_on():
     assert layer(torch.tensor([-1.1, -1.0, -9.0])).tolist() == pytest.approx([-1.1, 0, 0]), (
         "below zero help means nearer"
     )
+
+
+def test_the_boost_may_be_lowered_while_training():
+    strength, layer = anneal(4.0, 0.0, 0, 10), KWTA(3, 1)
+    winners = []
+    for step in range(11):
+        layer.duty.copy_(torch.tensor([0.5, 0.0, 0.0]))
+        layer.boost = strength(step)
+        winners.append(int(layer(torch.tensor([2.0, 1.0, 0.1])).argmax()))
+    # exp(boost · 0.5) helps the second against a factor of 2 until boost < 2 ln 2 = 1.39, after step 6.
+    assert winners == [1] * 7 + [0] * 4
 
 
 def test_the_duty_cycle_is_kept_with_the_weights():

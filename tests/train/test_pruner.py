@@ -9,7 +9,25 @@ import torch
 from torch import nn
 
 from sparsefold.nn import EGRU, EGRUCell, Stack
-from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner, block_mask
+from sparsefold.sparsify import (
+    NM,
+    SET,
+    Block,
+    ColumnBalanced,
+    Complementary,
+    Cubic,
+    Iterative,
+    Magnitude,
+    OneShot,
+    Pruner,
+    RigL,
+    Threshold,
+    TwoSlopes,
+    block_mask,
+    masks,
+    thresholds,
+)
+from tolerances import LASSO_F64
 
 torch.set_num_threads(1)
 
@@ -184,3 +202,262 @@ def test_errors():
     state["masks"]["4.weight"] = torch.ones(2, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"4.weight has shape \(2, 2\), the parameter \(3, 8\)"):
         Pruner(net, RULES).load_state_dict(state)
+
+
+# --- schedules that do more than fall --------------------------------------------------------------------------------
+
+EVERY_RULE = {
+    "1.weight_hh*": Block(0.25, (4, 1), keep_diagonal=True),
+    "1.weight_ih*": Complementary(4),
+    "2.weight_hh*": Complementary(3, sets="unit", choice="permuted"),
+    "2.weight_ih*": NM(2, 4),
+    "3.weight_hh*": Complementary(2, 2, choice="balanced"),
+    "3.weight_ih*": ColumnBalanced(0.25, 2),
+    "?.weight": Magnitude(0.5, "global"),
+}
+
+
+@pytest.mark.parametrize("grow", [SET(every=3, end=10), RigL(every=3, end=10, share=0.5)])
+def test_regrowth_keeps_every_count_and_moves(grow):
+    net = model()
+    opt = torch.optim.AdamW(net.parameters(), 0.05)
+    pruner = Pruner(net, EVERY_RULE, grow)
+    seen: list[dict[str, torch.Tensor]] = []
+    g = torch.Generator().manual_seed(1)
+    for step in range(1, 14):
+        opt.zero_grad()
+        net(torch.randn(3, 2, 4, generator=g))[0].square().sum().backward()
+        opt.step()
+        assert pruner.step() == (step in (1, 3, 6, 9))
+        assert all(not net.get_parameter(name)[~mask].any() for name, mask in pruner.masks.items())
+        if step in (1, 3, 6, 9):
+            seen.append(dict(pruner.masks))
+    for name in pruner.masks:
+        assert not seen[0][name].equal(seen[-1][name]), name
+        target = pruner._targets[name]
+        at = target.candidates()
+        per_group = [masks.gather(each[name], at).any(-1).sum(1) for each in seen]
+        assert all(one.equal(per_group[0]) for one in per_group), name
+    returned = seen[-1]["4.weight"] & ~seen[0]["4.weight"]
+    assert returned.any() and pruner.masks["4.weight"].equal(seen[-1]["4.weight"])
+
+
+def test_the_first_mask_of_training_sparse_is_random_and_the_seeds_own():
+    def first(seed):
+        torch.manual_seed(0)
+        net = nn.Linear(40, 10)
+        pruner = Pruner(net, {"weight": Magnitude(0.2)}, SET(every=5, end=9), seed=seed)
+        pruner.step()
+        return pruner.masks["weight"]
+
+    assert first(0).sum() == 80 and first(0).equal(first(0)) and not first(0).equal(first(1))
+    torch.manual_seed(0)
+    assert not first(0).equal(Magnitude(0.2).mask(nn.Linear(40, 10).weight))
+
+
+def test_weights_return_where_the_gradient_is_largest_and_start_from_zero():
+    net = nn.Linear(6, 1, bias=False)
+    pruner = Pruner(net, {"weight": Magnitude(0.5)}, RigL(every=2, end=1000, share=0.34))
+    pruner.step()
+    alive = pruner.masks["weight"].clone()
+    with torch.no_grad():
+        net.weight[alive] = torch.tensor([1.0, 3.0, -2.0])
+    weakest = alive.nonzero()[0]
+    gradient = torch.arange(6.0)[None]
+    net.weight.grad = -gradient
+    pruner.step()
+    comes = torch.where(alive, -1.0, gradient).argmax()
+    expected = alive.clone()
+    expected[tuple(weakest)] = False
+    expected[0, comes] = True
+    assert pruner.masks["weight"].equal(expected)
+    assert net.weight[0, comes] == 0
+    net.weight.grad = None
+    pruner.step()
+    with pytest.raises(ValueError, match=r"weight has no gradient.*before optimizer.zero_grad"):
+        pruner.step()
+
+
+@pytest.mark.parametrize("rewind_to", [0, 2])
+def test_rewinding_trains_the_ticket_from_where_it_was(rewind_to):
+    net = model()
+    opt = torch.optim.SGD(net.parameters(), 0.05)
+    pruner = Pruner(net, RULES, Iterative(begin=4, every=3, rounds=2, rewind_to=rewind_to))
+    if rewind_to:
+        train(net, opt, pruner, rewind_to)
+    start = copy.deepcopy(dict(net.named_parameters()))
+    train(net, opt, pruner, 7 - rewind_to, seed=3)
+    for name, p in net.named_parameters():
+        mask = pruner.masks.get(name)
+        assert p.equal(start[name] if mask is None else torch.where(mask, start[name], 0)), name
+    assert pruner.density()["4.weight"] == 0.5
+    train(net, opt, pruner, 1)
+    assert not net[4].bias.equal(start["4.bias"])
+
+
+def test_rounds_without_rewinding_go_on():
+    net = model()
+    pruner = Pruner(net, {"4.weight": Magnitude(0.25)}, Iterative(begin=2, every=2, rounds=2))
+    found = []
+    for _ in range(5):
+        pruner.step()
+        found.append(pruner.density()["4.weight"])
+    assert found == [1.0, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_the_threshold_mode_reports_the_density_it_arrives_at():
+    net = nn.Linear(30, 20)
+    with torch.no_grad():
+        net.weight.copy_(torch.arange(1.0, 601).view(20, 30) / 600)
+    rules = thresholds(net, ["weight"])
+    pruner = Pruner(net, rules, TwoSlopes(start=2, ramp=4, end=8, every=2))
+    q = rules["weight"].q
+    assert q == pytest.approx(0.9, abs=0.01)
+    # theta = 2 q · 2 / (2 · 2 + 3 · 4) = q / 4, phi = 3 q / 8; last update at step 6: (theta · 3 + phi · 3) / 2.
+    expected = {1: 0.0, 2: q / 8, 4: (q / 4 * 3 + 3 * q / 8) / 2, 6: (q / 4 * 3 + 3 * q / 8 * 3) / 2}
+    below = 0.0
+    for step in range(1, 12):
+        pruner.step()
+        below = expected.get(step, below)
+        assert pruner.density()["weight"] == pytest.approx(sum(i / 600 >= below for i in range(1, 601)) / 600, abs=1e-9)
+    assert 0.1 < pruner.density()["weight"] < 0.2
+
+
+@pytest.mark.parametrize("monotone", [True, False])
+def test_a_threshold_may_judge_anew(monotone):
+    net = nn.Linear(4, 1)
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    pruner = Pruner(net, {"weight": Threshold(2.25, monotone=monotone)}, TwoSlopes(0, 0, 2, every=1))
+    pruner.step()  # theta = 2 q / 6, epsilon = theta + 2 · 1.5 theta = 3: the weight of 3 just stays
+    assert pruner.masks["weight"].tolist() == [[False, False, True, True]]
+    with torch.no_grad():
+        net.weight[0, 0] = 9.0
+    pruner._step = 0
+    pruner.step()
+    assert pruner.masks["weight"].tolist() == [[not monotone, False, True, True]]
+
+
+# --- group lasso -----------------------------------------------------------------------------------------------------
+
+
+def test_the_penalty_is_the_lasso_until_pruning_ends():
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).double()
+    pruner = Pruner(net, {"*.weight": Block(0.5, (2, 1))}, Cubic(1, 3), group_lasso=0.1)
+    expected = 0.1 * sum(layer.weight.view(-1, 2, layer.in_features).norm(dim=1).sum() for layer in net)
+    assert pruner.penalty().item() == pytest.approx(expected.item(), abs=10 * LASSO_F64)
+    pruner.penalty().backward()
+    assert net[1].weight.grad.view(1, 2, 6).norm(dim=1) == pytest.approx(0.1)
+    for step in range(1, 5):
+        pruner.step()
+        assert bool(pruner.penalty() > 0) == (step < 3)
+    before = net[0].weight.clone()
+    pruner.proximal(1e9)
+    assert net[0].weight.equal(before), "the proximal step has ended too"
+    assert Pruner(net, {"*.weight": Block(0.5, (2, 1))}).penalty() == 0
+
+
+def test_the_lasso_alone_makes_whole_blocks_zero():
+    net = model()
+    pruner = Pruner(net, {"*weight_hh*": Block(1.0, (4, 1))}, group_lasso=1.0)
+    weight = net[1].weight_hh_l0
+    for _ in range(3):
+        before = weight.detach().clone()
+        pruner.step()
+        pruner.proximal(0.2)
+        norms = before.view(3, 2, 4, 8).norm(dim=2, keepdim=True)
+        expected = before.view(3, 2, 4, 8) * (1 - 0.2 / norms.clamp(min=1e-30)).clamp(min=0)
+        torch.testing.assert_close(weight.detach(), expected.view(24, 8), rtol=1e-6, atol=0)
+    pruner.proximal(100.0)
+    assert not weight.any() and pruner.penalty() == 0
+    pruner.penalty().backward()
+    assert not weight.grad.any()
+
+
+# --- resume, in every mode -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        Cubic(1, 12, 2),
+        Iterative(3, 3, 3, rewind_to=1),
+        SET(every=2, end=12),
+        RigL(every=2, end=12),
+        OneShot(7),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_killing_and_resuming_gives_the_same_bits(schedule):
+    def parts():
+        torch.manual_seed(0)
+        net = model()
+        return net, torch.optim.AdamW(net.parameters(), 0.01), Pruner(net, EVERY_RULE, schedule, group_lasso=1e-3)
+
+    def steps(net, opt, pruner, begin, end):
+        for step in range(begin, end):
+            g = torch.Generator().manual_seed(step)
+            opt.zero_grad()
+            (net(torch.randn(3, 2, 4, generator=g))[0].square().sum() + pruner.penalty()).backward()
+            opt.step()
+            if pruner.step() and schedule.rewind_to is not None:
+                opt.state.clear()
+
+    whole = parts()
+    steps(*whole, 0, 14)
+    for killed in (2, 5, 8):
+        first = parts()
+        steps(*first, 0, killed)
+        file = io.BytesIO()
+        torch.save([x.state_dict() for x in first], file)
+        file.seek(0)
+        again = parts()
+        for x, state in zip(again, torch.load(file, weights_only=True), strict=True):
+            x.load_state_dict(state)
+        steps(*again, killed, 14)
+        assert all(a.equal(b) for a, b in zip(whole[0].parameters(), again[0].parameters(), strict=True))
+        assert all(mask.equal(again[2].masks[name]) for name, mask in whole[2].masks.items())
+
+
+def test_a_state_without_random_state_still_loads():
+    net = model()
+    pruner = Pruner(net, RULES)
+    pruner.step()
+    old = {key: pruner.state_dict()[key] for key in ("step", "masks")}
+    fresh = Pruner(model(), RULES)
+    fresh.load_state_dict(old)
+    assert all(mask.equal(fresh.masks[name]) for name, mask in pruner.masks.items())
+
+
+# --- what it says ----------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_counts_every_gate():
+    net = model()
+    pruner = Pruner(net, {"1.weight_hh*": Block((0.25, 0.5, 1.0), (4, 1)), "4.weight": NM(1, 4)})
+    pruner.step()
+    head, *lines = pruner.summary().splitlines()
+    assert head.split() == ["matrix", "gate", "kept", "density", "candidates", "in", "a", "row", "in", "a", "column"]
+    assert lines[0].split()[:7] == ["1.weight_hh_l0", "0", "16/64", "25.00%", "4/16", "blocks", *_row_range(pruner, 0)]
+    assert lines[1].split()[:5] == ["1", "32/64", "50.00%", "8/16", "blocks"]
+    assert lines[2].split() == ["2", "64/64", "100.00%", "16/16", "blocks", "8–8", "8–8"]
+    assert lines[3].split()[:7] == ["4.weight", "0", "6/24", "25.00%", "6/24", "weights", "2–2"]
+
+
+def _row_range(pruner, gate):
+    rows = pruner.masks["1.weight_hh_l0"].view(3, 8, 8)[gate].sum(1).tolist()
+    return [f"{min(rows)}–{max(rows)}"]
+
+
+def test_rules_and_schedules_that_do_not_belong_together():
+    net = model()
+    with pytest.raises(ValueError, match="rule Threshold and the schedule Cubic do not belong"):
+        Pruner(net, {"4.weight": Threshold(0.1)}, Cubic(1, 2))
+    with pytest.raises(ValueError, match="rule Magnitude and the schedule TwoSlopes"):
+        Pruner(net, {"4.weight": Magnitude(0.1)}, TwoSlopes(1, 2, 3))
+    with pytest.raises(ValueError, match=r"1.weight_ih_l0: only square gates have a diagonal to keep, these are 8 x 6"):
+        Pruner(net, {"1.weight_ih_l0": Magnitude(0.1, keep_diagonal=True)})
+    with pytest.raises(ValueError, match="group_lasso is a weight"):
+        Pruner(net, {"4.weight": Magnitude(0.1)}, group_lasso=-1.0)
+    with pytest.raises(ValueError, match="a transposed convolution's, inputs first"):
+        Pruner(nn.ConvTranspose1d(3, 4, 5), {"weight": Magnitude(0.1)})

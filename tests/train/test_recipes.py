@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -803,3 +804,55 @@ def test_what_the_demo_lacks_is_said_before_it_trains(small_demo, monkeypatch, t
         ImportError, match=r"the demo needs onnxruntime: pip install 'sparsefold\[train,bench,report\]'"
     ):
         module.demo(tmp_path, steps=20)
+
+
+# --- a grid of pruned models -----------------------------------------------------------------------------------------
+
+
+def test_a_grid_runs_every_point_once_and_resumes(tmp_path, capsys):
+    from sparsefold.recipes import prune_lm
+
+    (tmp_path / "t.txt").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 200)
+    words = [
+        f"file={tmp_path / 't.txt'}", "cell=gru,lstm", "method=16x1,complementary,narang,rigl,glp", "density=0.5", "hidden=32",
+        "embedding=8", "batch=4", "window=8", "steps=12", "prune_every=2", "eval_every=6",
+    ]  # fmt: skip
+    results = tmp_path / "grid.json"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*blocks are short")
+        prune_lm.grid(words, tmp_path / "runs", results)
+        first = json.loads(results.read_text())
+        assert len(first) == 12 and next(iter(first)) == "gru-32-dense-1-seed0", "narang's dense points come first"
+        del first["lstm-32-glp-0.5-seed0"]
+        results.write_text(json.dumps(first))
+        capsys.readouterr()
+        prune_lm.grid(words, tmp_path / "runs", results)
+    assert capsys.readouterr().out.startswith("lstm-32-glp-0.5-seed0: ")
+    again = json.loads(results.read_text())
+    assert len(again) == 12
+    for name, point in again.items():
+        exact = {"16x1": 0.5, "rigl": 0.5, "glp": 0.5, "complementary": 0.5, "dense": 1.0}.get(
+            point["config"]["method"]
+        )
+        density = point["density"]["1.weight_hh_l0"]
+        assert density < 1 if exact is None else density == exact, name
+        assert point["latency_us"]["p50"] > 0 and point["macs"]["macs_effective"] >= 0
+    model, facts = prune_lm.load(tmp_path / "runs/gru-32-16x1-0.5-seed0")
+    assert int((model.get_parameter("1.weight_hh_l0") != 0).sum()) == 3 * 32 * 16
+    assert facts["about"]["recipe"] == "prune_lm"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["method=narang"], "needs dense=FOLDER"),
+        (["density=0"], "density > 0"),
+        (["method=16x2"], "method must be one of"),
+        (["prune_begin=0.7"], "prune_begin <= prune_until"),
+    ],
+)
+def test_a_point_that_cannot_be_is_refused(words, sentence):
+    from sparsefold.recipes import prune_lm
+
+    with pytest.raises(ValueError, match=sentence):
+        override(prune_lm.Config(), words)

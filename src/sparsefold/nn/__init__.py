@@ -4,6 +4,7 @@ from .activity import Activity
 from .events import Triangle, event
 from .kwta import KWTA
 from .modules import EGRU, CausalConv1d, EGRUCell, EGRUState, Stack, StackState, anneal, param_groups
+from .shrinking import shrink
 
 __all__ = [
     "EGRU",
@@ -18,4 +19,5 @@ __all__ = [
     "anneal",
     "event",
     "param_groups",
+    "shrink",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -11,14 +12,16 @@ class KWTA(torch.nn.Module):
 
     The gradient passes where o = 1. In training, units that win too rarely are helped: the contest is decided by
     x · exp(boost · (k / H - duty)) for positive x, where duty is each unit's share of recent steps that it won; what is handed on
-    is x itself (S. Ahmad and L. Scheinkman, arXiv 1903.11257). In evaluation nothing is boosted.
+    is x itself (S. Ahmad and L. Scheinkman, arXiv 1903.11257). In evaluation nothing is boosted. In a training forward with
+    gradient under `torch.distributed` duty is that of all processes together.
 
     Args:
         units: H.
         k: winners of each part in training.
         k_eval: winners in evaluation; None: k.
-        groups: equal contiguous parts of the H values, each with k winners of its own.
-        boost: strength, 0 for none.
+        groups: equal contiguous parts of the H values, each with k winners of its own; 1: the contest is global, else local.
+        boost: strength, 0 for none; a plain attribute that may be lowered while training (`layer.boost = nn.anneal(…)(step)`),
+            and should be small in the end, since what is compiled is not boosted.
         duty_period: steps over which the duty cycle is averaged.
 
     Raises:
@@ -64,8 +67,12 @@ class KWTA(torch.nn.Module):
         won = torch.zeros_like(parts, dtype=torch.bool).scatter_(-1, order, True).flatten(-2)
         if self.training:
             steps = won.reshape(-1, self.units)
-            kept = (1 - 1 / self.duty_period) ** len(steps)
-            self.duty.mul_(kept).add_((1 - kept) * steps.float().mean(0).to(self.duty.dtype))
+            won_share, processes = steps.float().mean(0).to(self.duty.dtype), 1
+            if dist.is_available() and dist.is_initialized() and torch.is_grad_enabled():
+                processes = dist.get_world_size()
+                dist.all_reduce(won_share)
+            kept = (1 - 1 / self.duty_period) ** (len(steps) * processes)
+            self.duty.mul_(kept).add_((1 - kept) * won_share / processes)
         return torch.where(won, x, torch.zeros_like(x))
 
     def extra_repr(self) -> str:

@@ -251,20 +251,25 @@ class EGRU(_EventRecurrent):
         return layer.train(gru.training)
 
     def forward(
-        self, x: Tensor | PackedSequence, state: EGRUState | None = None, *, with_activity: bool = False
+        self,
+        x: Tensor | PackedSequence,
+        state: EGRUState | None = None,
+        *,
+        with_activity: bool = False,
+        with_emitted: bool = False,
     ) -> tuple[Any, ...]:
         """Input (T, B, I), (B, T, I) with batch_first, or packed -> output (…, directions · H) likewise, EGRUState.
 
         The state is each sample's at its own last step, (layers · directions, B, H). `with_activity` adds a list of
         rates, (H,) per layer and direction: the mean of o over time and batch (padding left out) with the surrogate's
-        gradient.
+        gradient. `with_emitted` adds, per layer and direction, a function that computes the like mean of |y|.
         """
         lead = (sum(map(len, self._suffixes)),)
         if isinstance(x, PackedSequence):
             # Kept in the packed (longest first) order throughout, so that the output lines up with other packed data.
             seq, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
             seq, start = self._check(seq, state, lead)
-            seq, end, rates = self._layers(seq, _permuted(start, x.sorted_indices), lengths.to(seq.device))
+            seq, end, rates, emitted = self._layers(seq, _permuted(start, x.sorted_indices), lengths.to(seq.device))
             end = _permuted(end, x.unsorted_indices)
             data = pack_padded_sequence(seq, lengths).data
             output: Any = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
@@ -272,14 +277,17 @@ class EGRU(_EventRecurrent):
             if x.dim() != 3:
                 raise ValueError(f"input has 3 axes (time, batch, feature), got shape {tuple(x.shape)}.")
             seq, start = self._check(x.transpose(0, 1) if self.batch_first else x, state, lead)
-            seq, end, rates = self._layers(seq, start, None)
+            seq, end, rates, emitted = self._layers(seq, start, None)
             output = seq.transpose(0, 1) if self.batch_first else seq
-        return (output, end, rates) if with_activity else (output, end)
+        return output, end, *([rates] if with_activity else []), *([emitted] if with_emitted else [])
 
-    def _layers(self, seq: Tensor, start: EGRUState, lengths: Tensor | None) -> tuple[Tensor, EGRUState, list[Tensor]]:
+    def _layers(
+        self, seq: Tensor, start: EGRUState, lengths: Tensor | None
+    ) -> tuple[Tensor, EGRUState, list[Tensor], list[Callable[[], Tensor]]]:
         """All layers and directions over seq (T, B, I), of which sample b has lengths[b] true steps: None is all."""
         ends: list[EGRUState] = []
         rates: list[Tensor] = []
+        emitted: list[Callable[[], Tensor]] = []
         for k, suffixes in enumerate(self._suffixes):
             last = k == self.num_layers - 1
             outputs = []
@@ -288,12 +296,13 @@ class EGRU(_EventRecurrent):
                 trace = self._run(suffix, _reverse(seq, lengths) if d else seq, y0, h0)
                 ends.append(self._final(trace, suffix, lengths))
                 rates.append(_rate(trace.o, lengths))
+                emitted.append(lambda y=trace.y: _rate(y.abs(), lengths))  # type: ignore[misc]
                 out = trace.u if last and self.output == "state" else trace.y
                 outputs.append(_reverse(out, lengths) if d else out)
             seq = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
             if self.dropout and not last:
                 seq = F.dropout(seq, self.dropout, self.training)
-        return seq, EGRUState(*map(torch.stack, zip(*ends, strict=True))), rates
+        return seq, EGRUState(*map(torch.stack, zip(*ends, strict=True))), rates, emitted
 
     def _final(self, trace: EGRUTrace, suffix: str, lengths: Tensor | None) -> EGRUState:
         """State at each sample's true end: padded steps were run, and are not looked at."""
@@ -410,35 +419,42 @@ class Stack(nn.Sequential):
             )
         states: list[Any] = []
         rates: list[Tensor] = []
+        emitted: list[Callable[[], Tensor]] = []
         for module, old in zip(self, state, strict=True):
             new = None
             if isinstance(module, EGRU):
-                x, new, layer_rates = module(x, old, with_activity=True)
+                x, new, layer_rates, layer_emitted = module(x, old, with_activity=True, with_emitted=True)
                 rates += layer_rates
+                emitted += layer_emitted
             elif isinstance(module, _CARRIES_STATE):
                 x, new = module(x, old)
             else:
                 x = module(x)
             states.append(new)
-        return x, StackState(states), Activity(rates)
+        return x, StackState(states), Activity(rates, emitted)
 
 
 _CARRIES_STATE = (EGRU, CausalConv1d, nn.RNNBase)
 _RECURRENT = (*_CARRIES_STATE, EGRUCell, nn.RNNCellBase, Stack)
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, weight_decay: float, recurrent_decay: float | None = None) -> list[dict[str, Any]]:
     """Optimiser groups: `weight_decay` on matrices (two axes or more), none on biases and thresholds.
 
-    Frozen parameters (requires_grad False) are left out.
+    `recurrent_decay` is that of EGRU's matrices alone (None: the same). With AdamW it is decoupled from the gradient, and the
+    lever on activity of EGRU's authors: small weights leave states below their thresholds, so units speak less (Subramoney et
+    al., 2023; Mukherji et al., 2023, arXiv 2311.07625). Frozen parameters (requires_grad False) are left out.
     """
+    own = {id(p) for m in model.modules() if isinstance(m, _EventRecurrent) for p in m.parameters(recurse=False)}
     matrices: list[nn.Parameter] = []
+    recurrent: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
-            (matrices if p.dim() >= 2 else vectors).append(p)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            apart = recurrent_decay is not None and id(p) in own
+            (vectors if p.dim() < 2 else recurrent if apart else matrices).append(p)
+    decays = (matrices, weight_decay), (recurrent, recurrent_decay), (vectors, 0.0)
+    return [{"params": params, "weight_decay": decay} for params, decay in decays if params]
 
 
 def anneal(start: float, end: float, begin: int, until: int) -> Callable[[int], float]:

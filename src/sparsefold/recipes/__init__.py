@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsefold.recipes import text
+from sparsefold.recipes import prune_lm, text
 
-RECIPES = {"text": text}
+RECIPES = {"text": text, "prune_lm": prune_lm}

@@ -137,9 +137,9 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
             if not math.isfinite(bits + norm):  # before the step, so that no checkpoint ever holds what came of it
                 raise _diverged(f"the loss is {bits}, its gradient's norm {norm}", at.step, last)
             optimizer.step()
-            optimizer.zero_grad()
             if trainer.pruner:
-                trainer.pruner.step()
+                trainer.pruner.step()  # before the gradients go: weights may return by them
+            optimizer.zero_grad()
             state = state.detach()
             at.step += 1
             at.loss_mean = bits if at.step == 1 else 0.98 * at.loss_mean + 0.02 * bits
@@ -227,7 +227,8 @@ def _tensors(trainer: Trainer, state: StackState | None) -> dict[str, Tensor]:
     if trainer.pruner:
         pruner = trainer.pruner.state_dict()
         out["pruner.step"] = torch.tensor(pruner["step"])
-        out.update({f"pruner.masks.{k}": v for k, v in pruner["masks"].items()})
+        out["pruner.random"] = pruner["random"]
+        out.update({f"pruner.{part}.{k}": v for part in ("masks", "start") for k, v in pruner[part].items()})
     out["random"] = torch.get_rng_state()
     for i, s in enumerate(state or ()):
         if s is not None:
@@ -257,7 +258,10 @@ def _resume(trainer: Trainer, path: Path) -> tuple[Progressed, StackState | None
     fresh = trainer.optimizer.state_dict()
     trainer.optimizer.load_state_dict({**fresh, "state": moments})
     if trainer.pruner:
-        trainer.pruner.load_state_dict({"step": int(tensors["pruner.step"]), "masks": part("pruner.masks.")})
+        saved: dict[str, Any] = {"step": int(tensors["pruner.step"])}
+        saved |= {name: part(f"pruner.{name}.") for name in ("masks", "start")}
+        saved |= {"random": tensors["pruner.random"]} if "pruner.random" in tensors else {}
+        trainer.pruner.load_state_dict(saved)
     torch.set_rng_state(tensors["random"])
     states: list[Any] = []
     for i, module in enumerate(trainer.model):

@@ -1,8 +1,39 @@
-"""Pruning: exact masks, rules that name them, a schedule, and the pruner that holds them."""
+"""Pruning: rules that name exact masks, schedules, and the pruner that holds them."""
 
-from .masks import block_mask, magnitude_mask
 from .pruner import Pruner
-from .rules import Block, Magnitude
-from .schedule import Cubic
+from .rules import (
+    NM,
+    Block,
+    ColumnBalanced,
+    Complementary,
+    Magnitude,
+    Rule,
+    Threshold,
+    block_mask,
+    magnitude_mask,
+    read_rules,
+    thresholds,
+)
+from .schedule import SET, Cubic, Iterative, OneShot, RigL, Schedule, TwoSlopes
 
-__all__ = ["Block", "Cubic", "Magnitude", "Pruner", "block_mask", "magnitude_mask"]
+__all__ = [
+    "NM",
+    "SET",
+    "Block",
+    "ColumnBalanced",
+    "Complementary",
+    "Cubic",
+    "Iterative",
+    "Magnitude",
+    "OneShot",
+    "Pruner",
+    "RigL",
+    "Rule",
+    "Schedule",
+    "Threshold",
+    "TwoSlopes",
+    "block_mask",
+    "magnitude_mask",
+    "read_rules",
+    "thresholds",
+]

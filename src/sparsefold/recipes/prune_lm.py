@@ -1,0 +1,200 @@
+"""Every way of pruning on one byte-level language model: ``sparsefold train prune_lm cell=gru method=16x1 density=0.1``.
+
+A grid of such points, each in a folder of its own that resumes, all results in one JSON, is what commas make:
+
+    python -m sparsefold.recipes.prune_lm cell=gru,lstm method=16x1,glp density=0.5,0.1 --results results/prune_lm/grid.json
+
+Text, loop and learning rates are those of the recipe ``text``; the rate of the LSTM was not searched. The recurrent matrix and
+the decoder's are pruned, the input matrix is not. ``method=narang`` takes its threshold from the dense point of the same cell,
+size and seed, which a grid trains first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sparsefold.bench import Latency, pinned, provenance, time_calls
+from sparsefold.data import load_text
+from sparsefold.engine import Engine
+from sparsefold.lowering import compile_model
+from sparsefold.nn import Stack, anneal, param_groups
+from sparsefold.program import write_atomically
+from sparsefold.recipes import text
+from sparsefold.recipes._config import check_ranges, from_dict, override
+from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, make_folder, read_checkpoint, train
+from sparsefold.sparsify import Block, Complementary, Cubic, Magnitude, Pruner, RigL, TwoSlopes, thresholds
+
+BLOCKS = {"4x4": (4, 4), "8x1": (8, 1), "16x1": (16, 1), "16x16": (16, 16), "32x32": (32, 32)}
+PRUNED = ("1.weight_hh_l0", "2.weight")
+LR = {**text.BEST_LR, "lstm": 5e-3}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the recipe ``prune_lm``. Fractions are shares of ``steps``."""
+
+    file: str = ""  # text file; empty: CPython's reference text
+    cell: Literal["gru", "lstm", "egru"] = "gru"
+    method: Literal[
+        "dense", "unstructured", "4x4", "8x1", "16x1", "16x16", "32x32", "complementary", "glp", "narang", "rigl"
+    ] = "16x1"
+    density: float = 0.1  # complementary: 1 / density groups of 16 rows are laid over each other; narang finds its own
+    hidden: int = 512
+    embedding: int = 64
+    steps: int = 1800
+    batch: int = 32
+    window: int = 32
+    lr: float | None = None
+    seed: int = 0
+    threads: int = 1
+    group_lasso: float = 1e-5  # of glp, while it prunes
+    dense: str = ""  # folder of the trained dense point, for narang
+    prune_begin: float = 0.1
+    prune_until: float = 0.6
+    prune_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        whole = ("steps", "batch", "window", "prune_every", "eval_every", "checkpoint_every", "hidden", "embedding")
+        check_ranges(self, {**dict.fromkeys(whole, (1, math.inf)), "density": (0, 1), "group_lasso": (0, math.inf)})
+        if not 0 <= self.prune_begin <= self.prune_until <= 1 or self.density == 0:
+            raise ValueError("0 <= prune_begin <= prune_until <= 1 and density > 0 must hold.")
+        if self.method == "narang" and not self.dense:
+            raise ValueError("method=narang needs dense=FOLDER, a trained point with method=dense; a grid has its own.")
+
+
+def build(config: Config, tokens: int) -> Stack:
+    """The untrained model of the recipe ``text``; for the LSTM that of torch, its forget gates open at the start."""
+    if config.cell != "lstm":
+        alike = text.Config(cell=config.cell, hidden=config.hidden, embedding=config.embedding, seed=config.seed)
+        return text.build(alike, tokens)
+    torch.manual_seed(config.seed)
+    layer = torch.nn.LSTM(config.embedding, config.hidden)
+    layer.get_parameter("bias_ih_l0").data[config.hidden : 2 * config.hidden] = 1
+    return Stack(torch.nn.Embedding(tokens, config.embedding), layer, torch.nn.Linear(config.hidden, tokens))
+
+
+def pruner_of(config: Config, model: Stack) -> Pruner | None:
+    """Rules and schedule of the method."""
+    if config.method == "dense":
+        return None
+    begin, until = (max(1, round(share * config.steps)) for share in (config.prune_begin, config.prune_until))
+    rule: Magnitude | Block | Complementary
+    if config.method == "narang":
+        ramp = TwoSlopes(begin, (begin + until) // 2, max(until, begin + 1), config.prune_every)
+        return Pruner(model, thresholds(load(Path(config.dense))[0], PRUNED, (4, 4)), ramp)
+    if config.method == "rigl":
+        rules = dict.fromkeys(PRUNED, Magnitude(config.density))
+        return Pruner(model, rules, RigL(config.prune_every, until), seed=config.seed)
+    if config.method == "complementary":
+        rule = Complementary(round(1 / config.density), 16)
+    elif config.method == "unstructured":
+        rule = Magnitude(config.density)
+    else:
+        rule = Block(config.density, BLOCKS.get(config.method, (16, 1)))
+    lasso = config.group_lasso if config.method == "glp" else 0.0
+    return Pruner(model, dict.fromkeys(PRUNED, rule), Cubic(begin, until, config.prune_every), group_lasso=lasso)
+
+
+def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]:
+    """Train in ``folder``, or resume there; then compile the best model and time a byte of it."""
+    peak = LR[config.cell] if config.lr is None else config.lr
+    config = replace(config, lr=peak)
+    torch.set_num_threads(config.threads)
+    corpus, recipe = load_text(config.file or None), text.Config()
+    model = build(config, corpus.tokens)
+    pruner = pruner_of(config, model)
+    target = anneal(recipe.rate_start, 0.1, 0, round(recipe.rate_until * config.steps))
+
+    def penalty(activity: Any, step: int) -> Any:
+        events = activity.penalty(target(step), recipe.rate_weight) if activity.rates else 0.0
+        return events + pruner.penalty() if pruner and config.method == "glp" else events
+
+    about = {"recipe": "prune_lm", "config": asdict(config), "corpus": corpus.to_dict()}
+    trainer = Trainer(
+        model=model,
+        optimizer=torch.optim.AdamW(param_groups(model, recipe.weight_decay), lr=peak),
+        windows=Windows(corpus.train, config.batch, config.window),
+        steps=config.steps,
+        lr=lambda step: peak * text.one_cycle(step / config.steps, recipe.warmup),
+        penalty=penalty,
+        evaluate=lambda: bits_per_char(model, corpus.valid),
+        clip=recipe.clip,
+        pruner=pruner,
+        eval_every=config.eval_every,
+        checkpoint_every=config.checkpoint_every,
+        about={**about, "vocabulary": list(corpus.vocabulary)},
+    )
+    summary = train(trainer, folder, label)
+    # The last model, not the best: that may be one of the steps before it was sparse.
+    tokens = corpus.test[:5000]
+    program = compile_model(model.eval(), sample=tokens[:2000])
+    stream = Engine(program).stream()
+    with pinned():
+        time_calls(stream.step, tokens[:500].tolist())
+        latency = Latency.of(time_calls(stream.step, tokens.tolist()))
+    return {
+        **about,
+        **summary,
+        "test_bits_per_char": bits_per_char(model, corpus.test),
+        "density": {name: float((model.get_parameter(name) != 0).float().mean()) for name in PRUNED},
+        "event_rate": stream.counters.event_rate(),
+        "macs": stream.cost.to_dict(),
+        "latency_us": latency.to_dict(),
+        "provenance": provenance("sparsefold train prune_lm"),
+    }
+
+
+def load(path: Path) -> tuple[Stack, dict[str, Any]]:
+    """The trained model of a point (its folder means its last step, when it is as sparse as it gets), and its facts."""
+    tensors, facts = read_checkpoint(path / "last.safetensors" if path.is_dir() else path)
+    model = build(from_dict(Config, facts["about"]["config"]), len(facts["about"]["vocabulary"]) + 1)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    return model.eval(), facts
+
+
+def points(words: Sequence[str], out: Path) -> Iterator[tuple[str, Config]]:
+    """Names and configs of a grid: ``key=value`` words, in which commas give a key several values; dense points first."""
+    axes = [[f"{key}={v}" for v in values.split(",")] for key, _, values in (word.partition("=") for word in words)]
+    found: dict[str, Config] = {}
+    for choice in itertools.product(*axes):
+        method = next((w.removeprefix("method=") for w in choice if w.startswith("method=")), "")
+        wanted = [override(Config(dense="?"), choice)]
+        if method == "narang":
+            wanted.insert(0, replace(wanted[0], method="dense"))
+        for c in wanted:
+            density = "1" if c.method in ("dense", "narang") else f"{c.density:g}"
+            name = f"{c.cell}-{c.hidden}-{c.method}-{density}-seed{c.seed}"
+            dense = str(out / f"{c.cell}-{c.hidden}-dense-1-seed{c.seed}") if c.method == "narang" else ""
+            found.setdefault(name, replace(c, dense=dense, density=float(density)))
+    yield from sorted(found.items(), key=lambda item: item[1].method != "dense")
+
+
+def grid(words: Sequence[str], out: Path, results: Path) -> None:
+    """Run every point that ``results`` does not hold yet; the file is written whole after each."""
+    make_folder(out)
+    known = json.loads(results.read_text()) if results.exists() else {}
+    todo = [(name, config) for name, config in points(words, out) if name not in known]
+    for n, (name, config) in enumerate(todo):
+        known[name] = run(config, out / name, f"{n + 1} of {len(todo)}, {name}")
+        write_atomically(results, json.dumps(known, indent=1).encode())
+        print(f"{name}: {known[name]['test_bits_per_char']:.4f} bits, {known[name]['latency_us']['p50']:.2f} us")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="A grid of pruned language models, resumable.")
+    parser.add_argument("words", nargs="*", metavar="key=value,value")
+    parser.add_argument("--out", type=Path, default=Path("runs/prune_lm"))
+    parser.add_argument("--results", type=Path, required=True, help="one JSON of all points")
+    args = parser.parse_intermixed_args()
+    grid(args.words, args.out, args.results)
