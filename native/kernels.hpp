@@ -136,7 +136,8 @@ struct TopArgs {
 // `members` threads at once, which share the work by their number; no bit of any result depends on how many there are.
 
 constexpr uint32_t kTile = 4 * kLanes;     // outputs of one tile of a transposed matrix
-constexpr uint32_t kSegment = 2 * kLanes;  // inputs of one part of an event list: their rows of a tile fit L1
+constexpr uint32_t kSegment = kTile;        // inputs of one part of an event list, made by who makes a tile of outputs
+constexpr uint32_t kNear = 2 * kLanes;     // inputs of one part of a list of needed gradients: their rows of a tile fit L1
 
 /// Vectors of one gate in tile `tile`.
 constexpr uint32_t tile_vectors(uint32_t units, uint32_t tile) {
@@ -145,6 +146,7 @@ constexpr uint32_t tile_vectors(uint32_t units, uint32_t tile) {
 }
 constexpr uint32_t count_of_tiles(uint32_t units) { return (units + kTile - 1) / kTile; }
 constexpr uint32_t count_of_segments(uint32_t units) { return (units + kSegment - 1) / kSegment; }
+constexpr uint32_t count_of_near(uint32_t units) { return (units + kNear - 1) / kNear; }
 
 struct Member {
     uint32_t number, members;
@@ -174,27 +176,34 @@ struct Spoken {
     uint32_t* index;  // within the segment, ascending
     Real* value;
     uint32_t* count;  // (segments, rows)
+    uint64_t* any;    // (segments) bits of the units that spoke in any row; null where nobody asks
     size_t stride;
     uint32_t rows;
 };
 
+/// Whose gradient is needed, by part of kNear units, laid out like Spoken with stride pad(units) made whole parts; each
+/// list is filled up to a multiple of four with its last index.
 template <class Real>
-struct SpokenArgs {
-    const Real* x;  // (rows, units)
-    uint32_t units;
-    Spoken<Real> spoken;
+struct Needed {
+    uint32_t* index;
+    Real* value;      // the gradients, in the order of the list
+    uint32_t* count;  // (parts, rows)
+    uint32_t* any;    // (parts)
+    size_t stride;
 };
 
-/// out (rows, stride) = bias + W x of all rows of x, given by what is not zero of it.
+/// out (rows, stride) = bias + W x of all rows of x, given by what is not zero of it: row r has entries
+/// [start[r], start[r + 1]).
 template <class Real>
 struct InputProductArgs {
     Transposed<Real> weight;
-    Spoken<Real> x;
+    uint32_t rows;
+    const uint32_t* start;
+    const uint32_t* index;  // ascending within a row
+    const Real* value;
     const Real* bias;  // (gates * units)
     Real* out;
     size_t stride;
-    Real* room;  // (members, kRows, 3 * kTile)
-    static constexpr uint32_t kRows = 32;
 };
 
 enum class Event : uint32_t { threshold, always, smooth };
@@ -242,7 +251,7 @@ struct EgruBackwardArgs : EgruArgs<Real> {
     Real* sent[2];     // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates, kTile)
     Real* sent_n[2];   // n where !reset_after
     Real* back;        // (batch, units) room where !reset_after
-    Spoken<Real> need;  // room, without values
+    Needed<Real> need;
 };
 
 /// out (gates * units, cols) = sum over rows of g(row) x(row)^T, given what is not zero of x by column.

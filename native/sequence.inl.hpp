@@ -60,8 +60,8 @@ SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const D16& a, uint32_
     }
     return n;
 }
-SF_INLINE void sums4(const D16& a, const D16& b, const D16& c, const D16& d, double* out) {
-    out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+SF_INLINE void add_sums(double* out, const D16& a, const D16& b, const D16& c, const D16& d) {
+    out[0] += sum(a), out[1] += sum(b), out[2] += sum(c), out[3] += sum(d);
 }
 
 template <class Real>
@@ -123,6 +123,13 @@ SF_INLINE void with_width(uint32_t n, const F& f) {
     }
 }
 
+/// The same pointer: compilers otherwise keep one register for each vector of a row, and lack them.
+template <class Real>
+SF_INLINE const Real* one_base(const Real* p) {
+    asm("" : "+r"(p));
+    return p;
+}
+
 /// acc[0 .. N) += sum over the list of value * the row of that index; rows lie `stride` vectors apart.
 template <uint32_t N, class Real>
 SF_INLINE void add_rows(Real* acc, const Real* rows, uint32_t stride, const uint32_t* index, const Real* value,
@@ -131,7 +138,7 @@ SF_INLINE void add_rows(Real* acc, const Real* rows, uint32_t stride, const uint
     Vec<Real> total[kNow];
     for (uint32_t i = 0; i < kNow; ++i) total[i] = load(acc + i * kLanes);
     for (uint32_t k = 0; k < n; ++k) {
-        const Real* row = rows + static_cast<size_t>(index[k]) * stride * kLanes;
+        const Real* row = one_base(rows + static_cast<size_t>(index[k]) * stride * kLanes);
         const Vec<Real> x = set1(value[k]);
         for (uint32_t i = 0; i < kNow; ++i) total[i] = fma(load(row + i * kLanes), x, total[i]);
     }
@@ -139,14 +146,13 @@ SF_INLINE void add_rows(Real* acc, const Real* rows, uint32_t stride, const uint
     if constexpr (N > kNow) add_rows<N - kNow>(acc + kNow * kLanes, rows + kNow * kLanes, stride, index, value, n);
 }
 
-/// out[index] += row of that index * q, over N vectors, for every index of the list.
+/// out[k] += row index[k] * q, over N vectors, for k < n, a multiple of four.
 template <uint32_t N, class Real>
 SF_INLINE void add_dots(Real* out, const Real* rows, const Real* q, const uint32_t* index, uint32_t n) {
     Vec<Real> x[N];
     for (uint32_t i = 0; i < N; ++i) x[i] = load(q + i * kLanes);
-    const auto row = [&](uint32_t k) { return rows + static_cast<size_t>(index[k]) * N * kLanes; };
-    uint32_t k = 0;
-    for (; k + 4 <= n; k += 4) {
+    const auto row = [&](uint32_t k) { return one_base(rows + static_cast<size_t>(index[k]) * N * kLanes); };
+    for (uint32_t k = 0; k < n; k += 4) {
         const Real *r0 = row(k), *r1 = row(k + 1), *r2 = row(k + 2), *r3 = row(k + 3);
         Vec<Real> a = mul(load(r0), x[0]), b = mul(load(r1), x[0]), c = mul(load(r2), x[0]), d = mul(load(r3), x[0]);
         for (uint32_t i = 1; i < N; ++i) {
@@ -155,18 +161,20 @@ SF_INLINE void add_dots(Real* out, const Real* rows, const Real* q, const uint32
             c = fma(load(r2 + i * kLanes), x[i], c);
             d = fma(load(r3 + i * kLanes), x[i], d);
         }
-        Real four[4];
-        sums4(a, b, c, d, four);
-        for (uint32_t i = 0; i < 4; ++i) out[index[k + i]] += four[i];
+        add_sums(out + k, a, b, c, d);
     }
-    for (; k < n; ++k) {  // in the same order of sums, so that a unit's gradient does not depend on its neighbours
-        const Real* r = row(k);
-        Vec<Real> a = mul(load(r), x[0]);
-        for (uint32_t i = 1; i < N; ++i) a = fma(load(r + i * kLanes), x[i], a);
-        Real four[4];
-        sums4(a, a, a, a, four);
-        out[index[k]] += four[0];
+}
+
+/// Brings the k-th row of those of `bits` on its way, and the next ones up to `n`; returns the bits that are left. Weights
+/// pass through the second level of cache once a step: what is asked for in order arrives as fast as it can.
+template <uint32_t N, class Real>
+SF_INLINE uint64_t fetch(const Real* rows, uint64_t bits, uint32_t n) {
+    constexpr uint32_t kLine = 64 / sizeof(Real);
+    for (; bits && n; bits &= bits - 1, --n) {
+        const Real* row = rows + static_cast<size_t>(__builtin_ctzll(bits)) * N * kLanes;
+        for (uint32_t i = 0; i < N * kLanes; i += kLine) __builtin_prefetch(row + i, 0, 2);
     }
+    return bits;
 }
 
 SF_INLINE uint32_t share(uint32_t n, uint32_t number, uint32_t members) {
@@ -187,7 +195,7 @@ SF_INLINE const Real* tile_of(const Transposed<Real>& w, uint32_t tile) {
 template <class Real>
 SF_INLINE uint32_t turn(const Real* from, size_t from_stride, uint32_t rows, uint32_t cols, Real* to,
                         size_t to_stride) {
-    Real room[kLanes * kLanes];
+    alignas(64) Real room[kLanes * kLanes];
     Vec<Real> zeros = set1(Real(0));
     for (uint32_t r = 0; r < rows; ++r) {
         const Vec<Real> x = load_some(from + r * from_stride, cols);
@@ -224,12 +232,15 @@ static void transpose(const TransposeArgs<Real>& a, const Member& m) {
     a.wild[m.number] = wild;
 }
 
-/// Appends to the list of row `row` the lanes of `bits` of `x`, the values of units from `unit` on.
+/// Appends to the list of row `row` the lanes of `bits` of `x`, the values of units from `unit` on. Rows come in order,
+/// and a row's units too.
 template <class Real>
 SF_INLINE void append(const Spoken<Real>& s, uint32_t row, uint32_t unit, uint32_t bits, const Vec<Real>& x) {
     const uint32_t segment = unit / kSegment, lane = unit % kSegment;
     uint32_t& count = s.count[static_cast<size_t>(segment) * s.rows + row];
     if (lane == 0) count = 0;
+    if (lane == 0 && row == 0) s.any[segment] = 0;
+    s.any[segment] |= static_cast<uint64_t>(bits) << lane;
     const size_t at = row * s.stride + static_cast<size_t>(segment) * kSegment + count;
     count += compress(bits, lane, x, s.index + at, s.value + at);
 }
@@ -240,27 +251,18 @@ SF_INLINE uint32_t not_zero(const Vec<Real>& x) {
     return not_le(x, zero) | not_le(zero, x);
 }
 
-template <class Real>
-static void list_spoken(const SpokenArgs<Real>& a, const Member& m) {
-    const Part part(a.spoken.rows, m);
-    for (uint32_t row = part.first; row < part.last; ++row)
-        for (uint32_t j = 0; j < a.units; j += kLanes) {
-            const Vec<Real> x = load_some(a.x + static_cast<size_t>(row) * a.units + j, a.units - j);
-            append(a.spoken, row, j, not_zero<Real>(x), x);
-        }
-}
-
-/// acc (rows, N vectors) += W x of one tile, for rows [first, first + rows) of the lists.
+/// acc (rows, N vectors) += W x of one tile.
 template <uint32_t N, class Real>
-SF_INLINE void add_products(Real* acc, const Real* tile, uint32_t cols, const Spoken<Real>& x, const Real* value,
-                            uint32_t first, uint32_t rows) {
-    const uint32_t segments = count_of_segments(cols);
+SF_INLINE void add_products(Real* acc, const Real* tile, uint32_t cols, const Spoken<Real>& x, const Real* value) {
+    const uint32_t segments = count_of_segments(cols), ahead = (kSegment + x.rows - 1) / x.rows;
     for (uint32_t s = 0; s < segments; ++s) {
         const Real* w = tile + static_cast<size_t>(s) * kSegment * N * kLanes;
-        const uint32_t* counts = x.count + static_cast<size_t>(s) * x.rows + first;
-        for (uint32_t r = 0; r < rows; ++r) {
+        const uint32_t* counts = x.count + static_cast<size_t>(s) * x.rows;
+        uint64_t coming = s + 1 < segments ? x.any[s + 1] : 0;
+        for (uint32_t r = 0; r < x.rows; ++r) {
+            coming = fetch<N>(w + kSegment * N * kLanes, coming, ahead);
             if (!counts[r]) continue;
-            const size_t at = (first + r) * x.stride + static_cast<size_t>(s) * kSegment;
+            const size_t at = r * x.stride + static_cast<size_t>(s) * kSegment;
             add_rows<N>(acc + static_cast<size_t>(r) * N * kLanes, w, N, x.index + at, value + at, counts[r]);
         }
     }
@@ -270,28 +272,26 @@ template <class Real>
 static void input_product(const InputProductArgs<Real>& a, const Member& m) {
     const Transposed<Real>& w = a.weight;
     const Part part(count_of_tiles(w.units), m);
-    constexpr uint32_t kRows = InputProductArgs<Real>::kRows;
-    Real* acc = a.room + static_cast<size_t>(m.number) * kRows * 3 * kTile;
+    alignas(64) Real acc[3 * kTile];
     for (uint32_t tile = part.first; tile < part.last; ++tile) {
         const uint32_t vectors = tile_vectors(w.units, tile), n = w.gates * vectors;
-        for (uint32_t first = 0; first < a.x.rows; first += kRows) {
-            const uint32_t rows = a.x.rows - first < kRows ? a.x.rows - first : kRows;
-            const auto each = [&](auto f) {
-                for (uint32_t r = 0; r < rows; ++r)
+        with_width(n, [&](auto width) {
+            for (uint32_t r = 0; r < a.rows; ++r) {
+                const auto each = [&](auto f) {
                     for (uint32_t i = 0; i < n; ++i) {
-                        const uint32_t unit = tile * kTile + i % vectors * kLanes, left = w.units - unit;
-                        f(acc + (static_cast<size_t>(r) * n + i) * kLanes, first + r, i / vectors * w.units + unit,
-                          left);
+                        const uint32_t unit = tile * kTile + i % vectors * kLanes;
+                        f(acc + i * kLanes, i / vectors * w.units + unit, w.units - unit);
                     }
-            };
-            each([&](Real* to, uint32_t, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
-            with_width(n, [&](auto width) {
-                add_products<decltype(width)::value>(acc, tile_of(w, tile), w.cols, a.x, a.x.value, first, rows);
-            });
-            each([&](Real* from, uint32_t row, uint32_t at, uint32_t left) {
-                store_some(a.out + row * a.stride + at, left, load(from));
-            });
-        }
+                };
+                each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
+                const uint32_t first = a.start[r];
+                add_rows<decltype(width)::value>(acc, tile_of(w, tile), n, a.index + first, a.value + first,
+                                                 a.start[r + 1] - first);
+                each([&](Real* from, uint32_t at, uint32_t left) {
+                    store_some(a.out + r * a.stride + at, left, load(from));
+                });
+            }
+        });
     }
 }
 
@@ -338,7 +338,7 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
     };
     const auto product = [&](const Transposed<Real>& w, uint32_t tile, const Spoken<Real>& x, const Real* value) {
         with_width(w.gates * tile_vectors(H, tile), [&](auto width) {
-            add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value, 0, B);
+            add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value);
         });
     };
     for (uint32_t tile = part.first; tile < part.last; ++tile)
@@ -365,14 +365,12 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
                         store_some(at, left, sigmoid(add(load_some(at, left), load(sums + gate * vectors * kLanes))));
                     }
                 });
-                const uint32_t segments = count_of_segments(H);
-                for (uint32_t s = tile * (kTile / kSegment); s < (tile + 1) * (kTile / kSegment) && s < segments; ++s)
-                    for (uint32_t b = 0; b < B; ++b) {
-                        const size_t at = b * said.stride + static_cast<size_t>(s) * kSegment;
-                        const Real* r = tape(b, 0, s * kSegment);
-                        for (uint32_t k = 0; k < said.count[static_cast<size_t>(s) * B + b]; ++k)
-                            a.scaled[at + k] = r[said.index[at + k]] * said.value[at + k];
-                    }
+                for (uint32_t b = 0; b < B; ++b) {
+                    const size_t at = b * said.stride + static_cast<size_t>(tile) * kSegment;
+                    const Real* r = tape(b, 0, tile * kSegment);
+                    for (uint32_t k = 0; k < said.count[static_cast<size_t>(tile) * B + b]; ++k)
+                        a.scaled[at + k] = r[said.index[at + k]] * said.value[at + k];
+                }
             }
             m.wait(m.team);
         }
@@ -428,7 +426,7 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
 
 template <class Real>
 static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
-    const uint32_t H = a.units, B = a.batch, segments = count_of_segments(H), tiles = count_of_tiles(H);
+    const uint32_t H = a.units, B = a.batch, tiles = count_of_tiles(H);
     const Part part(tiles, m);
     const Vec<Real> zero = set1(Real(0)), one = set1(Real(1));
     const size_t step = static_cast<size_t>(B) * H;
@@ -448,24 +446,44 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 }
         }
     };
+    const uint32_t parts = count_of_near(H), first_part = part.first * (kTile / kNear);
+    const uint32_t end = part.last * (kTile / kNear), last_part = end < parts ? end : parts;
+    const uint32_t ahead = (kNear + B - 1) / B;
     /// out[b, j] += row j of W * sent of sample b, where needed.
-    const auto dots = [&](const Transposed<Real>& w, const Real* sent, Real* out) {
-        const uint32_t last = part.last * (kTile / kSegment) < segments ? part.last * (kTile / kSegment) : segments;
-        for (uint32_t tile = 0; tile < tiles; ++tile)
+    const auto dots = [&](const Transposed<Real>& w, const Real* sent, Real* out, bool upwards) {
+        const auto lists = [&](auto f) {
+            for (uint32_t s = first_part; s < last_part; ++s)
+                for (uint32_t b = 0; b < B; ++b)
+                    f(s, b, a.need.count[static_cast<size_t>(s) * B + b],
+                      b * a.need.stride + static_cast<size_t>(s) * kNear);
+        };
+        lists([&](uint32_t, uint32_t, uint32_t count, size_t at) {
+            for (uint32_t k = 0; k < count; k += 4)
+                for (uint32_t i = 0; i < 4; ++i) a.need.value[at + k + i] = 0;
+        });
+        for (uint32_t turn = 0; turn < tiles; ++turn) {
+            const uint32_t tile = upwards ? turn : tiles - 1 - turn;  // what was read last is still in the cache
             with_width(w.gates * tile_vectors(H, tile), [&](auto width) {
                 constexpr uint32_t N = decltype(width)::value;
                 const Real* q = sent + static_cast<size_t>(tile) * kTile * w.gates * B;
-                for (uint32_t s = part.first * (kTile / kSegment); s < last; ++s) {
-                    const Real* rows = tile_of(w, tile) + static_cast<size_t>(s) * kSegment * N * kLanes;
-                    const uint32_t* counts = a.need.count + static_cast<size_t>(s) * B;
+                for (uint32_t s = first_part; s < last_part; ++s) {
+                    const Real* rows = tile_of(w, tile) + static_cast<size_t>(s) * kNear * N * kLanes;
+                    uint64_t coming = s + 1 < last_part ? a.need.any[s + 1] : 0;
                     for (uint32_t b = 0; b < B; ++b) {
-                        if (!counts[b]) continue;
-                        const size_t at = b * a.need.stride + static_cast<size_t>(s) * kSegment;
-                        add_dots<N>(out + static_cast<size_t>(b) * H + s * kSegment, rows,
-                                    q + static_cast<size_t>(b) * N * kLanes, a.need.index + at, counts[b]);
+                        coming = fetch<N>(rows + kNear * N * kLanes, coming, ahead);
+                        const uint32_t count = a.need.count[static_cast<size_t>(s) * B + b];
+                        if (!count) continue;
+                        const size_t at = b * a.need.stride + static_cast<size_t>(s) * kNear;
+                        add_dots<N>(a.need.value + at, rows, q + static_cast<size_t>(b) * N * kLanes,
+                                    a.need.index + at, (count + 3) / 4 * 4);
                     }
                 }
             });
+        }
+        lists([&](uint32_t s, uint32_t b, uint32_t count, size_t at) {
+            Real* to = out + static_cast<size_t>(b) * H + s * kNear;
+            for (uint32_t k = 0; k < count; ++k) to[a.need.index[at + k]] += a.need.value[at + k];
+        });
     };
     own([&](uint32_t, uint32_t, uint32_t b, uint32_t, uint32_t j, uint32_t left) {
         const size_t at = static_cast<size_t>(b) * H + j;
@@ -535,15 +553,15 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
         });
         m.wait(m.team);
         // Who needs the gradient of its message: all where one is no number, as 0 * inf is none either.
-        own([&](uint32_t, uint32_t, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
+        own([&](uint32_t, uint32_t, uint32_t b, uint32_t, uint32_t j, uint32_t left) {
             const size_t at = static_cast<size_t>(b) * H + j;
             uint32_t bits = 0xffff;
             if (!a.every && !__atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED)) {
                 if (t) {
-                    const Vec<Real> near = sub(load_some(u_old + at, left), load_some(a.theta + j, left));
+                    const Vec<Real> v = sub(load_some(u_old + at, left), load_some(a.theta + j, left));
                     bits = not_zero<Real>(load_some(o_old + at, left));
                     if (a.event != Event::always && a.height != 0) {
-                        const Vec<Real> size = max(near, sub(zero, near));
+                        const Vec<Real> size = max(v, sub(zero, v));
                         bits |= ~(not_le(size, set1(a.half_width)) & ~is_nan(size));
                     }
                 } else if (!a.wants_y0) {
@@ -551,15 +569,18 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 }
             }
             bits &= first_lanes(left);
-            const uint32_t segment = j / kSegment;
-            uint32_t& count = a.need.count[static_cast<size_t>(segment) * B + b];
-            if (v % (kSegment / kLanes) == 0) count = 0;
-            uint32_t* index = a.need.index + b * a.need.stride + static_cast<size_t>(segment) * kSegment;
-            for (; bits; bits &= bits - 1)
-                index[count++] = j % kSegment + static_cast<uint32_t>(__builtin_ctz(bits));
+            const uint32_t near = j / kNear, lane = j % kNear;
+            uint32_t& count = a.need.count[static_cast<size_t>(near) * B + b];
+            if (lane == 0) count = 0;
+            if (lane == 0 && b == 0) a.need.any[near] = 0;
+            a.need.any[near] |= bits << lane;
+            uint32_t* index = a.need.index + b * a.need.stride + static_cast<size_t>(near) * kNear;
+            for (; bits; bits &= bits - 1) index[count++] = lane + static_cast<uint32_t>(__builtin_ctz(bits));
+            if (lane != 0 || left <= kLanes)
+                for (uint32_t k = count; k % 4; ++k) index[k] = index[count - 1];
         });
         if (!a.reset_after) {
-            dots(a.hidden_n, a.sent_n[t % 2], a.back);  // of r * y
+            dots(a.hidden_n, a.sent_n[t % 2], a.back, t % 2);  // of r * y
             own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
                 const size_t at = static_cast<size_t>(b) * H + j;
                 const Vec<Real> r = load_some(a.tape + (row + b) * 4 * H + j, left);
@@ -574,7 +595,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             });
             m.wait(m.team);
         }
-        dots(a.hidden, a.sent[t % 2], a.dy);
+        dots(a.hidden, a.sent[t % 2], a.dy, t % 2);
     }
 }
 
@@ -597,7 +618,7 @@ static void outer(const OuterArgs<Real>& a, const Member& m) {
                 }
             for (uint32_t col = 0; col < a.cols; col += kLanes) {
                 const uint32_t cols = a.cols - col < kLanes ? a.cols - col : kLanes;
-                Real sums[kLanes * 3 * kTile];
+                alignas(64) Real sums[kLanes * 3 * kTile];
                 for (uint32_t c = 0; c < cols; ++c) {
                     Real* to = sums + static_cast<size_t>(c) * n * kLanes;
                     for (uint32_t i = 0; i < n; ++i) store(to + i * kLanes, set1(Real(0)));

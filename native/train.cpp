@@ -112,16 +112,34 @@ namespace {
 template <class Real>
 struct Lists {
     Room<uint32_t> index, count;
+    Room<uint64_t> any;
     Room<Real> value;
     Spoken<Real> view;
-    Lists(uint32_t rows, uint32_t units, bool values = true) {
+    Lists(uint32_t rows, uint32_t units) {
         const size_t segments = count_of_segments(units), stride = segments * kSegment;
         index = Room<uint32_t>(rows * stride);
         count = Room<uint32_t>(segments * rows);
-        if (values) value = Room<Real>(rows * stride);
-        view = {index.get(), value.get(), count.get(), stride, rows};
+        any = Room<uint64_t>(segments);
+        value = Room<Real>(rows * stride);
+        view = {index.get(), value.get(), count.get(), any.get(), stride, rows};
     }
 };
+
+/// f(row, column, value) of what is not zero in `columns` of x (rows, cols), and of all in rows that are `whole`.
+template <class Real, class Line, class Whole, class F>
+void each_spoken(uint32_t first_row, uint32_t rows, uint32_t first_col, uint32_t cols, const Line& line,
+                 const Whole& whole, const F& f) {
+    for (uint32_t row = first_row; row < rows; ++row) {
+        const Real* x = line(row);
+        const bool all = whole(row);
+        for (uint32_t c = first_col; c < cols; ++c)
+            if (x[c] != 0 || all) f(row, c, x[c]);
+    }
+}
+
+uint32_t part_of(uint32_t n, uint32_t number, const Member& m) {
+    return static_cast<uint32_t>(static_cast<uint64_t>(n) * number / m.members);
+}
 
 constexpr size_t kTileRoom = 3 * kTile;
 
@@ -138,12 +156,23 @@ bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> a
 template <class Real>
 void input_product(Team& team, const SequenceKernels<Real>& k, const Transposed<Real>& weight, const Real* x,
                    uint32_t rows, const Real* bias, Real* out, size_t stride) {
-    const Lists<Real> lists(rows, weight.cols);
-    const SpokenArgs<Real> spoken{x, weight.cols, lists.view};
-    const Room<Real> room(team.size() * InputProductArgs<Real>::kRows * kTileRoom);
-    const InputProductArgs<Real> args{weight, lists.view, bias, out, stride, room.get()};
+    const auto each = [&](const Member& m, const auto& f) {
+        each_spoken<Real>(
+            part_of(rows, m.number, m), part_of(rows, m.number + 1, m), 0, weight.cols,
+            [&](uint32_t r) { return x + static_cast<size_t>(r) * weight.cols; }, [](uint32_t) { return false; }, f);
+    };
+    std::vector<uint32_t> start(static_cast<size_t>(rows) + 1, 0);
+    team.run(team.size(), [&](const Member& m) { each(m, [&](uint32_t r, uint32_t, Real) { ++start[r + 1]; }); });
+    for (uint32_t r = 0; r < rows; ++r) start[r + 1] += start[r];
+    const Room<uint32_t> index(start[rows]);
+    const Room<Real> value(start[rows]);
+    const InputProductArgs<Real> args{weight, rows, start.data(), index.get(), value.get(), bias, out, stride};
     team.run(team.size(), [&](const Member& m) {
-        k.list_spoken(spoken, m);
+        uint32_t at = start[part_of(rows, m.number, m)];
+        each(m, [&](uint32_t, uint32_t c, Real v) {
+            index.get()[at] = c;
+            value.get()[at++] = v;
+        });
         m.wait(m.team);
         k.input_product(args, m);
     });
@@ -164,10 +193,12 @@ void egru_forward(Team& team, const SequenceKernels<Real>& k, EgruForwardArgs<Re
 template <class Real>
 void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<Real> args) {
     const size_t step = static_cast<size_t>(args.batch) * pad(args.units);
-    const Lists<Real> need(args.batch, args.units, false);
+    const size_t parts = count_of_near(args.units), stride = parts * kNear;
+    const Room<uint32_t> index(args.batch * stride), count(args.batch * parts), any(parts);
+    const Room<Real> value(args.batch * stride);
+    args.need = {index.get(), value.get(), count.get(), any.get(), stride};
     const size_t gates = args.reset_after ? 3 : 2, alone = args.reset_after ? 0 : 1;
     const Room<Real> sent(2 * gates * step), sent_n(2 * alone * step), back(alone * step);
-    args.need = need.view;
     args.back = back.get();
     for (size_t i = 0; i < 2; ++i) {
         args.sent[i] = sent.get() + i * gates * step;
@@ -179,16 +210,14 @@ void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<
 template <class Real>
 void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, const Columns<Real>& x) {
     const uint32_t cols = args.cols;
-    const auto each = [&](const Member& m, auto f) {  // f(row, col, value) of this member's columns, by row
-        const uint32_t first = static_cast<uint32_t>(static_cast<uint64_t>(cols) * m.number / m.members);
-        const uint32_t last = static_cast<uint32_t>(static_cast<uint64_t>(cols) * (m.number + 1) / m.members);
-        for (uint32_t row = 0; row < args.rows; ++row) {
-            const Real* line = row < x.head_rows ? x.head + static_cast<size_t>(row) * cols
-                                                 : x.rest + static_cast<size_t>(row - x.head_rows) * cols;
-            const bool whole = x.wild && x.wild[row];
-            for (uint32_t c = first; c < last; ++c)
-                if (line[c] != 0 || whole) f(row, c, line[c]);
-        }
+    const auto each = [&](const Member& m, const auto& f) {  // of this member's columns, by row
+        each_spoken<Real>(
+            0, args.rows, part_of(cols, m.number, m), part_of(cols, m.number + 1, m),
+            [&](uint32_t r) {
+                return r < x.head_rows ? x.head + static_cast<size_t>(r) * cols
+                                       : x.rest + static_cast<size_t>(r - x.head_rows) * cols;
+            },
+            [&](uint32_t r) { return x.wild && x.wild[r]; }, f);
     };
     std::vector<uint32_t> start(static_cast<size_t>(cols) + 1, 0), at;
     team.run(team.size(), [&](const Member& m) { each(m, [&](uint32_t, uint32_t c, Real) { ++start[c + 1]; }); });

@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -75,15 +76,19 @@ inline size_t transposed_size(uint32_t gates, uint32_t units, uint32_t cols) {
     return static_cast<size_t>(gates) * pad(units) * cols;
 }
 
-/// A member's room is its own pages, so that members do not write to one line.
+/// Uninitialised values, whole vectors of which never cross a cache line.
 template <class Real>
 class Room {
   public:
-    explicit Room(size_t n = 0) : data_(n ? new Real[n] : nullptr) {}
+    explicit Room(size_t n = 0) : data_(n ? static_cast<Real*>(::operator new(n * sizeof(Real), kLine)) : nullptr) {}
     Real* get() const { return data_.get(); }
 
   private:
-    std::unique_ptr<Real[]> data_;
+    static constexpr std::align_val_t kLine{64};
+    struct Delete {
+        void operator()(Real* p) const { ::operator delete(p, kLine); }
+    };
+    std::unique_ptr<Real, Delete> data_;
 };
 
 /// Fills args.values; true where a weight is not finite.

@@ -158,12 +158,13 @@ def _egru(
 
 
 def _tape_size(rows: int, H: int) -> int:
-    return rows * 4 * H + 3 * _padded(H) * H + 1
+    return 3 * _padded(H) * H + rows * 4 * H + 1
 
 
 def _tape(tape: Tensor, rows: int, H: int) -> tuple[Tensor, Tensor]:
-    """Its gates (rows, 4H) and its transposed weight."""
-    return tape[: rows * 4 * H].view(rows, 4 * H), tape[rows * 4 * H : -1]
+    """Its gates (rows, 4H) and its transposed weight, which comes first: its rows begin at cache lines."""
+    cut = 3 * _padded(H) * H
+    return tape[cut:-1].view(rows, 4 * H), tape[:cut]
 
 
 def _transpose(team: Any, weight: Tensor, H: int, reset_after: bool, out: Tensor) -> bool:
