@@ -313,6 +313,15 @@ SF_INLINE Vec<Real> event(const EgruArgs<Real>& a, const Vec<Real>& v) {
     return mul(set1(a.height), sub(fma(w, set1(Real(0.5)), c), bend));
 }
 
+/// (1 - w) a + w b as torch.lerp takes it, infinities included: from whichever end is nearer.
+template <class Real>
+SF_INLINE Vec<Real> lerp(const Vec<Real>& a, const Vec<Real>& b, const Vec<Real>& w) {
+    const Vec<Real> way = sub(b, a), zero = set1(Real(0));
+    const uint32_t near_a = not_le(set1(Real(0.5)), w);  // w < 0.5, or NaN, which either way brings
+    const Vec<Real> from_b = fma(sub(zero, way), sub(set1(Real(1)), w), b);
+    return add(keep(near_a, fma(way, w, a)), keep(~near_a & 0xffff, from_b));
+}
+
 /// The state that the next step reads.
 template <class Real>
 SF_INLINE Vec<Real> carried(const EgruArgs<Real>& a, const Vec<Real>& u, const Vec<Real>& o, const Vec<Real>& theta) {
@@ -405,12 +414,12 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
                 store_some(at_n, left, n);
                 const size_t at = static_cast<size_t>(b) * H + j, now = static_cast<size_t>(t) * B * H + at;
                 const Vec<Real> h = load_some(a.h + at, left), theta = load_some(a.theta + j, left);
-                Vec<Real> u = fma(z, sub(h, n), n);
+                Vec<Real> u = lerp<Real>(n, h, z);
                 if (a.reset == Reset::output) u = sub(u, load_some(y_old + at, left));
                 if (a.mask)
-                    u = fma(load_some(a.mask + now, left), sub(u, h), h);
+                    u = lerp<Real>(h, u, load_some(a.mask + now, left));
                 else if (a.keep != 0)
-                    u = fma(set1(a.keep), sub(h, u), u);
+                    u = lerp<Real>(u, h, set1(a.keep));
                 const Vec<Real> o = event(a, sub(u, theta));
                 const Vec<Real> y = fma(o, u, zero);  // + 0: a silent unit says +0.0 where u is negative
                 store_some(a.u + now, left, u);

@@ -1,5 +1,6 @@
 #include "train.hpp"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,6 +10,17 @@
 #endif
 
 namespace sparsefold {
+
+void advise_large_pages(void* p, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kLarge = 2u << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(p) + kLarge - 1) / kLarge * kLarge;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(p) + bytes) / kLarge * kLarge;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    static_cast<void>(p), static_cast<void>(bytes);
+#endif
+}
 
 Team::Team(size_t size) : process_(getpid()) {
     try {

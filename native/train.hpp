@@ -71,6 +71,9 @@ struct SequenceKernels {
     explicit SequenceKernels(const Kernels& all);
 };
 
+/// Large pages for fresh memory, where the system has them.
+void advise_large_pages(void* p, size_t bytes);
+
 /// Elements of a transposed weight.
 inline size_t transposed_size(uint32_t gates, uint32_t units, uint32_t cols) {
     return static_cast<size_t>(gates) * pad(units) * cols;

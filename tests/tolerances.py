@@ -23,6 +23,19 @@ MEAN_F64 = 64 * EPS64
 # The same mean as the difference of two float32 values, mean = own + (mean - own): two roundings of values below 1.
 DISTRIBUTED_F32 = 4 * 2.0**-23
 
+# --- native training kernels ------------------------------------------------------------------------------------------
+
+
+def gradient_f32(steps, batch, units, largest):
+    """Bound of a float32 gradient against float64 on the same numbers with the same events.
+
+    A gradient is a sum of steps·batch terms, each of which passed through a product of 3·units terms at most `steps` times:
+    4·n·eps·Σ|terms| with n = steps·batch + 3·units. The sizes of the terms sum up to no more than 8·steps times the largest
+    gradient of the tensor here, where signs are random; what is all but zero is measured with 1 for that.
+    """
+    return 4 * (steps * batch + 3 * units) * 2.0**-24 * 8 * steps * max(largest, 1.0)
+
+
 # --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
 
 EPS32 = 2.0**-24  # relative error of one float32 operation

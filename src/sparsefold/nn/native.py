@@ -66,7 +66,21 @@ def egru(
     by zero), that of a weight only from units that spoke; x counts as events where at most 40 % of it is not zero.
     Tensors are float32 or float64, on the processor, all of one dtype; ValueError otherwise. Not twice differentiable.
     """
-    _check(x, y0, h0, weight_ih, weight_hh, bias_ih, bias_hh, threshold)
+    B, H, I = x.shape[-2] if x.dim() > 1 else 0, threshold.numel(), x.shape[-1]  # noqa: E741
+    state, bias = (B, H), (3 * H,)
+    _check(
+        x,
+        h0,
+        {
+            "y0": (y0, state),
+            "h0": (h0, state),
+            "weight_ih": (weight_ih, (3 * H, I)),
+            "weight_hh": (weight_hh, (3 * H, H)),
+            "bias_ih": (bias_ih, bias),
+            "bias_hh": (bias_hh, bias),
+            "threshold": (threshold, (H,)),
+        },
+    )
     if not len(x):
         empty = y0.new_empty(0, *y0.shape)
         return EGRUTrace(empty, empty, empty, y0, h0)
@@ -94,6 +108,14 @@ def egru(
         keep,
     )
     return EGRUTrace(y, u, o, y_n, h_n)
+
+
+def _empty(team: Any, like: Tensor, *shape: int) -> Tensor:
+    """A fresh tensor to be written whole, on large pages where it is large."""
+    out = like.new_empty(shape)
+    if out.nbytes > 1 << 22:
+        team.advise(out)
+    return out
 
 
 def _options(reset: str, reset_after: bool, event: str, height: float, half_width: float, keep: float) -> dict[str, Any]:
@@ -139,9 +161,9 @@ def _egru(
     (T, B, _), H = x.shape, y0.shape[1]
     x, y0, h0, theta = (t.detach().contiguous() for t in (x, y0, h0, theta))
     w_i, w_h, mask = weight_ih.detach().contiguous(), weight_hh.detach().contiguous(), _plain(mask)
-    y, u, o = (x.new_empty(T, B, H) for _ in range(3))
+    y, u, o = (_empty(team, x, T, B, H) for _ in range(3))
     h_n = torch.empty_like(h0)
-    tape = x.new_empty(_tape_size(T * B, H))
+    tape = _empty(team, x, _tape_size(T * B, H))
     gates, hidden = _tape(tape, T * B, H)
     bias = w_i.new_zeros(3 * H) if bias_ih is None else bias_ih.detach().clone()
     bias_n = None
@@ -184,7 +206,7 @@ def _input_product(team: Any, x: Tensor, weight: Tensor, bias: Tensor, gates: Te
     """W_i x + b into the first 3H of each row of `gates`."""
     H3 = len(weight)
     if _is_events(team, x):
-        turned = weight.new_empty(3 * _padded(H3 // 3) * x.shape[1])
+        turned = _empty(team, weight, 3 * _padded(H3 // 3) * x.shape[1])
         if not team.transpose(weight, 3, turned):
             team.input_product(turned, bias, x, gates)
             return
@@ -225,7 +247,7 @@ def _egru_backward(
     x, y0, h0, theta = (t.detach().contiguous() for t in (x, y0, h0, theta))
     rows, hidden = _tape(tape.detach(), T * B, H)
     y, u, o = y.detach(), u.detach(), o.detach()
-    gates = x.new_empty(T * B, 4 * H)
+    gates = _empty(team, x, T * B, 4 * H)
     dy, dh, dtheta, dbias = (x.new_empty(n) for n in ((B, H), (B, H), (H,), (4 * H,)))
     wild = torch.zeros(T * B, dtype=torch.uint8)
     every = bool(tape[-1])
@@ -242,12 +264,12 @@ def _egru_backward(
     dw_i = dw_h = none
     if wants_w_i:
         if _is_events(team, flat):
-            dw_i = x.new_empty(3 * H, I)
+            dw_i = _empty(team, x, 3 * H, I)
             team.outer(gates, [0, H, 2 * H], None, flat, None, wild, dw_i)
         else:
             dw_i = gates[:, : 3 * H].t() @ flat
     if wants_w_h:
-        dw_h = x.new_empty(3 * H, H)
+        dw_h = _empty(team, x, 3 * H, H)
         if reset_after:
             team.outer(gates, [0, H, 3 * H], y0, y, None, wild, dw_h)
         else:
@@ -288,12 +310,25 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 _egru.register_autograd(_backward, setup_context=_setup)
 
 
-def _check(x: Tensor, *others: Tensor | None) -> None:
+def _check(x: Tensor, h0: Tensor, shapes: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """ValueError unless all tensors are of one kind and fit."""
     if not available(x):
         raise ValueError(
             f"the native kernels take float32 and float64 on the processor, got {x.dtype} on {x.device}"
             f"{'' if _native else ', and the extension is not built'}. Use sparsefold.nn.reference for it."
         )
-    for t in others:
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise ValueError(f"x is {x.dtype} on {x.device}, another input {t.dtype} on {t.device}. Convert one of them.")
+    if x.dim() != 3 or h0.dim() != 2:
+        raise ValueError(
+            f"x has 3 axes (time, batch, feature) and a state 2 (batch, unit), got {tuple(x.shape)}, {tuple(h0.shape)}."
+        )
+    for name, (t, shape) in shapes.items():
+        if t is None:
+            continue
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(
+                f"x is {x.dtype} on {x.device}, another input {t.dtype} on {t.device}: {name}. Convert one of them."
+            )
+        if t.shape != shape:
+            raise ValueError(
+                f"{name} is {shape} for {h0.shape[1]} units and x of {x.shape[2]} features, got {tuple(t.shape)}."
+            )
