@@ -66,8 +66,8 @@ struct PyTeam {
     const SequenceKernels<float>& kernels(float) const { return f32; }
     const SequenceKernels<double>& kernels(double) const { return f64; }
 
-    /// Asks for large pages behind an array nobody has written yet: a fault for 2 MB in place of 512, and a step's weights
-    /// within reach of the processor's list of pages.
+    /// Asks for large pages behind an array nobody has written yet: a fault for 2 MB in place of 512, and a step's
+    /// weights within reach of the processor's list of pages.
     template <class Real>
     void advise(Out<Real> x) const {
         advise_large_pages(x.data(), x.size() * sizeof(Real));
@@ -150,10 +150,9 @@ struct PyTeam {
 
     template <class Real>
     void egru_backward(nb::dict options, In<Real> hidden, bool every, In<Real> theta, In<Real> mask, In<Real> y0,
-                       In<Real> h0, In<Real> tape, In<Real> u, In<Real> o, In<Real> y, In<Real> grad_y,
-                       In<Real> grad_u, In<Real> grad_o, In<Real> grad_y_n, In<Real> grad_h_n, bool wants_y0,
-                       Out<Real> gates, Out<Real> dy, Out<Real> dh, Out<Real> dtheta, Out<Real> dbias,
-                       Out<uint8_t> wild) const {
+                       In<Real> h0, In<Real> tape, In<Real> u, In<Real> o, In<Real> y, In<Real> grad_y, In<Real> grad_u,
+                       In<Real> grad_o, In<Real> grad_y_n, In<Real> grad_h_n, bool wants_y0, Out<Real> gates,
+                       Out<Real> dy, Out<Real> dh, Out<Real> dtheta, Out<Real> dbias, Out<uint8_t> wild) const {
         EgruBackwardArgs<Real> a{};
         fill<Real>(a, options, hidden, every, theta, mask, y0, h0, tape, u, o, y);
         const size_t step = static_cast<size_t>(a.batch) * a.units, all = step * a.steps;
@@ -230,8 +229,9 @@ void bind_real(nb::class_<PyTeam>& c) {
 
 void bind_training(nb::module_& m) {
     nb::class_<PyTeam> team(m, "Team");
-    team.def(nb::init<size_t, const std::string&>(), "threads"_a, "isa"_a = "")
-        .def_prop_ro("isa", [](const PyTeam& t) { return t.isa; });
+    team.def(nb::init<size_t, const std::string&>(), "threads"_a, "isa"_a = "").def_prop_ro("isa", [](const PyTeam& t) {
+        return t.isa;
+    });
     bind_real<float>(team);
     bind_real<double>(team);
 }

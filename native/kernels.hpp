@@ -132,12 +132,13 @@ struct TopArgs {
     float* value;  // (k)
 };
 
-// Training: one layer over a whole sequence (sequence.inl.hpp), in float and in double. Every function below is called by
-// `members` threads at once, which share the work by their number; no bit of any result depends on how many there are.
+// Training: one layer over a whole sequence (sequence.inl.hpp), in float and in double. Every function below is called
+// by `members` threads at once, which share the work by their number; no bit of any result depends on how many there
+// are.
 
-constexpr uint32_t kTile = 4 * kLanes;     // outputs of one tile of a transposed matrix
-constexpr uint32_t kSegment = kTile;        // inputs of one part of an event list, made by who makes a tile of outputs
-constexpr uint32_t kNear = 2 * kLanes;     // inputs of one part of a list of needed gradients: their rows of a tile fit L1
+constexpr uint32_t kTile = 4 * kLanes;  // outputs of one tile of a transposed matrix
+constexpr uint32_t kSegment = kTile;    // inputs of one part of an event list, made by who makes a tile of outputs
+constexpr uint32_t kNear = 2 * kLanes;  // inputs of one part of a list of needed gradients: their rows of a tile fit L1
 
 /// Vectors of one gate in tile `tile`.
 constexpr uint32_t tile_vectors(uint32_t units, uint32_t tile) {
@@ -155,7 +156,8 @@ struct Member {
 };
 
 /// A weight (gates * units, cols) as the loops read it: tile after tile of kTile units (the last one narrower), each
-/// holding of input 0, of input 1, ... the tile's units of gate 0, of gate 1, ..., in whole vectors filled up with zeros.
+/// holding of input 0, of input 1, ... the tile's units of gate 0, of gate 1, ..., in whole vectors filled up with
+/// zeros.
 template <class Real>
 struct Transposed {
     const Real* values;
@@ -215,7 +217,7 @@ struct EgruArgs {
     Reset reset;
     bool reset_after;
     Event event;
-    Real height, half_width;  // of the surrogate
+    Real height, half_width;    // of the surrogate
     Transposed<Real> hidden;    // r, z, n; r and z alone where !reset_after
     Transposed<Real> hidden_n;  // n where !reset_after
     bool every;                 // a weight is not finite: silent units are read too, as 0 * inf is no number
@@ -242,15 +244,15 @@ struct EgruBackwardArgs : EgruArgs<Real> {
     const Real *grad_y, *grad_u, *grad_o;  // null for zeros
     const Real *grad_y_n, *grad_h_n;       // (batch, units), null for zeros
     bool wants_y0;
-    Real* gates;   // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
-    Real* dy;      // (batch, units) out: gradient of y0
-    Real* dh;      // (batch, units) out: gradient of h0
-    Real* dtheta;  // (units) out
-    Real* dbias;   // (4 * units) out: `gates` summed
-    uint8_t* wild;     // (steps * batch) out: 1 where a gradient is not finite
-    Real* sent[2];     // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates, kTile)
-    Real* sent_n[2];   // n where !reset_after
-    Real* back;        // (batch, units) room where !reset_after
+    Real* gates;    // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
+    Real* dy;       // (batch, units) out: gradient of y0
+    Real* dh;       // (batch, units) out: gradient of h0
+    Real* dtheta;   // (units) out
+    Real* dbias;    // (4 * units) out: `gates` summed
+    uint8_t* wild;  // (steps * batch) out: 1 where a gradient is not finite
+    Real* sent[2];  // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates, kTile)
+    Real* sent_n[2];  // n where !reset_after
+    Real* back;       // (batch, units) room where !reset_after
     Needed<Real> need;
 };
 
@@ -265,8 +267,8 @@ struct OuterArgs {
     const uint32_t* row;    // ascending within a column
     const Real* value;
     Real* out;
-    Real* room;          // (members, outer_chunk(rows), 3 * kTile)
-    uint32_t* cursor;    // (members, cols)
+    Real* room;        // (members, outer_chunk(rows), 3 * kTile)
+    uint32_t* cursor;  // (members, cols)
 };
 constexpr uint32_t kOuterRows = 1536;  // whose tile of g fits L2
 constexpr uint32_t outer_chunk(uint32_t rows) {
@@ -283,8 +285,8 @@ struct Kernels {
 #define SPARSEFOLD_MATVEC_CODES(format, Packed) \
     void (*matvec_##format)(const Packed&, const int8_t* x, float x_scale, float* y);
 #define SPARSEFOLD_CELL(name, Args) void (*cell_##name)(Args&);
-#define SPARSEFOLD_SEQUENCE(name, Args)                         \
-    void (*name##_f32)(const Args<float>&, const Member&);      \
+#define SPARSEFOLD_SEQUENCE(name, Args)                    \
+    void (*name##_f32)(const Args<float>&, const Member&); \
     void (*name##_f64)(const Args<double>&, const Member&);
 #include "kernels.def"
 #undef SPARSEFOLD_SEQUENCE

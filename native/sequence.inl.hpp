@@ -165,8 +165,8 @@ SF_INLINE void add_dots(Real* out, const Real* rows, const Real* q, const uint32
     }
 }
 
-/// Brings the k-th row of those of `bits` on its way, and the next ones up to `n`; returns the bits that are left. Weights
-/// pass through the second level of cache once a step: what is asked for in order arrives as fast as it can.
+/// Brings the k-th row of those of `bits` on its way, and the next ones up to `n`; returns the bits that are left.
+/// Weights pass through the second level of cache once a step: what is asked for in order arrives as fast as it can.
 template <uint32_t N, class Real>
 SF_INLINE uint64_t fetch(const Real* rows, uint64_t bits, uint32_t n) {
     constexpr uint32_t kLine = 64 / sizeof(Real);
@@ -346,9 +346,8 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
         append(list, b, j, (a.every ? 0xffffu : not_zero<Real>(y)) & first_lanes(left), y);
     };
     const auto product = [&](const Transposed<Real>& w, uint32_t tile, const Spoken<Real>& x, const Real* value) {
-        with_width(w.gates * tile_vectors(H, tile), [&](auto width) {
-            add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value);
-        });
+        with_width(w.gates * tile_vectors(H, tile),
+                   [&](auto width) { add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value); });
     };
     for (uint32_t tile = part.first; tile < part.last; ++tile)
         units(tile, [&](uint32_t b, uint32_t, uint32_t, uint32_t j, uint32_t left) {
@@ -483,8 +482,8 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                         const uint32_t count = a.need.count[static_cast<size_t>(s) * B + b];
                         if (!count) continue;
                         const size_t at = b * a.need.stride + static_cast<size_t>(s) * kNear;
-                        add_dots<N>(a.need.value + at, rows, q + static_cast<size_t>(b) * N * kLanes,
-                                    a.need.index + at, (count + 3) / 4 * 4);
+                        add_dots<N>(a.need.value + at, rows, q + static_cast<size_t>(b) * N * kLanes, a.need.index + at,
+                                    (count + 3) / 4 * 4);
                     }
                 }
             });

@@ -81,8 +81,7 @@ void Team::serve(uint32_t number) {
 void Team::dispatch(size_t most, Work work, const void* context) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     const uint32_t members = static_cast<uint32_t>(std::min(most, size()));
-    if (!turn || members < 2 || process_ != getpid())
-        return work(context, Member{0, 1, [](void*) {}, nullptr});
+    if (!turn || members < 2 || process_ != getpid()) return work(context, Member{0, 1, [](void*) {}, nullptr});
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         members_ = members;
@@ -266,13 +265,13 @@ size_t count_spoken(Team& team, const Real* x, size_t n) {
     return total;
 }
 
-#define SPARSEFOLD_FOR(Real)                                                                                        \
-    template bool transpose<Real>(Team&, const SequenceKernels<Real>&, TransposeArgs<Real>);                        \
-    template void input_product<Real>(Team&, const SequenceKernels<Real>&, const Transposed<Real>&, const Real*,    \
-                                      uint32_t, const Real*, Real*, size_t);                                        \
-    template void egru_forward<Real>(Team&, const SequenceKernels<Real>&, EgruForwardArgs<Real>);                   \
-    template void egru_backward<Real>(Team&, const SequenceKernels<Real>&, EgruBackwardArgs<Real>);                 \
-    template void outer<Real>(Team&, const SequenceKernels<Real>&, OuterArgs<Real>, const Columns<Real>&);          \
+#define SPARSEFOLD_FOR(Real)                                                                                     \
+    template bool transpose<Real>(Team&, const SequenceKernels<Real>&, TransposeArgs<Real>);                     \
+    template void input_product<Real>(Team&, const SequenceKernels<Real>&, const Transposed<Real>&, const Real*, \
+                                      uint32_t, const Real*, Real*, size_t);                                     \
+    template void egru_forward<Real>(Team&, const SequenceKernels<Real>&, EgruForwardArgs<Real>);                \
+    template void egru_backward<Real>(Team&, const SequenceKernels<Real>&, EgruBackwardArgs<Real>);              \
+    template void outer<Real>(Team&, const SequenceKernels<Real>&, OuterArgs<Real>, const Columns<Real>&);       \
     template size_t count_spoken<Real>(Team&, const Real*, size_t);
 SPARSEFOLD_FOR(float)
 SPARSEFOLD_FOR(double)

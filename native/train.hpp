@@ -115,8 +115,8 @@ template <class Real>
 struct Columns {
     const Real* head;  // (head_rows, cols)
     uint32_t head_rows;
-    const Real* rest;     // (rows - head_rows, cols)
-    const Real* scale;    // (rows, scale_stride) or null
+    const Real* rest;   // (rows - head_rows, cols)
+    const Real* scale;  // (rows, scale_stride) or null
     size_t scale_stride;
     const uint8_t* wild;  // (rows) or null
 };

@@ -149,7 +149,10 @@ def test_every_step_in_float32_from_its_own_state(reset, reset_after, zoneout, u
     y, h = np.zeros((2, units), np.float32), np.zeros((2, units), np.float32)
     arrays = [x, y, h, op.weight_ih.to_dense(), op.weight_hh.to_dense(), op.bias_ih, op.bias_hh, op.threshold]
     trace = native.egru(
-        *(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays), reset=reset, reset_after=reset_after, zoneout=zoneout
+        *(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays),
+        reset=reset,
+        reset_after=reset_after,
+        zoneout=zoneout,
     )
     theta = torch.from_numpy(op.threshold)
     for t, b in itertools.product(range(6), range(2)):
@@ -326,9 +329,9 @@ def test_torch_s_own_check_of_the_operators():
 
 def test_errors_say_what_came():
     p = inputs()
-    with pytest.raises(ValueError, match="float32 and float64 on the processor, got torch.float16 on cpu"):
+    with pytest.raises(ValueError, match=r"float32 and float64 on the processor, got torch\.float16 on cpu"):
         native.egru(**{k: v.half() for k, v in p.items()})
-    with pytest.raises(ValueError, match="x is torch.float64 on cpu, another input torch.float32"):
+    with pytest.raises(ValueError, match=r"x is torch\.float64 on cpu, another input torch\.float32"):
         native.egru(**{**p, "weight_hh": p["weight_hh"].float()})
     with pytest.raises(ValueError, match=r"weight_hh is \(18, 6\) for 6 units and x of 4 features, got \(18, 5\)"):
         native.egru(**{**p, "weight_hh": p["weight_hh"][:, :5]})

@@ -118,7 +118,9 @@ def _empty(team: Any, like: Tensor, *shape: int) -> Tensor:
     return out
 
 
-def _options(reset: str, reset_after: bool, event: str, height: float, half_width: float, keep: float) -> dict[str, Any]:
+def _options(
+    reset: str, reset_after: bool, event: str, height: float, half_width: float, keep: float
+) -> dict[str, Any]:
     return {
         "reset": reset,
         "reset_after": reset_after,
