@@ -595,6 +595,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 const Vec<Real> back = load_some(a.back + at, left);
                 const Vec<Real> dr = mul(mul(back, load_some(y_old + at, left)), mul(r, sub(one, r)));
                 store_some(a.gates + (row + b) * 4 * H + j, left, dr);
+                if (is_nan(mul(dr, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dy + at, left, mul(r, back));
                 store(a.sent[t % 2] + static_cast<size_t>(tile) * kTile * 2 * B +

@@ -1,4 +1,4 @@
-"""The cells of `reference.py` on the library's own kernels, processor tensors of float32 and float64: same names, same signatures.
+"""The cells of `reference.py` on the library's own kernels, on the processor in float32 and float64: same names and signatures.
 
 A sequence costs what its events cost, forward and backward (native/sequence.inl.hpp), and the gradient is the
 reference's: what is left out would be multiplied by zero. Work is divided between `torch.get_num_threads()` threads; the
