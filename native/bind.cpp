@@ -1,4 +1,4 @@
-// The only file that knows Python.
+// The engine for Python; bind_train.cpp is its training side, and no other file knows Python.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -523,6 +523,8 @@ void activations(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::dev
 
 }  // namespace
 
+void bind_training(nb::module_& m);  // bind_train.cpp
+
 NB_MODULE(_native, m) {
     m.def("available_isas", &available_isas);
     m.def("kernels", &kernel_names);
@@ -579,6 +581,8 @@ NB_MODULE(_native, m) {
         .def("write", &PyStream::write, "op"_a, "name"_a, "values"_a)
         .def_prop_ro("steps", &PyStream::steps)
         .def_prop_ro("trace_width", &PyStream::trace_width);
+
+    bind_training(m);
 }
 
 }  // namespace sparsefold

@@ -211,7 +211,9 @@ const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
 #define SPARSEFOLD_MATVEC_X(format, dtype, Packed) SPARSEFOLD_ISA::matvec_##format##_##dtype,
 #define SPARSEFOLD_MATVEC_CODES(format, Packed) SPARSEFOLD_ISA::matvec_##format,
 #define SPARSEFOLD_CELL(name, Args) SPARSEFOLD_ISA::cell_##name,
+#define SPARSEFOLD_SEQUENCE(name, Args) SPARSEFOLD_ISA::name<float>, SPARSEFOLD_ISA::name<double>,
 #include "kernels.def"
+#undef SPARSEFOLD_SEQUENCE
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_MATVEC_CODES

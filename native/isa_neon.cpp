@@ -1,5 +1,6 @@
 #define SPARSEFOLD_ISA neon
 #define SPARSEFOLD_NEON
 #include "matvec.inl.hpp"
+#include "sequence.inl.hpp"
 // The order matters: cells.inl.hpp ends with the table of this instruction set.
 #include "cells.inl.hpp"

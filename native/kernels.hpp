@@ -146,6 +146,150 @@ struct TopArgs {
     float* value;  // (k)
 };
 
+// Training: one layer over a whole sequence (sequence.inl.hpp), in float and in double. Every function below is called
+// by `members` threads at once, which share the work by their number; no bit of any result depends on how many there
+// are.
+
+constexpr uint32_t kTile = 4 * kLanes;  // outputs of one tile of a transposed matrix
+constexpr uint32_t kSegment = kTile;    // inputs of one part of an event list, made by who makes a tile of outputs
+constexpr uint32_t kNear = 2 * kLanes;  // inputs of one part of a list of needed gradients: their rows of a tile fit L1
+
+/// Vectors of one gate in tile `tile`.
+constexpr uint32_t tile_vectors(uint32_t units, uint32_t tile) {
+    const uint32_t left = pad(units) / kLanes - tile * (kTile / kLanes);
+    return left < kTile / kLanes ? left : kTile / kLanes;
+}
+constexpr uint32_t count_of_tiles(uint32_t units) { return (units + kTile - 1) / kTile; }
+constexpr uint32_t count_of_segments(uint32_t units) { return (units + kSegment - 1) / kSegment; }
+constexpr uint32_t count_of_near(uint32_t units) { return (units + kNear - 1) / kNear; }
+
+struct Member {
+    uint32_t number, members;
+    void (*wait)(void* team);  // until every member is there
+    void* team;
+};
+
+/// A weight (gates * units, cols) as the loops read it: tile after tile of kTile units (the last one narrower), each
+/// holding of input 0, of input 1, ... the tile's units of gate 0, of gate 1, ..., in whole vectors filled up with
+/// zeros.
+template <class Real>
+struct Transposed {
+    const Real* values;
+    uint32_t gates, units, cols;
+};
+
+template <class Real>
+struct TransposeArgs {
+    const Real* weight;  // gate after gate, `units` rows each
+    Real* values;
+    uint32_t gates, units, cols;
+    uint32_t* wild;  // (members) out: 1 where a weight is not finite
+};
+
+/// Who spoke, by segment of kSegment units: the list of segment s of row r begins at r * stride + s * kSegment.
+template <class Real>
+struct Spoken {
+    uint32_t* index;  // within the segment, ascending
+    Real* value;
+    uint32_t* count;  // (segments, rows)
+    uint64_t* any;    // (segments) bits of the units that spoke in any row; null where nobody asks
+    size_t stride;
+    uint32_t rows;
+};
+
+/// Whose gradient is needed, by part of kNear units, laid out like Spoken with stride pad(units) made whole parts; each
+/// list is filled up to a multiple of four with its last index.
+template <class Real>
+struct Needed {
+    uint32_t* index;
+    Real* value;      // the gradients, in the order of the list
+    uint32_t* count;  // (parts, rows)
+    uint32_t* any;    // (parts)
+    size_t stride;
+};
+
+/// out (rows, stride) = bias + W x of all rows of x, given by what is not zero of it: row r has entries
+/// [start[r], start[r + 1]).
+template <class Real>
+struct InputProductArgs {
+    Transposed<Real> weight;
+    uint32_t rows;
+    const uint32_t* start;
+    const uint32_t* index;  // ascending within a row
+    const Real* value;
+    const Real* bias;  // (gates * units)
+    Real* out;
+    size_t stride;
+};
+
+enum class Event : uint32_t { threshold, always, smooth };
+
+/// What forward and backward of an EGRU share; arrays are (steps, batch, units) where nothing else is said.
+template <class Real>
+struct EgruArgs {
+    uint32_t steps, batch, units;
+    Reset reset;
+    bool reset_after;
+    Event event;
+    Real height, half_width;    // of the surrogate
+    Transposed<Real> hidden;    // r, z, n; r and z alone where !reset_after
+    Transposed<Real> hidden_n;  // n where !reset_after
+    bool every;                 // a weight is not finite: silent units are read too, as 0 * inf is no number
+    const Real* theta;          // (units)
+    const Real* mask;           // zoneout in training: 1 where u is new, else the old h is kept; null
+    Real keep;                  // without a mask: the share of the old h
+    const Real *y0, *h0;        // (batch, units)
+    // (steps * batch, 4 * units): r, z, n and what r multiplies. The forward finds W_i x + b there in place of r, z, n.
+    Real* tape;
+    Real *u, *o, *y;
+};
+
+template <class Real>
+struct EgruForwardArgs : EgruArgs<Real> {
+    const Real* bias_n;  // (units) of what r multiplies; null for none, and where !reset_after
+    Real* h;             // (batch, units) out: the state after the last step
+    Spoken<Real> spoken[2];
+    Real* scaled;  // like the values of a list: r * y where !reset_after
+    Real* room;    // (members, batch, 3 * kTile)
+};
+
+template <class Real>
+struct EgruBackwardArgs : EgruArgs<Real> {
+    const Real *grad_y, *grad_u, *grad_o;  // null for zeros
+    const Real *grad_y_n, *grad_h_n;       // (batch, units), null for zeros
+    bool wants_y0;
+    Real* gates;    // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
+    Real* dy;       // (batch, units) out: gradient of y0
+    Real* dh;       // (batch, units) out: gradient of h0
+    Real* dtheta;   // (units) out
+    Real* dbias;    // (4 * units) out: `gates` summed
+    uint8_t* wild;  // (steps * batch) out: 1 where a gradient is not finite
+    Real* sent[2];  // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates, kTile)
+    Real* sent_n[2];  // n where !reset_after
+    Real* back;       // (batch, units) room where !reset_after
+    Needed<Real> need;
+};
+
+/// out (gates * units, cols) = sum over rows of g(row) x(row)^T, given what is not zero of x by column.
+template <class Real>
+struct OuterArgs {
+    uint32_t rows, units, cols, gates;
+    const Real* g;  // (rows, stride)
+    size_t stride;
+    uint32_t part[4];       // where in a row each gate begins, in units
+    const uint32_t* start;  // (cols + 1)
+    const uint32_t* row;    // ascending within a column
+    const Real* value;
+    Real* out;
+    Real* room;        // (members, outer_chunk(rows), 3 * kTile)
+    uint32_t* cursor;  // (members, cols)
+};
+constexpr uint32_t kOuterRows = 1536;  // whose tile of g fits L2
+constexpr uint32_t outer_chunk(uint32_t rows) {
+    const uint32_t chunks = (rows + kOuterRows - 1) / kOuterRows;
+    return chunks ? (rows + chunks - 1) / chunks : 0;
+}
+
 struct Kernels {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y); \
@@ -155,7 +299,11 @@ struct Kernels {
 #define SPARSEFOLD_MATVEC_CODES(format, Packed) \
     void (*matvec_##format)(const Packed&, const int8_t* x, float x_scale, float* y);
 #define SPARSEFOLD_CELL(name, Args) void (*cell_##name)(Args&);
+#define SPARSEFOLD_SEQUENCE(name, Args)                    \
+    void (*name##_f32)(const Args<float>&, const Member&); \
+    void (*name##_f64)(const Args<double>&, const Member&);
 #include "kernels.def"
+#undef SPARSEFOLD_SEQUENCE
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_MATVEC_CODES

@@ -617,6 +617,26 @@ SF_INLINE float sum(const F16& a) {
     return lanes[0];
 }
 
+/// out[0 .. 4) += the sum of all lanes of each of four vectors.
+SF_INLINE void add_sums(float* out, const F16& a, const F16& b, const F16& c, const F16& d) {
+#if defined(__AVX512F__)
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));  // a b a b, four times
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), four));
+#elif defined(__AVX2__)
+    const __m256 wa = _mm256_add_ps(a.a, a.b), wb = _mm256_add_ps(b.a, b.b);
+    const __m256 wc = _mm256_add_ps(c.a, c.b), wd = _mm256_add_ps(d.a, d.b);
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(wa, wb), _mm256_hadd_ps(wc, wd));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), four));
+#else
+    out[0] += sum(a), out[1] += sum(b), out[2] += sum(c), out[3] += sum(d);
+#endif
+}
+
 /// exp(x) for |x| <= 87, relative error below 2e-7: 2^n times a degree-6 Taylor polynomial on |r| <= ln(2)/2, evaluated
 /// by Horner's rule, with ln(2) split in two (Cody and Waite) so that the reduction is exact. NaN passes through.
 SF_INLINE F16 exp(F16 x) {

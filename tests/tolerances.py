@@ -33,6 +33,20 @@ LASSO_F64 = 16 * EPS64 * 20
 # A threshold is eight float64 operations of either order, relative.
 THRESHOLD_F64 = 16 * EPS64
 
+
+# --- native training kernels ------------------------------------------------------------------------------------------
+
+
+def gradient_f32(steps, batch, units, largest):
+    """Bound of a float32 gradient against float64 on the same numbers with the same events.
+
+    A gradient is a sum of steps·batch terms, each of which passed through a product of 3·units terms at most `steps` times:
+    4·n·eps·Σ|terms| with n = steps·batch + 3·units. The sizes of the terms sum up to no more than 8·steps times the largest
+    gradient of the tensor here, where signs are random; what is all but zero is measured with 1 for that.
+    """
+    return 4 * (steps * batch + 3 * units) * 2.0**-24 * 8 * steps * max(largest, 1.0)
+
+
 # --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
 
 EPS32 = 2.0**-24  # relative error of one float32 operation

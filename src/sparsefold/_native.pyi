@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, overload
 
 import numpy
 from numpy.typing import NDArray
@@ -198,3 +198,156 @@ class Stream:
     def steps(self) -> int: ...
     @property
     def trace_width(self) -> int: ...
+
+class Team:
+    def __init__(self, threads: int, isa: str = "") -> None: ...
+    @property
+    def isa(self) -> str: ...
+    @overload
+    def advise(self, x: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")]) -> None: ...
+    @overload
+    def advise(self, x: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")]) -> None: ...
+    @overload
+    def count(self, x: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)]) -> int: ...
+    @overload
+    def count(self, x: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)]) -> int: ...
+    @overload
+    def transpose(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        gates: int,
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> bool: ...
+    @overload
+    def transpose(
+        self,
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        gates: int,
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> bool: ...
+    @overload
+    def input_product(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        bias: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        x: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def input_product(
+        self,
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        bias: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        x: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def egru_forward(
+        self,
+        options: dict,
+        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        every: bool,
+        bias_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        theta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        mask: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        y0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        h: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def egru_forward(
+        self,
+        options: dict,
+        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        every: bool,
+        bias_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        theta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        mask: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        y0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        h: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def egru_backward(
+        self,
+        options: dict,
+        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        every: bool,
+        theta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        mask: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        y0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        grad_y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_y_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_h_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        wants_y0: bool,
+        gates: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        dy: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        dh: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        dtheta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        dbias: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def egru_backward(
+        self,
+        options: dict,
+        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        every: bool,
+        theta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        mask: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        y0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        grad_y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_y_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_h_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        wants_y0: bool,
+        gates: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        dy: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        dh: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        dtheta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        dbias: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def outer(
+        self,
+        g: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        parts: Sequence[int],
+        head: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        rest: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        scale: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def outer(
+        self,
+        g: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        parts: Sequence[int],
+        head: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        rest: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        scale: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...

@@ -93,7 +93,9 @@ class Engine:
 
     def _add_recurrent(self, op: Recurrent) -> None:
         weights = native_matrix(op.weight_ih), native_matrix(op.weight_hh), op.bias_ih, op.bias_hh
-        delta_input, delta_hidden = (-1.0 if d is None else d for d in (op.delta_input, op.delta_hidden))  # below 0: none
+        delta_input, delta_hidden = (
+            -1.0 if d is None else d for d in (op.delta_input, op.delta_hidden)
+        )  # below 0: none
         deltas = delta_input, delta_hidden
         if isinstance(op, EGRU):
             self._core.add_egru(

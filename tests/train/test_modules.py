@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from sparsefold.nn import EGRU, CausalConv1d, EGRUCell, EGRUState, Stack, Triangle, anneal, param_groups
-from sparsefold.nn.reference import egru
+from sparsefold.nn.native import egru
 from tolerances import CELL_F64
 
 torch.set_num_threads(1)
@@ -264,6 +264,7 @@ def state_of(*shape, dtype=None):
         (lambda: EGRU(3, 5, reset="soft"), "reset is one of 'threshold', 'output', 'none', got 'soft'"),
         (lambda: EGRU(3, 5, output="u"), "output is one of 'events', 'state', got 'u'"),
         (lambda: EGRU(3, 5, event="smooth"), "event is one of 'threshold', 'always', got 'smooth'"),
+        (lambda: EGRU(3, 5, backend="torch"), "backend is one of 'auto', 'native', 'reference', got 'torch'"),
         (lambda: EGRU(3, 5, zoneout=1.5), "zoneout is a probability"),
         (lambda: EGRU(3, 5, recurrent_dropout=-1), "recurrent_dropout is a probability"),
         (lambda: EGRU(3, 5, 2, dropout=2), "dropout is a probability"),

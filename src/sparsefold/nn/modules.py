@@ -13,11 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from . import native, reference
 from .activity import Activity
 from .events import Triangle
-from .reference import EGRUTrace, Reset, carried, egru
+from .reference import EGRUTrace, Reset, carried
 
 Output = Literal["events", "state"]
+Backend = Literal["auto", "native", "reference"]
+_FEW_STEPS = 4
 
 
 class EGRUState(NamedTuple):
@@ -53,6 +56,7 @@ class _EventRecurrent(nn.Module):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         event: Literal["threshold", "always"] = "threshold",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
@@ -63,6 +67,7 @@ class _EventRecurrent(nn.Module):
         _one_of("reset", reset, get_args(Reset))
         _one_of("output", output, get_args(Output))
         _one_of("event", event, ("threshold", "always"))
+        _one_of("backend", backend, get_args(Backend))
         _probability("zoneout", zoneout)
         _probability("recurrent_dropout", recurrent_dropout)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
@@ -75,6 +80,7 @@ class _EventRecurrent(nn.Module):
         self.zoneout = zoneout
         self.recurrent_dropout = recurrent_dropout
         self.event: Literal["threshold", "always"] = event
+        self.backend: Backend = backend
 
     def _add_parameters(self, suffix: str, input_size: int) -> None:
         H = self.hidden_size
@@ -102,6 +108,9 @@ class _EventRecurrent(nn.Module):
 
     def _run(self, suffix: str, x: Tensor, y: Tensor, h: Tensor) -> EGRUTrace:
         """One layer in one direction over x (T, B, I)."""
+        # The kernels turn a weight over once a sequence, which a few steps do not earn back.
+        fast = self.backend == "native" or (self.backend == "auto" and native.available(x) and len(x) >= _FEW_STEPS)
+        egru = native.egru if fast else reference.egru
         weight_hh = getattr(self, "weight_hh" + suffix)
         if self.training and self.recurrent_dropout:
             weight_hh = F.dropout(weight_hh, self.recurrent_dropout)
@@ -178,6 +187,9 @@ class EGRU(_EventRecurrent):
     `learn_threshold`. `dropout` acts between layers, `recurrent_dropout` drops recurrent weights (one mask per
     forward), `zoneout` keeps a unit's state; all three in training only, zoneout by its mean in evaluation.
 
+    `backend` "auto" trains with the library's own kernels (`sparsefold.nn.native`) where they can: float32 and float64 on the
+    processor, sequences of four steps or more; else, and with "reference", the plain loop of torch operations runs.
+
     Errors: ValueError for an option, input or state that does not fit.
 
     Source: Subramoney et al. (2023), arXiv 2206.06178.
@@ -202,6 +214,7 @@ class EGRU(_EventRecurrent):
         zoneout: float = 0.0,
         recurrent_dropout: float = 0.0,
         event: Literal["threshold", "always"] = "threshold",
+        backend: Backend = "auto",
     ) -> None:
         super().__init__(
             input_size,
@@ -216,6 +229,7 @@ class EGRU(_EventRecurrent):
             zoneout=zoneout,
             recurrent_dropout=recurrent_dropout,
             event=event,
+            backend=backend,
         )
         if num_layers < 1:
             raise ValueError(f"num_layers is at least 1, got {num_layers}.")
@@ -269,7 +283,8 @@ class EGRU(_EventRecurrent):
             # Kept in the packed (longest first) order throughout, so that the output lines up with other packed data.
             seq, lengths = pad_packed_sequence(PackedSequence(x.data, x.batch_sizes))
             seq, start = self._check(seq, state, lead)
-            seq, end, rates, emitted = self._layers(seq, _permuted(start, x.sorted_indices), lengths.to(seq.device))
+            start, lengths = _permuted(start, x.sorted_indices), lengths.to(seq.device)
+            seq, end, rates, emitted = self._layers(seq, start, lengths, with_activity)
             end = _permuted(end, x.unsorted_indices)
             data = pack_padded_sequence(seq, lengths).data
             output: Any = PackedSequence(data, x.batch_sizes, x.sorted_indices, x.unsorted_indices)
@@ -277,12 +292,12 @@ class EGRU(_EventRecurrent):
             if x.dim() != 3:
                 raise ValueError(f"input has 3 axes (time, batch, feature), got shape {tuple(x.shape)}.")
             seq, start = self._check(x.transpose(0, 1) if self.batch_first else x, state, lead)
-            seq, end, rates, emitted = self._layers(seq, start, None)
+            seq, end, rates, emitted = self._layers(seq, start, None, with_activity)
             output = seq.transpose(0, 1) if self.batch_first else seq
         return output, end, *([rates] if with_activity else []), *([emitted] if with_emitted else [])
 
     def _layers(
-        self, seq: Tensor, start: EGRUState, lengths: Tensor | None
+        self, seq: Tensor, start: EGRUState, lengths: Tensor | None, with_rates: bool
     ) -> tuple[Tensor, EGRUState, list[Tensor], list[Callable[[], Tensor]]]:
         """All layers and directions over seq (T, B, I), of which sample b has lengths[b] true steps: None is all."""
         ends: list[EGRUState] = []
@@ -295,7 +310,8 @@ class EGRU(_EventRecurrent):
                 y0, h0 = start.y[len(ends)], start.h[len(ends)]
                 trace = self._run(suffix, _reverse(seq, lengths) if d else seq, y0, h0)
                 ends.append(self._final(trace, suffix, lengths))
-                rates.append(_rate(trace.o, lengths))
+                if with_rates:
+                    rates.append(_rate(trace.o, lengths))
                 emitted.append(lambda y=trace.y: _rate(y.abs(), lengths))  # type: ignore[misc]
                 out = trace.u if last and self.output == "state" else trace.y
                 outputs.append(_reverse(out, lengths) if d else out)

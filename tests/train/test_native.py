@@ -1,0 +1,486 @@
+"""The native cells against the definition: every form, both precisions, every instruction set; and as torch sees them."""
+
+import copy
+import inspect
+import itertools
+import pickle
+import subprocess
+import sys
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_sequence
+
+import cases
+from sparsefold import _native
+from sparsefold.nn import EGRU, EGRUCell, EGRUState, Stack, Triangle, native, reference
+from sparsefold.nn.reference import Event, Reset
+from tolerances import CELL_F64, EPS32, GRADCHECK, GRADIENT_F64, egru_step, gradient_f32
+
+torch.set_num_threads(2)
+
+FORMS = list(itertools.product(get_args(Reset), (True, False)))
+# steps, batch, inputs, units: one of everything, below and above a vector, a tile and a part of a list, one sample
+SHAPES = [(1, 1, 1, 1), (5, 3, 4, 6), (3, 2, 17, 33), (4, 1, 16, 64), (3, 19, 33, 130)]
+NAMES = ("x", "y0", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "threshold")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def inputs(T=5, B=3, I=4, H=6, dtype=torch.float64, rate=1.0, seed=0) -> dict[str, Tensor]:  # noqa: E741
+    """Leaves; a share `rate` of x is not zero, and about a third of the units speak."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    p = {
+        "x": draw(T, B, I) * (torch.rand(T, B, I, generator=g) < rate),
+        "y0": draw(B, H).clamp(min=0),
+        "h0": draw(B, H) / 2,
+        "weight_ih": draw(3 * H, I) / I**0.5,
+        "weight_hh": draw(3 * H, H) / H**0.5,
+        "bias_ih": draw(3 * H) / 4,
+        "bias_hh": draw(3 * H) / 4,
+        "threshold": draw(H).abs() / 8 + 0.02,
+    }
+    return {k: v.to(dtype).requires_grad_() for k, v in p.items()}
+
+
+def gradients(trace: Any, leaves: dict[str, Tensor], cotangents: list[Tensor]) -> dict[str, Tensor]:
+    """Of every leaf, zeros where nothing reaches it."""
+    used = [(t, c) for t, c in zip(trace, cotangents, strict=True) if t.requires_grad]
+    found = torch.autograd.grad(
+        [t for t, _ in used], list(leaves.values()), [c for _, c in used], allow_unused=True, retain_graph=True
+    )
+    return {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(leaves.items(), found, strict=True)}
+
+
+def cotangents(trace: Any, seed: int = 7) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in trace]
+
+
+def close(a: Tensor, b: Tensor, atol: float = CELL_F64) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol, equal_nan=True)
+
+
+def both(p: dict[str, Tensor], **form: Any) -> tuple[Any, Any]:
+    """The traces of reference and native, their zoneout drawn alike."""
+    torch.manual_seed(3)
+    wanted = reference.egru(**p, **form)
+    torch.manual_seed(3)
+    return wanted, native.egru(**p, **form)
+
+
+def compare_f64(p: dict[str, Tensor], **form: Any) -> None:
+    wanted, got = both(p, **form)
+    assert [t.requires_grad for t in got] == [t.requires_grad for t in wanted]
+    for a, b in zip(wanted, got, strict=True):
+        close(b, a)
+    weights = cotangents(wanted)
+    mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+    size = sum(p[n].numel() for n in ("x", "y0")) / 16 + 8  # more than the 64 pairs of GRADIENT_F64
+    for name, g in theirs.items():
+        close(mine[name], g, GRADIENT_F64 * size)
+
+
+def test_signatures_are_the_reference_s():
+    for name in ("egru",):
+        assert inspect.signature(getattr(native, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+@pytest.mark.parametrize("event", get_args(Event))
+def test_every_form_in_float64(shape, reset, reset_after, event):
+    form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "event": event, "surrogate": Triangle(0.7, 0.3)}
+    for rate, (zoneout, training) in itertools.product((1.0, 0.2), ((0.0, False), (0.3, True), (0.3, False))):
+        compare_f64(inputs(*shape, rate=rate), **form, zoneout=zoneout, training=training)
+
+
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_instruction_set(isa, monkeypatch, reset, reset_after, dtype):
+    team = _native.Team(2, isa)
+    monkeypatch.setattr(native, "_team", lambda: team)
+    p = inputs(4, 5, 20, 150, dtype, rate=0.3)
+    form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "surrogate": Triangle(0.7, 0.3)}
+    if dtype == torch.float64:
+        compare_f64(p, **form)
+    else:
+        compare_f32(p, **form)
+
+
+def compare_f32(p: dict[str, Tensor], **form: Any) -> None:
+    """Gradients of a float32 run against float64 on the same numbers, whose events are the same."""
+    got = native.egru(**p, **form)
+    q = {k: v.detach().double().requires_grad_() for k, v in p.items()}
+    wanted = reference.egru(**q, **form)
+    assert torch.equal(got.o != 0, wanted.o != 0)  # the seed keeps away from ties
+    weights = cotangents(got)
+    mine, theirs = gradients(got, p, weights), gradients(wanted, q, [w.double() for w in weights])
+    T, B, _ = p["x"].shape
+    for name, g in theirs.items():
+        close(mine[name].double(), g, gradient_f32(T, B, p["h0"].shape[1], float(g.abs().max())))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+def test_gradients_in_float32(shape, reset, reset_after):
+    for rate in (1.0, 0.2):
+        compare_f32(inputs(*shape, torch.float32, rate), reset=reset, reset_after=reset_after)
+
+
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+@pytest.mark.parametrize("zoneout", [0.0, 0.3])
+@pytest.mark.parametrize("units", [15, 33, 129])
+def test_every_step_in_float32_from_its_own_state(reset, reset_after, zoneout, units):
+    """Teacher-forced: each u against float64 within its bound, events equal but within that bound of the threshold."""
+    r = cases.rng(units, 41)
+    op = cases.egru(r, 17, units, reset=reset, reset_after=reset_after, zoneout=zoneout)
+    x = (r.standard_normal((6, 2, 17)) * (r.random((6, 2, 17)) < 0.3)).astype(np.float32)
+    y, h = np.zeros((2, units), np.float32), np.zeros((2, units), np.float32)
+    arrays = [x, y, h, op.weight_ih.to_dense(), op.weight_hh.to_dense(), op.bias_ih, op.bias_hh, op.threshold]
+    trace = native.egru(
+        *(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays),
+        reset=reset,
+        reset_after=reset_after,
+        zoneout=zoneout,
+    )
+    theta = torch.from_numpy(op.threshold)
+    for t, b in itertools.product(range(6), range(2)):
+        u, error = egru_step(op, x[t, b].astype(np.float64), np.zeros(17), y[b].astype(float), h[b].astype(float))
+        got = trace.u[t, b].numpy()
+        assert (np.abs(got - u) <= error).all()
+        differs = (u > op.threshold) != (trace.o[t, b].numpy() > 0)
+        assert not (differs & (np.abs(u - op.threshold) > error)).any()
+        y[b] = trace.y[t, b].numpy()
+        h[b] = reference.carried(trace.u[t, b], trace.o[t, b], theta, reset).numpy()
+        np.testing.assert_array_equal(y[b], got * (trace.o[t, b].numpy() > 0))
+
+
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+def test_the_smooth_tape_passes_finite_differences(reset, reset_after):
+    p = inputs(3, 2, 2, 3)
+
+    def run(*values):
+        form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "event": "smooth", "zoneout": 0.2}
+        return tuple(native.egru(**dict(zip(p, values, strict=True)), **form, surrogate=Triangle(0.8, 0.8)))
+
+    assert torch.autograd.gradcheck(run, tuple(p.values()), **GRADCHECK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, reset_after):
+    p = inputs(6, 7, 20, 200, dtype, rate=0.3)  # x as events: a dense product would be torch's
+    found = []
+    for threads in (1, 2, 3, 7):
+        team = _native.Team(threads)
+        monkeypatch.setattr(native, "_team", lambda team=team: team)
+        trace = native.egru(**p, reset_after=reset_after)
+        leaves = {k: v for k, v in p.items() if k != "x"}
+        found.append([*trace, *gradients(trace, leaves, cotangents(trace)).values()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+def test_two_windows_are_one_sequence(reset, reset_after):
+    p = inputs(8, 3, 20, 70, torch.float32, rate=0.3)
+    form: dict[str, Any] = {"reset": reset, "reset_after": reset_after}
+    whole = native.egru(**p, **form)
+    first = native.egru(**{**p, "x": p["x"][:4]}, **form)
+    second = native.egru(**{**p, "x": p["x"][4:], "y0": first.y_n, "h0": first.h_n}, **form)
+    for name in ("y", "u", "o"):
+        assert torch.equal(torch.cat([getattr(first, name), getattr(second, name)]), getattr(whole, name))
+    assert torch.equal(second.h_n, whole.h_n)
+    assert torch.equal(second.y_n, whole.y_n)
+    # Through the carried state the gradient is that of the whole, in float64 within the bound of another order of sums.
+    q = {k: v.detach().double().requires_grad_() for k, v in p.items()}
+    whole = native.egru(**q, **form)
+    first = native.egru(**{**q, "x": q["x"][:4]}, **form)
+    second = native.egru(**{**q, "x": q["x"][4:], "y0": first.y_n, "h0": first.h_n}, **form)
+    weights = cotangents(whole)
+    parts = [torch.cat([getattr(first, n), getattr(second, n)]) for n in ("y", "u", "o")] + [second.y_n, second.h_n]
+    for a, b in zip(gradients(parts, q, weights).values(), gradients(whole, q, weights).values(), strict=True):
+        close(a, b, 64 * GRADIENT_F64)
+    # Cut between the windows: each window's own gradient, as the reference cuts it.
+    for cell in (native, reference):
+        first = cell.egru(**{**q, "x": q["x"][:4]}, **form)
+        second = cell.egru(**{**q, "x": q["x"][4:], "y0": first.y_n.detach(), "h0": first.h_n.detach()}, **form)
+        (first.y.sum() + second.y.square().sum()).backward()
+    for leaf in q.values():
+        assert leaf.grad is not None
+    native_then_reference = {k: v.grad.clone() for k, v in q.items()}
+    for v in q.values():
+        v.grad = None
+    first = reference.egru(**{**q, "x": q["x"][:4]}, **form)
+    second = reference.egru(**{**q, "x": q["x"][4:], "y0": first.y_n.detach(), "h0": first.h_n.detach()}, **form)
+    (first.y.sum() + second.y.square().sum()).backward()
+    for k, v in q.items():
+        close(native_then_reference[k], 2 * v.grad, 64 * GRADIENT_F64)
+
+
+NOT_NUMBERS = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("bad", NOT_NUMBERS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, name, reset_after):
+    for rate in (1.0, 0.2):
+        p = inputs(5, 3, 20, 40, rate=rate)
+        with torch.no_grad():
+            at = p[name].reshape(-1)
+            at[at.numel() // 2] = bad
+        wanted, got = both(p, reset_after=reset_after)
+        for a, b in zip(wanted, got, strict=True):
+            close(b, a, 16 * CELL_F64)
+        weights = cotangents(wanted)
+        mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+        for n in NAMES:
+            close(mine[n], theirs[n], 64 * GRADIENT_F64)
+
+
+@pytest.mark.parametrize("bad", NOT_NUMBERS)
+@pytest.mark.parametrize("at", range(5))
+def test_so_does_what_comes_from_above(bad, at):
+    p = inputs(5, 3, 20, 40, rate=0.2)
+    wanted, got = both(p)
+    weights = cotangents(wanted)
+    weights[at].view(-1)[weights[at].numel() // 2] = bad
+    mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+    for n in NAMES:
+        close(mine[n], theirs[n], 64 * GRADIENT_F64)
+
+
+def test_a_tie_is_no_event():
+    p = {k: torch.zeros_like(v) for k, v in inputs(1, 1, 4, 3).items()}
+    p["h0"] = torch.tensor([[0.5, 0.5, 0.5]], dtype=torch.float64)
+    p["threshold"] = torch.tensor([0.25, 0.25 - 2**-54, 0.25 + 2**-54], dtype=torch.float64)
+    assert native.egru(**p).o.tolist() == [[[0.0, 1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_silence_is_plus_zero_and_costs_no_gradient(dtype):
+    p = inputs(8, dtype=dtype)
+    with torch.no_grad():
+        p["h0"].clamp_(-1, 1)
+        p["y0"].zero_()
+        p["threshold"].fill_(1.6)  # beyond the surrogate's reach
+    trace = native.egru(**p)
+    assert (trace.u < 0).any()
+    assert not trace.y.any()
+    assert not trace.y.signbit().any()
+    trace.y.sum().backward()
+    assert not p["weight_hh"].grad.any()
+    assert not p["weight_ih"].grad.any()
+
+
+def test_a_gradient_is_needed_at_an_event_and_near_the_threshold_only():
+    """With |v| exactly half_width the surrogate is zero; an event far above keeps its gradient."""
+    surrogate = Triangle(0.5, 0.25)
+    p = {k: torch.zeros_like(v).requires_grad_() for k, v in inputs(2, 1, 1, 4).items()}
+    with torch.no_grad():
+        p["h0"][:] = torch.tensor([[1.0, 0.5, 1.5, 0.25]])  # u = h / 2 in the first step
+        p["threshold"][:] = 0.25
+        p["weight_hh"].normal_()
+    compare_f64(p, surrogate=surrogate)
+    trace = native.egru(**p, surrogate=surrogate)
+    assert trace.o[0].tolist() == [[1.0, 0.0, 1.0, 0.0]]
+
+
+def test_an_empty_sequence_and_absent_biases():
+    p = inputs(0)
+    trace = native.egru(**p)
+    assert trace.y.shape == (0, 3, 6)
+    assert torch.equal(trace.h_n, p["h0"])
+    q = inputs(3)
+    for name in ("bias_ih", "bias_hh"):
+        compare_with_none = {k: v for k, v in q.items() if k != name} | {name: None}
+        wanted, got = both(compare_with_none)
+        for a, b in zip(wanted, got, strict=True):
+            close(b, a)
+        leaves = {k: v for k, v in q.items() if k != name}
+        mine, theirs = (gradients(t, leaves, cotangents(wanted)) for t in (got, wanted))
+        for k in leaves:
+            close(mine[k], theirs[k], GRADIENT_F64)
+
+
+def test_torch_s_own_check_of_the_operators():
+    p = inputs(3, 2, 3, 5)
+    args = (*(p[n] for n in NAMES), None, "threshold", True, "threshold", 0.5, 0.5, 0.0)
+    torch.library.opcheck(torch.ops.sparsefold.egru.default, args)
+    y, u, o, _, _, tape = (t.detach() for t in torch.ops.sparsefold.egru(*args))
+    plain = [p[n].detach() for n in ("x", "y0", "h0", "weight_ih", "threshold")]
+    torch.library.opcheck(
+        torch.ops.sparsefold.egru_backward.default,
+        ([torch.ones_like(y), None, None, None, None], *plain, None, tape, y, u, o, *args[9:], [True] * 8),
+    )
+
+
+def test_errors_say_what_came():
+    p = inputs()
+    with pytest.raises(ValueError, match=r"float32 and float64 on the processor, got torch\.float16 on cpu"):
+        native.egru(**{k: v.half() for k, v in p.items()})
+    with pytest.raises(ValueError, match=r"x is torch\.float64 on cpu, another input torch\.float32"):
+        native.egru(**{**p, "weight_hh": p["weight_hh"].float()})
+    with pytest.raises(ValueError, match=r"weight_hh is \(18, 6\) for 6 units and x of 4 features, got \(18, 5\)"):
+        native.egru(**{**p, "weight_hh": p["weight_hh"][:, :5]})
+    with pytest.raises(ValueError, match=r"h0 is \(3, 6\)"):
+        native.egru(**{**p, "h0": p["h0"][:2]})
+    with pytest.raises(ValueError, match="float32 and float64"):
+        EGRU(3, 5, backend="native").half()(torch.zeros(5, 2, 3).half())
+    with pytest.raises(ValueError, match="between 1 and 256 threads, got 0"):
+        _native.Team(0)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"num_layers": 2, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True, "dropout": 0.3},
+    {"recurrent_dropout": 0.4, "learn_threshold": True, "reset": "output"},
+    {"zoneout": 0.3, "reset_after": False, "output": "state"},
+    {"bias": False, "event": "always", "reset": "none"},
+]
+
+
+def pair(**options: Any) -> tuple[EGRU, EGRU]:
+    """The same layer on the reference and native."""
+    layer = EGRU(7, 20, **options, backend="reference").double()
+    other = EGRU(7, 20, **options, backend="native").double()
+    other.load_state_dict(layer.state_dict())
+    return layer, other
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_gives_the_same_on_either_backend(options, ragged, training):
+    found = []
+    x = [torch.randn(n, 7, dtype=torch.float64) for n in ((3, 6, 5) if ragged else (6, 6, 6))]
+    for layer in pair(**options):
+        layer.train(training)
+        leaves = [v.clone().requires_grad_() for v in x]
+        torch.manual_seed(5)
+        batch = pack_sequence(leaves, enforce_sorted=False) if ragged else torch.stack(leaves)
+        output, state, rates = layer(batch, with_activity=True)
+        flat = output.data if ragged else output
+        total = (flat * torch.linspace(-1, 1, flat.numel(), dtype=flat.dtype).view_as(flat)).sum()
+        (total + state.h.sum() + state.y.square().sum() + sum(r.square().sum() for r in rates)).backward()
+        wanted = [p.grad for p in layer.parameters() if p.requires_grad]
+        found.append([flat, *state, *rates, *wanted, *(v.grad for v in leaves)])
+    for a, b in zip(*found, strict=True):
+        close(b, a, 64 * GRADIENT_F64)
+
+
+def test_auto_takes_the_kernels_for_sequences_of_real_numbers(monkeypatch):
+    called = []
+    monkeypatch.setattr(native, "egru", lambda x, *a, **k: (called.append(x.dtype), reference.egru(x, *a, **k))[1])
+    EGRU(3, 5)(torch.zeros(6, 2, 3))
+    EGRU(3, 5).double()(torch.zeros(6, 2, 3).double())
+    EGRU(3, 5).bfloat16()(torch.zeros(6, 2, 3).bfloat16())
+    EGRUCell(3, 5)(torch.zeros(2, 3))
+    EGRU(3, 5, backend="reference")(torch.zeros(6, 2, 3))
+    assert called == [torch.float32, torch.float64]
+    EGRUCell(3, 5, backend="native")(torch.zeros(2, 3))
+    assert len(called) == 3
+
+
+def test_one_module_twice_in_one_graph_and_a_graph_twice():
+    grads = []
+    for layer in pair():
+        x = torch.randn(5, 2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        first, state = layer(x)
+        second, _ = layer(x.flip(0), state)
+        loss = (first.square() + second).sum()
+        loss.backward(retain_graph=True)
+        once = layer.weight_hh_l0.grad.clone()
+        loss.backward()
+        close(layer.weight_hh_l0.grad, 2 * once)
+        grads.append([p.grad for p in layer.parameters() if p.requires_grad] + [x.grad])
+    for a, b in zip(*grads, strict=True):
+        close(b, a, GRADIENT_F64)
+
+
+def test_a_second_derivative_is_refused():
+    p = inputs()
+    (g,) = torch.autograd.grad(native.egru(**p).y.sum(), [p["h0"]], create_graph=True)
+    with pytest.raises(RuntimeError):
+        g.sum().backward()
+
+
+def test_what_was_saved_may_not_be_changed():
+    p = inputs()
+    trace = native.egru(**p)
+    with torch.no_grad():
+        p["weight_ih"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trace.y.sum().backward()
+
+
+def test_copies_and_no_grad():
+    layer = EGRU(7, 20, 2, backend="native")
+    x = torch.randn(6, 2, 7)
+    wanted = layer(x)[0].detach()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.backend == "native"
+        assert torch.equal(other(x)[0], wanted)
+    assert "backend='native'" in repr(layer)
+    with torch.no_grad():
+        output, state = layer(x)
+        assert not output.requires_grad
+        assert torch.equal(output, wanted)
+    with torch.inference_mode():
+        assert torch.equal(layer(x)[0], wanted)
+    assert isinstance(state, EGRUState)
+
+
+def test_a_model_around_it_can_be_compiled():
+    model = Stack(torch.nn.Embedding(9, 7), EGRU(7, 20, output="state"), torch.nn.Linear(20, 9))
+    x = torch.randint(9, (6, 2))
+    found = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        logits, _, activity = run(x)
+        (logits.square().mean() + activity.penalty(0.1, 1.0)).backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=64 * EPS32, atol=64 * EPS32)
+
+
+def script(text: str) -> None:
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_without_the_extension_the_modules_take_the_reference(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    assert EGRU(3, 5)(torch.zeros(6, 2, 3))[0].shape == (6, 2, 5)
+    with pytest.raises(ValueError, match="the extension is not built"):
+        EGRU(3, 5, backend="native")(torch.zeros(6, 2, 3))
+
+
+def test_a_child_of_fork_works_alone():
+    script(
+        "import os, torch\n"
+        "torch.set_num_threads(2)\n"
+        "from sparsefold.nn import EGRU, native\n"
+        "layer, x = EGRU(70, 200), (torch.rand(6, 3, 70) < 0.2).float()\n"
+        "team = native._team()\n"
+        "with torch.no_grad():\n"
+        "    wanted = layer(x)[0]\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        torch.set_num_threads(1)\n"
+        "        native._team = lambda: team\n"
+        "        os._exit(0 if torch.equal(layer(x)[0], wanted) else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
