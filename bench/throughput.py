@@ -71,8 +71,7 @@ def measure(program: Program, values: NDArray[np.float32], size: int, cpus: list
             times["one core"].append(time_calls(one, inputs))
         if len(cpus) > 1:
             times["two cores, a batch each"] += at_once(others, cpus[-2:])
-            if size > 1:
-                times["threads=2"].append(time_calls(pair, inputs))
+            times["threads=2"].append(time_calls(pair, inputs))
     total = cost(program, streams[0].counters)
     lines = []
     for how, taken in times.items():
