@@ -2,7 +2,7 @@
 
 Correctness first: every case is compared with float64 numpy before it is timed. Each line committed holds the machine, the
 instruction set, the shape and the median over many calls; the library's own dense product with dense x is the yardstick of
-its own run, and numpy's is timed beside it.
+its own run, and those of numpy and torch are timed beside it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from threadpoolctl import threadpool_limits
 
 from sparsefold import _native
@@ -114,6 +115,9 @@ def cases(units: int, shapes: dict[str, Any], random: np.random.Generator) -> li
             if name == "dense" and precision == "f32":
                 lines.append({**lines[-1], "format": "numpy"})
                 calls.append((lambda w=matrix.values: [w @ x32 for _ in range(16)], 16))
+                lines.append({**lines[-1], "format": "torch"})
+                weight, x_torch = torch.from_numpy(matrix.values), torch.from_numpy(x32)
+                calls.append((lambda w=weight, x=x_torch: [torch.mv(w, x) for _ in range(16)], 16))
     # In turns, so that a slow moment of the machine meets every case, and in few of its turns.
     turns = [[microseconds(call, repeat, rounds=3) for call, repeat in calls] for _ in range(TURNS)]
     for e, us in zip(lines, np.median(turns, 0).tolist(), strict=True):
@@ -134,6 +138,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     about = provenance("python bench/kernels.py")
     lines: list[dict[str, Any]] = []
+    torch.set_num_threads(1)
     # Pinning moves this thread only: a BLAS with threads of its own would use the other processors.
     with pinned(), threadpool_limits(1), Progress(len(shapes["units"]), "kernels") as progress:
         for i, units in enumerate(shapes["units"]):
