@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def newest(folder: str, pattern: str) -> Path:
     """The committed result that was made last, by the date in its name."""
-    found = sorted((ROOT / folder).glob(pattern))
+    found = sorted((ROOT / folder).glob(pattern), key=lambda path: path.name)
     if not found:
         raise ValueError(f"there is no {pattern} in {folder}; run what makes it first (docs/benchmarks.md).")
     return found[-1]
