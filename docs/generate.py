@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparsefold.report import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,6 +155,45 @@ def delta() -> str:
     about = rows[0]
     where = f"{about['processor']}, {about['isa']}, one thread, pinned, Python call included."
     return "\n".join(lines) + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
+
+
+def training() -> str:
+    """Time of forward and backward of one layer, ours and rivals."""
+    try:
+        path = newest("bench/results", "*/training-*.jsonl")
+    except ValueError:
+        return "Not measured yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        "| units, batch | layer | ms | forward | backward | events | β "
+        "| against nn.GRU | nn.LSTM | unrolled loop | every unit speaks |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rivals = ["nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x"]
+    for r in (r for r in rows if not r.get("sweep")):
+        events = f"{r['event_rate']:.1%} | {r['beta']:.2f}" if "beta" in r else " | "
+        ratios = " | ".join(f"{r[f'against {rival}']:.1f}x" for rival in rivals)
+        times = f"{r['ms']:.1f} | {r['forward_ms']:.1f} | {r['backward_ms']:.1f}"
+        lines.append(f"| {r['units']}, {r['batch']} | {r['layer']} | {times} | {events} | {ratios} |")
+    swept = [r for r in rows if r.get("sweep")]
+    rate, ms = np.array([r["event_rate"] for r in swept]), np.array([r["ms"] for r in swept])
+    slope, intercept = np.polyfit(rate, ms, 1)
+    determined = 1 - np.square(ms - slope * rate - intercept).sum() / np.square(ms - ms.mean()).sum()
+    lines += [
+        "",
+        "| event rate, 1350 units, batch 20, events in x | ms | forward | backward | β |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['event_rate']:.1%} | {r['ms']:.1f} | {r['forward_ms']:.1f} | {r['backward_ms']:.1f} | {r['beta']:.2f} |"
+        for r in swept
+    ]
+    about = rows[0]
+    return "\n".join(lines) + (
+        f"\n\nA straight line through these: {intercept:.1f} ms + {slope / 100:.2f} ms for each percent of events, "
+        f"R² = {determined:.3f}. {about['processor']}, {about['isa']}, {about['threads']} threads, seed {about['seed']}. "
+        f"From [{path.name}](../{path.relative_to(ROOT)})."
+    )
 
 
 def whole_byte() -> str:
@@ -371,6 +412,7 @@ SECTIONS = {
         "steps": steps,
         "throughput": throughput,
         "delta": delta,
+        "training": training,
         "whole-byte": whole_byte,
         "kernels": kernels,
         "heatmap": heatmap,

@@ -1,0 +1,172 @@
+"""Time of forward and backward of one recurrent layer in training, ours by events, rivals dense: ``python bench/training.py``.
+
+Weights, inputs and states are random. Per-unit biases of the candidate are drawn wide (standard deviation 2.3) and shifted until
+the wanted share of units speaks, so that most silent units lie far below their threshold, as in a trained network: β is the share
+of (unit, step, sample) whose ∂L/∂y is needed, those that spoke or whose surrogate is not zero. β = 1 takes a surrogate
+as wide as all of u. Float64 gradients of the kernels are compared with the reference's first. Every layer takes turns, all
+threads of torch in use; medians over the turns; the gradient of x is not asked for, as of a first layer, unless a line says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsefold.bench import provenance, write_lines
+from sparsefold.nn import EGRU, Triangle
+from sparsefold.progress import Progress
+
+STEPS, SEED, TURNS = 70, 0, 5
+WIDE = Triangle(height=0.5, half_width=8.0)  # of every u
+RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+OTHERS = ((256, 1), (256, 8), (256, 64), (512, 1), (512, 8), (512, 64))  # units, batch
+
+
+def layer(units: int, batch: int, rate: float, x: Tensor, surrogate: Triangle, **options: Any) -> EGRU:
+    """An EGRU whose units speak at about ``rate`` on x: the mean of the candidates' biases is found by halving."""
+    torch.manual_seed(SEED)
+    made = EGRU(units, units, surrogate=surrogate, **options)
+    drawn = 2.3 * torch.randn(units)
+    low, high = -12.0, 12.0
+    with torch.no_grad():
+        for _ in range(12 if rate < 1 else 0):
+            middle = (low + high) / 2
+            made.bias_ih_l0[2 * units :] = drawn + middle
+            spoke = (made(x[:20], None)[0] != 0).float().mean().item()
+            low, high = (middle, high) if spoke < rate else (low, middle)
+    return made
+
+
+def needed(made: EGRU, x: Tensor) -> tuple[float, float]:
+    """(event rate, β) on x."""
+    with torch.no_grad():
+        trace = made._run("_l0", x, *(torch.zeros(x.shape[1], made.hidden_size),) * 2)
+        o, v = trace.o != 0, trace.u - made.threshold_l0
+        return o.float().mean().item(), (o | (made.surrogate(v) != 0)).float().mean().item()
+
+
+def gate() -> None:
+    """Every gradient of the kernels in float64 against the reference's, or nothing is timed."""
+    torch.manual_seed(SEED)
+    x = torch.randn(12, 3, 40, dtype=torch.float64) * (torch.rand(12, 3, 40) < 0.3)
+    made = EGRU(40, 50, learn_threshold=True).double()
+    gradients = []
+    for backend in ("native", "reference"):
+        made.backend = backend  # type: ignore[assignment]
+        made.zero_grad()
+        (made(x)[0] * torch.linspace(-1, 1, 50, dtype=torch.float64)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+    if not torch.allclose(*gradients, rtol=0, atol=1e-10 * gradients[1].abs().max().item()):
+        raise RuntimeError("the kernels' gradients differ from the reference's: nothing is timed.")
+
+
+def once(module: torch.nn.Module, x: Tensor, cotangent: Tensor) -> Callable[[], tuple[float, float]]:
+    """A call that gives seconds of one forward and of its backward."""
+
+    def call() -> tuple[float, float]:
+        module.zero_grad()
+        start = time.perf_counter()
+        out = module(x)[0]
+        middle = time.perf_counter()
+        out.backward(cotangent)
+        return middle - start, time.perf_counter() - middle
+
+    return call
+
+
+def race(units: int, batch: int, wanted: dict[str, tuple[Any, Tensor]], progress: Progress, done: int) -> list[Any]:
+    """Lines of layers that take turns; the fastest rival is the yardstick of each."""
+    cotangent = torch.randn(STEPS, batch, units)
+    calls = {name: once(module, x, cotangent) for name, (module, x) in wanted.items()}
+    for call in calls.values():
+        call()
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for turn in range(TURNS):
+        for name, call in calls.items():
+            times[name].append(call())
+        progress.update(done * TURNS + turn + 1, f"H = {units}, batch {batch}")
+    lines = []
+    for name, (module, x) in wanted.items():
+        forward, backward = np.median(times[name], 0) * 1e3
+        total = float(np.median(np.sum(times[name], 1)) * 1e3)
+        line = {
+            "layer": name,
+            "units": units,
+            "batch": batch,
+            "steps": STEPS,
+            "x_density": (x != 0).float().mean().item(),
+        }
+        line |= {
+            "ms": total,
+            "forward_ms": float(forward),
+            "backward_ms": float(backward),
+            "x_gradient": x.requires_grad,
+        }
+        if isinstance(module, EGRU):
+            rate, beta = needed(module, x.detach())
+            line |= {"event_rate": rate, "beta": beta, "backend": module.backend}
+        lines.append(line)
+    for line in lines:
+        for rival in ("nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x"):
+            if rival in wanted:
+                line[f"against {rival}"] = next(e["ms"] for e in lines if e["layer"] == rival) / line["ms"]
+    return lines
+
+
+def main() -> None:
+    """Measures and writes bench/results/<machine>/training-<date>-<commit>.jsonl."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    args = parser.parse_args()
+    about = provenance("python bench/training.py") | {"threads": torch.get_num_threads(), "seed": SEED}
+    gate()
+    lines: list[dict[str, Any]] = []
+    with Progress((2 + len(OTHERS)) * TURNS, "training") as progress:
+
+        def inputs(units: int, batch: int) -> tuple[Tensor, Tensor]:
+            torch.manual_seed(SEED)
+            x = torch.randn(STEPS, batch, units)
+            return x, x.abs() * (torch.rand(x.shape) < 0.1)
+
+        def race_of(units: int, batch: int) -> dict[str, tuple[Any, Tensor]]:
+            x, events = inputs(units, batch)
+            learned = events.clone().requires_grad_()
+            return {
+                "ours, dense x": (layer(units, batch, 0.1, x, Triangle()), x),
+                "ours, events in x": (layer(units, batch, 0.1, events, Triangle()), events),
+                "ours, events in x, with its gradient": (layer(units, batch, 0.1, events, Triangle()), learned),
+                "ours, dense x, β = 1": (layer(units, batch, 0.1, x, WIDE), x),
+                "ours, events in x, β = 1": (layer(units, batch, 0.1, events, WIDE), events),
+                "every unit speaks, events in x": (layer(units, batch, 1.0, events, WIDE, event="always"), events),
+                "unrolled loop": (layer(units, batch, 0.1, events, Triangle(), backend="reference"), events),
+                "nn.GRU": (torch.nn.GRU(units, units), x),
+                "nn.LSTM": (torch.nn.LSTM(units, units), x),
+            }
+
+        lines += race(1350, 20, race_of(1350, 20), progress, 0)
+        _, events = inputs(1350, 20)
+        sweep = {
+            f"ours at {rate:.0%}": (
+                layer(1350, 20, rate, events, Triangle(), **({"event": "always"} if rate == 1 else {})), events,
+            )
+            for rate in RATES
+        }  # fmt: skip
+        lines += [line | {"sweep": True} for line in race(1350, 20, sweep, progress, 1)]
+        for done, (units, batch) in enumerate(OTHERS, 2):
+            lines += race(units, batch, race_of(units, batch), progress, done)
+    print(write_lines(args.out, "training-", about, lines))
+    for e in lines:
+        rates = f"events {e['event_rate']:.1%} β {e['beta']:.2f}" if "beta" in e else ""
+        ratios = ", ".join(f"{v:.1f}x {k}" for k, v in e.items() if k.startswith("against"))
+        print(f"H {e['units']:>5} B {e['batch']:>3} {e['layer']:<38}{e['ms']:>9.1f} ms {rates}  {ratios}")
+
+
+if __name__ == "__main__":
+    main()
