@@ -122,7 +122,10 @@ SF_INLINE void segments(const Block<Value>& w, const Row* row, const Columns& x,
             add_at(y, row + first, w.values + first, value, last - first);
         } else if constexpr (Height != 0) {
             const Value* values = w.values + static_cast<size_t>(first) * Height;
-            for (uint32_t s = first; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
+            uint32_t s = first;
+            if constexpr (Height == kLanes)
+                for (; s + 4 <= last; s += 4, values += 4 * Height) axpy4(y, row + s, values, set1(value));
+            for (; s < last; ++s, values += Height) axpy<Height>(y + row[s], values, value);
         } else {
             const Value* values = w.values + static_cast<size_t>(first) * w.height;
             for (uint32_t s = first; s < last; ++s, values += w.height)
@@ -135,7 +138,8 @@ template <class Value, class Row, class Columns>
 SF_INLINE void by_height(const Block<Value>& w, const Row* row, const Columns& x, float* y) {
     switch (w.height) {
         case 16:
-            return whole_segments(w, row, x, y);
+            if constexpr (sizeof(Value) < sizeof(float)) return whole_segments(w, row, x, y);
+            return segments<16>(w, row, x, y);  // four lines each, which the processor fetches ahead by itself
         case 8:
             return segments<8>(w, row, x, y);
         case 4:

@@ -291,7 +291,7 @@ class Stream:
         for key, i, name, shape in keys:
             array = np.asarray(state[key])
             if array.shape != shape or array.dtype.kind not in "fiu":
-                has = f"{shape[0]} units" if len(shape) == 1 else f"{shape[0]} inputs of {shape[1]} values"
+                has = f"{shape[0]} values" if len(shape) == 1 else f"{shape[0]} inputs of {shape[1]} values"
                 raise ValueError(
                     f"state {key!r} is {array.dtype} of shape {array.shape}, this program has {has} there. "
                     "Pass what save_state() of the same program returned."

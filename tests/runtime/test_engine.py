@@ -682,7 +682,7 @@ def test_a_state_of_another_type_is_converted_and_a_list_too():
         (lambda s: {"0.h": s["0.h"], 0: s["0.y"]}, "the state holds"),
         (
             lambda s: {**s, "0.h": Z(30, F)},
-            r"state '0.h' .*shape \(30,\), this program has 31 units there. Pass what save_state",
+            r"state '0.h' .*shape \(30,\), this program has 31 values there. Pass what save_state",
         ),
         (lambda s: {**s, "0.y": Z((31, 1), F)}, r"shape \(31, 1\)"),
         (lambda s: {**s, "0.y": 0.0}, r"shape \(\)"),
