@@ -188,6 +188,7 @@ def training() -> str:
         f"| {r['event_rate']:.1%} | {r['ms']:.1f} | {r['forward_ms']:.1f} | {r['backward_ms']:.1f} | {r['beta']:.2f} |"
         for r in swept
     ]
+    lines += ["", "![Time of forward and backward against the event rate, ours and rivals](training.svg)"]
     about = rows[0]
     return "\n".join(lines) + (
         f"\n\nA straight line through these: {intercept:.1f} ms + {slope / 100:.2f} ms for each percent of events, "
@@ -405,6 +406,48 @@ def pruned_svg() -> str:
     return "\n".join([*out, "</svg>", ""])
 
 
+def training_svg() -> str:
+    """Milliseconds of a window against the event rate: ours forward and with backward, and each rival, whose time stays."""
+    rows = [json.loads(line) for line in newest("bench/results", "*/training-*.jsonl").read_text().splitlines()]
+    swept = [r for r in rows if r.get("sweep")]
+    size = swept[0]["units"], swept[0]["batch"]
+    rivals = [r for r in rows if "beta" not in r and (r["units"], r["batch"]) == size]
+    rivals += [r for r in rows if r["layer"] == "unrolled loop" and (r["units"], r["batch"]) == size]
+    width, height, left, right, top, bottom = 760, 420, 60, 190, 50, 50
+    most = max(r["ms"] for r in (*swept, *rivals)) * 1.05
+
+    def at(rate: float, ms: float) -> tuple[float, float]:
+        return left + rate * (width - left - right), top + (1 - ms / most) * (height - top - bottom)
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="11" fill="#1b1f23">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        f'<text x="16" y="22" font-size="13" font-weight="bold">ms of 70 steps, {size[0]} units, batch {size[1]}, against the '
+        "share of units that speak</text>",
+        f'<path d="M{left} {top}V{height - bottom}H{width - right}" stroke="#5d666f" fill="none"/>',
+    ]
+    for k in range(6):
+        (x, _), (_, y) = at(k / 5, 0), at(0, most * k / 5)
+        out.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{k * 20} %</text>')
+        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{most * k / 5:.0f}</text>')
+    for what, colour, name in (
+        ("ms", "#0a7d55", "ours, forward and backward"),
+        ("forward_ms", "#6fbf9f", "ours, forward"),
+    ):
+        points = [at(r["event_rate"], r[what]) for r in swept]
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        out.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
+        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
+        x, y = points[-1]
+        out.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+    for r in rivals:
+        (x0, y), (x1, _) = at(0, r["ms"]), at(1, 0)
+        out.append(f'<path d="M{x0} {y:.1f}H{x1}" stroke="#b4375b" stroke-dasharray="5 4" fill="none"/>')
+        out.append(f'<text x="{x1 + 8}" y="{y + 4:.1f}" fill="#b4375b">{r["layer"]}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
 SECTIONS = {
     "README.md": {"demo": demo_table},
     "docs/benchmarks.md": {
@@ -419,7 +462,9 @@ SECTIONS = {
     },
     "docs/pruning.md": {"pruned": pruned},
 }
-FIGURES = {"docs/heatmap.svg": heatmap_svg} | ({"docs/pruning.svg": pruned_svg} if GRID.exists() else {})
+FIGURES = {"docs/heatmap.svg": heatmap_svg, "docs/training.svg": training_svg} | (
+    {"docs/pruning.svg": pruned_svg} if GRID.exists() else {}
+)
 
 
 def render(text: str, sections: dict[str, Any]) -> str:
