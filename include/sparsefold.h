@@ -96,8 +96,8 @@ SPARSEFOLD_API sparsefold_status sparsefold_step_batch_values(const sparsefold_e
                                                               const float *x, float *y);
 
 /* Between how many threads a batch is divided, the caller's among them: 1 at first, at most 256. Not while one is played. They
- * sleep between batches. With two or more, steps of a single stream that follow one another closely share a second thread where
- * recurrent products are large. No bit depends on any of them; a child of fork plays in one thread. */
+ * spin for 0.3 ms after a batch and sleep then. With two or more, steps of a single stream that follow one another closely share
+ * a second thread where recurrent products are large. No bit depends on any of them; a child of fork plays in one thread. */
 SPARSEFOLD_API sparsefold_status sparsefold_set_threads(sparsefold_engine *engine, size_t threads);
 
 typedef enum {

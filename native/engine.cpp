@@ -527,12 +527,12 @@ void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const 
     }
 }
 
-void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace) {
+void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace, bool shared) {
     const FlushDenormals flush;
     const Program& program = engine_->program;
     Stream* const self = this;
     Companion* const companion = engine_->companion.get();
-    if (companion && companion->offer(*this)) companion_ = companion;
+    if (shared && companion && companion->offer(*this)) companion_ = companion;
     Signal signal;
     signal.dense = x;
     play(0, program.ops().size(), &self, One{}, &token, &signal, trace);
@@ -755,7 +755,18 @@ void Companion::serve() {
     }
 }
 
-Crew::Crew(size_t threads) : process_(getpid()) {
+/// Looks at `reached` for as long as a batch may be near, unless `never`; waking a thread takes longer than small
+/// batches.
+template <class Reached>
+void spin(bool never, const Reached& reached) {
+    const auto start = std::chrono::steady_clock::now();
+    for (uint32_t spins = 0; !never && !reached(); ++spins) {
+        relax();
+        if (spins % 64 == 63 && std::chrono::steady_clock::now() - start > std::chrono::microseconds(300)) return;
+    }
+}
+
+Crew::Crew(size_t threads) : process_(getpid()), spins_(threads <= std::thread::hardware_concurrency()) {
     try {
         while (threads_.size() + 1 < threads) threads_.emplace_back([this] { serve(); });
     } catch (...) {  // the system gives no more of them
@@ -785,9 +796,11 @@ void Crew::work_off() {
 
 void Crew::serve() {
     uint64_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
+    const auto called = [&] { return stop_ || round_ != seen; };
     for (;;) {
-        wake_.wait(lock, [&] { return stop_ || round_ != seen; });
+        spin(!spins_, called);
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, called);
         if (stop_) return;
         seen = round_;
         lock.unlock();
@@ -814,6 +827,7 @@ void Crew::run(size_t parts, Work work, const void* context) {
     }
     wake_.notify_all();
     work_off();
+    spin(!spins_, [&] { return busy_ == 0; });
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [&] { return busy_ == 0; });
 }

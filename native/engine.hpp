@@ -82,7 +82,8 @@ class Stream {
     /// One step, of a program that does not play whole sequences. Exactly one of `token` (in front of an embedding) and
     /// `x` (program.inputs() floats) is read; `out` receives program.outputs() floats. The caller has checked the
     /// token. `trace`, if given, receives one byte per unit of every EGRU and ReLU, in order: 1 where it emitted.
-    void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr);
+    /// `shared`: the engine's companion may help.
+    void step(int64_t token, const float* x, float* out, uint8_t* trace = nullptr, bool shared = true);
 
     /// `steps` steps: token (steps), or x (steps, inputs); out (steps, outputs), trace (steps, trace_width) or null. A
     /// program that plays whole sequences starts from zero at each call, and first of all takes memory for what two of
@@ -225,8 +226,9 @@ class Companion {
     std::thread thread_;
 };
 
-/// The threads that share a batch: the caller's and `threads - 1` of its own, which sleep in between. One batch at a
-/// time has their help; who comes meanwhile, or in a child of fork, plays alone. No bit depends on it.
+/// The threads that share a batch: the caller's and `threads - 1` of its own, which spin for a moment and then sleep in
+/// between. One batch at a time has their help; who comes meanwhile, or in a child of fork, plays alone. No bit depends
+/// on it.
 class Crew {
   public:
     static constexpr size_t kMost = 256;  // a wrong number must not fill the machine
@@ -256,7 +258,7 @@ class Crew {
                 xs[s] = x ? x + (first + s) * program.inputs() : nullptr;
                 outs[s] = out + (first + s) * program.outputs();
             }
-            if (size == 1) return streams[0]->step(token ? token[first] : 0, xs[0], outs[0]);
+            if (size == 1) return streams[0]->step(token ? token[first] : 0, xs[0], outs[0], nullptr, n == 1);
             Stream::step_group(streams, size, token ? token + first : nullptr, xs, outs);
         };
         run((n + share - 1) / share,
@@ -273,9 +275,12 @@ class Crew {
     const int process_;
     std::mutex turn_, mutex_;
     std::condition_variable wake_, done_;
-    bool stop_ = false;
-    uint64_t round_ = 0;
-    size_t busy_ = 0;
+    // Changed under mutex_; read without it by who spins for a moment before sleeping, where every thread has a
+    // processor.
+    const bool spins_;
+    std::atomic<bool> stop_{false};
+    std::atomic<uint64_t> round_{0};
+    std::atomic<size_t> busy_{0};
     // The batch; written under mutex_ while all threads sleep.
     size_t parts_ = 0;
     Work work_ = nullptr;

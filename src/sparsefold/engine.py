@@ -50,8 +50,8 @@ class Engine:
         isa: ``"avx512vnni"``, ``"avx512"``, ``"avx2"``, ``"neon"`` or ``"generic"``; default: ``SPARSEFOLD_ISA`` if set, else
             the best of this processor.
         threads: between how many threads :meth:`step_batch` divides its streams, the caller's among them; at most 256. They
-            sleep between batches. With 2 or more, steps of a single stream that follow one another closely share a second
-            thread, where recurrent products are large enough to be worth it; between steps it spins for 0.3 ms at most.
+            spin for 0.3 ms after a batch and sleep then. With 2 or more, steps of a single stream that follow one another
+            closely share a second thread, where recurrent products are large enough to be worth it; it spins and sleeps alike.
             Outputs are the same bits with any number.
 
     Raises:
