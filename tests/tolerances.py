@@ -363,3 +363,6 @@ def _sigmoid(x):
 # Two float32 players of one trained dense network, each running on its own state: a step's error is below 1e-6 there (bounds
 # above), and a gate that keeps (z -> 1) passes it on for up to some hundred steps.
 FREE_RUNNING_F32 = 1e-4
+
+# An int8 weight is a code times its scale: either rounds by 2^-24 of the weight, and both may do so in two roundings compared.
+ROUNDED_I8 = 2.0**-22

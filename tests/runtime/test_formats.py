@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cases
+import tolerances
 from sparsefold.formats import CSC, FORMATS, Block, Complementary, Dense
 
 
@@ -399,8 +400,8 @@ def test_rounded_values_are_the_nearest_that_can_be_stored(storage, precision):
         clipped = np.abs(exact) > 127.5 * rounded.scale[:, None]
         assert (error <= rounded.scale[:, None] * 0.5001)[~clipped].all()
         plain = np.rint(exact / unclipped[:, None]) * unclipped[:, None]
-        size = partial(np.linalg.norm, axis=1)  # scale and product round by 2^-24 of a weight each
-        assert (size(error) <= size(plain - exact) + 2.0**-22 * size(exact)).all()
+        size = partial(np.linalg.norm, axis=1)
+        assert (size(error) <= size(plain - exact) + tolerances.ROUNDED_I8 * size(exact)).all()
         codes = rounded.tensors()["values"]
         assert codes.dtype == np.int8
         assert np.abs(codes.astype(int)).max(initial=0) == (127 if exact.any() else 0)
