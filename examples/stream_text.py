@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 import sparsefold as sf
-from sparsefold.cli import generate
 from sparsefold.data.text import decode, encode
+from sparsefold.language import generate
 from sparsefold.recipes import text
 
 
