@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,11 @@ from sparsefold.vocabulary import EOS, Vocabulary
 SAMPLE_BYTES = 20_000  # of a text, played to count events before formats or thresholds are chosen
 SAMPLE_VALUES = 2**24  # of all outputs while that is played
 CHUNK_VALUES = 2**20  # of the outputs that are held at a time: they stay in the cache
+CHUNK_BYTES = 2**31  # of weights that are read at a time, at most: so soon an interrupt is heard
 TIMED_SECONDS, TIMED_CALLS, WARMUP_CALLS = 3.0, 5000, 200
 SHOWN = 5  # unknown words of a prompt that are named
 # On a terminal: whatever could move its cursor, or worse, is shown as a question mark.
-_HARMLESS = bytes(ord("?") if (b < 32 and b not in b"\n\t") or b == 127 else b for b in range(256))
+_HARMLESS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}, "?")
 
 
 def vocabulary_of(program: Program, file: Path) -> Vocabulary:
@@ -129,9 +131,10 @@ def write(
         more = f" and {len(strange) - SHOWN} more" * (len(strange) > SHOWN)
         print(f"sparsefold: the model does not know {', '.join(strange[:SHOWN])}{more} of the prompt.", file=sys.stderr)
     out, terminal = sys.stdout.buffer, sys.stdout.isatty()
+    shown = codecs.getincrementaldecoder("utf-8")("replace")
 
     def show(text: bytes) -> None:
-        out.write(text.translate(_HARMLESS) if terminal else text)
+        out.write(shown.decode(text).translate(_HARMLESS).encode() if terminal else text)
         out.flush()
 
     stream = Engine(program).stream()
@@ -162,7 +165,8 @@ def scores(stream: Stream, tokens: NDArray[np.int64]) -> Iterator[tuple[float, i
 
     Every token but the first is told by those before it. Raises ``FloatingPointError`` where outputs are no numbers.
     """
-    chunk = max(16, min(4096, CHUNK_VALUES // stream.engine.program.outputs))
+    program = stream.engine.program
+    chunk = max(16, min(4096, CHUNK_VALUES // program.outputs, CHUNK_BYTES // program.nbytes))
     total = 0.0
     for at in range(0, len(tokens) - 1, chunk):
         x, y = tokens[at : at + chunk], tokens[at + 1 : at + chunk + 1]
@@ -242,7 +246,8 @@ def _own_test(program: Program, vocabulary: Vocabulary, data_dir: Path | None) -
 
     corpus, known = None, program.metadata.get("corpus")
     known = known if isinstance(known, dict) else {}
-    if (name := known.get("source")) in PUBLISHED:
+    name = str(known.get("source"))
+    if name in PUBLISHED:
         corpus = PUBLISHED[name].load(vocabulary.level, data_dir, download=False)
     elif name == "pydoc_data.topics":
         corpus = load_text(None, vocabulary.level)
