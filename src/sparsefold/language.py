@@ -54,9 +54,7 @@ def sample_of(file: Path, vocabulary: Vocabulary) -> NDArray[np.int64]:
 
 
 def _encoded(raw: bytes, vocabulary: Vocabulary, what: str) -> tuple[NDArray[np.int64], int]:
-    """Token ids of a whole text, whose last line ends, and how many of them are not in the vocabulary."""
-    if vocabulary.level == "word" and raw.strip() and not raw.endswith(b"\n"):
-        raw += b"\n"
+    """Token ids of a text, and how many of them are not in the vocabulary."""
     try:
         tokens = vocabulary.look_up(raw)
     except ValueError as error:
@@ -197,7 +195,10 @@ def read(
     vocabulary = vocabulary_of(program, file)
     if text:
         what = str(text)
-        tokens, strange = _encoded(text.read_bytes(), vocabulary, what)
+        raw = text.read_bytes()
+        if vocabulary.level == "word" and raw.strip() and not raw.endswith(b"\n"):
+            raw += b"\n"  # the last line ends, too
+        tokens, strange = _encoded(raw, vocabulary, what)
     else:
         what, strange = "test split", 0
         tokens = _own_test(program, vocabulary, data_dir)

@@ -98,7 +98,9 @@ class Published:
                     raw += piece
                     progress.update(len(raw), "bytes")
         except (OSError, HTTPException) as error:  # of urllib and of the socket
-            reason = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            reason = error.reason if type(error) is urllib.error.URLError else error
             raise ValueError(
                 f"cannot download {file.url}: {reason}. Where there is no network, put {_names(self.files)} into {folder}, "
                 f"or into a folder that --data-dir or SPARSEFOLD_DATA names."
