@@ -21,7 +21,8 @@ from sparsefold.vocabulary import EOS, Vocabulary
 
 SAMPLE_BYTES = 20_000  # of a text, played to count events before formats or thresholds are chosen
 SAMPLE_VALUES = 2**24  # of all outputs while that is played
-CHUNK_VALUES = 2**20  # of the outputs that are held at a time: they stay in the cache
+CHUNK_VALUES = 2**18  # of the outputs that are held at a time: they stay in the cache
+BLOCK_VALUES = 2**15  # of these, in float64
 CHUNK_BYTES = 2**31  # of weights that are read at a time, at most: so soon an interrupt is heard
 TIMED_SECONDS, TIMED_CALLS, WARMUP_CALLS = 3.0, 5000, 200
 SHOWN = 5  # unknown words of a prompt that are named
@@ -151,11 +152,15 @@ def write(
 
 
 def bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
-    """Bits in which (T,) targets are told by (T, O) logits, all together."""
-    below = np.subtract(logits, logits.max(1, keepdims=True), dtype=np.float64)
-    told = below[np.arange(len(targets)), targets].sum()
-    np.exp(below, out=below)
-    return float(np.log(below.sum(1)).sum() - told) / float(np.log(2))
+    """Bits in which (T,) targets are told by (T, O) logits, all together: their log-softmax in float64."""
+    rows, total = max(1, BLOCK_VALUES // logits.shape[1]), 0.0
+    for at in range(0, len(targets), rows):
+        part, told = logits[at : at + rows], targets[at : at + rows]
+        below = np.subtract(part, part.max(1, keepdims=True), dtype=np.float64)
+        total -= below[np.arange(len(told)), told].sum()
+        np.exp(below, out=below)
+        total += np.log(below.sum(1)).sum()
+    return float(total) / float(np.log(2))
 
 
 def scores(stream: Stream, tokens: NDArray[np.int64]) -> Iterator[tuple[float, int]]:
