@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import events
 from .events import Triangle
+from .kept import without_gradient
 
 Reset = Literal["threshold", "output", "none"]
 Event = Literal["threshold", "always", "smooth"]
@@ -105,12 +106,14 @@ def egru(
     do/d(u − θ) = surrogate(u − θ). Zoneout acts on u: in training each unit keeps h⁻ with probability `zoneout`, in
     evaluation u is the mean of that. weight_ih (3H, I), weight_hh (3H, H), bias_ih and bias_hh (3H,) or None,
     threshold (H,). T = 0 returns the state unchanged. A sequence run in parts with its state carried takes
-    the same steps, up to the rounding of W x, which is one product over all rows that come.
+    the same steps, up to the rounding of W x, which is one product over all rows that come. Blocks of a weight that a
+    sparsifier holds at zero (`kept.py`) get the gradient 0.
 
     Source: Subramoney et al. (2023), arXiv 2206.06178 (reset="output", reset_after=False); the other form is that of
     the authors' code. Krueger et al. (2017) for zoneout.
     """
     theta = threshold.clamp(min=0)
+    weight_ih, weight_hh = without_gradient(weight_ih, 3), without_gradient(weight_hh, 3)
     x_rz, x_n, weights = _prepare(x, weight_ih, weight_hh, bias_ih, bias_hh, reset_after)
     y, h = y0, h0
     us, os, ys = [], [], []
