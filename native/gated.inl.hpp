@@ -202,42 +202,62 @@ template <class Real>
 static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
     const uint32_t H = a.units, B = a.batch, width = tape_of(a.kind) * H;
     const size_t step = static_cast<size_t>(B) * H;
-    const bool before = a.kind == Gated::gru_before;
+    const bool before = a.kind == Gated::gru_before, in_blocks = a.blocks.start != nullptr;
     const Panels<Real>& last = before ? a.panels_n : a.panels;  // after which the state is known
     const Part part(count_of_panels(H, a.panels.vectors), m), last_part(count_of_panels(H, last.vectors), m);
-    Real* acc = a.room + static_cast<size_t>(m.number) * B * kPanelVectors * kLanes;
+    Real* acc = a.room + m.number * a.room_of_sums;
     const Vec<Real> zero = set1(Real(0));
-    pack_rows(a.panels, a.weight, part);
-    if (before) pack_rows(last, a.weight + 2 * H * static_cast<size_t>(H), last_part);
+    if (!in_blocks) {
+        pack_rows(a.panels, a.weight, part);
+        if (before) pack_rows(last, a.weight + 2 * H * static_cast<size_t>(H), last_part);
+    }
     const auto units = [&](const Panels<Real>& w, uint32_t panel, const auto& f) {  // f(vector, unit, units left)
         for (uint32_t v = 0; v < w.vectors; ++v) {
             const uint32_t j = (panel * w.vectors + v) * kLanes;
             if (j < H) f(v, j, H - j);
         }
     };
-    const auto pass = [&](const Panels<Real>& w, const Part& own, uint32_t t, uint32_t first_gate, const Real* x,
-                          uint32_t live, const auto& then) {
+    /// What a sum begins with, and f(sample, unit, units left, sums, their distance from gate to gate, tape) when it is
+    /// made. x: the state of all samples, (units, batch) for panels and (batch, units) for blocks.
+    const auto begin = [&](const Real* tape, uint32_t gate, uint32_t j) {
+        const bool inside = a.kind == Gated::gru && gate == 2;  // what r multiplies has no x in it
+        const Real* from = inside ? (a.bias_n ? a.bias_n + j : nullptr) : tape + gate * H + j;
+        return from && j < H ? load_some(from, H - j) : zero;
+    };
+    const auto pass = [&](const Panels<Real>& w, const BlockWeight<Real>& blocks, const Part& own, uint32_t t,
+                          uint32_t first_gate, const Real* x, uint32_t live, const auto& f) {
+        const auto tape = [&](uint32_t b) { return a.tape + (static_cast<size_t>(t) * B + b) * width; };
+        if (in_blocks) {
+            const Strips strips(H, blocks.strips, m);
+            const uint32_t of_tile = kTile / kLanes, end = strips.last_tile * of_tile, groups = count_of_groups(H);
+            for (uint32_t b = 0; b < live; ++b) {
+                const auto each = [&](const auto& then) {
+                    for (uint32_t group = strips.first_tile * of_tile; group < (end < groups ? end : groups); ++group)
+                        then(group * kLanes, acc + static_cast<size_t>(group) * w.gates * kLanes);
+                };
+                each([&](uint32_t j, Real* sums) {
+                    for (uint32_t i = 0; i < w.gates; ++i) store(sums + i * kLanes, begin(tape(b), first_gate + i, j));
+                });
+                for (uint32_t strip = strips.first; strip < strips.last; ++strip)
+                    add_blocks(acc, blocks, strip, 0, nullptr, x + static_cast<size_t>(b) * H, H);
+                each([&](uint32_t j, const Real* sums) { f(b, j, H - j, sums, kLanes, tape(b) + j); });
+            }
+            return;
+        }
         const uint32_t n = w.gates * w.vectors;
         each_panel(own, t % 2, [&](uint32_t panel, uint32_t next) {
-            for (uint32_t b = 0; b < live; ++b) {
-                const Real* tape = a.tape + (static_cast<size_t>(t) * B + b) * width;
-                for (uint32_t i = 0; i < n; ++i) {
-                    const uint32_t j = (panel * w.vectors + i % w.vectors) * kLanes, gate = first_gate + i / w.vectors;
-                    const bool inside = a.kind == Gated::gru && gate == 2;  // what r multiplies has no x in it
-                    const Real* from = inside ? (a.bias_n ? a.bias_n + j : nullptr) : tape + gate * H + j;
+            for (uint32_t b = 0; b < live; ++b)
+                for (uint32_t i = 0; i < n; ++i)
                     store(acc + (static_cast<size_t>(b) * n + i) * kLanes,
-                          from && j < H ? load_some(from, H - j) : zero);
-                }
-            }
+                          begin(tape(b), first_gate + i / w.vectors, (panel * w.vectors + i % w.vectors) * kLanes));
             add_panel_of(w, acc, panel, next, 0, H, x, B, live, own);
             units(w, panel, [&](uint32_t v, uint32_t j, uint32_t left) {
                 for (uint32_t b = 0; b < live; ++b)
-                    then(b, j, left, acc + (static_cast<size_t>(b) * n + v) * kLanes, w.vectors * kLanes,
-                         a.tape + (static_cast<size_t>(t) * B + b) * width + j);
+                    f(b, j, left, acc + (static_cast<size_t>(b) * n + v) * kLanes, w.vectors * kLanes, tape(b) + j);
             });
         });
     };
-    for (uint32_t panel = last_part.first; panel < last_part.last; ++panel)
+    for (uint32_t panel = last_part.first; panel < last_part.last && !in_blocks; ++panel)
         units(last, panel, [&](uint32_t, uint32_t j, uint32_t left) {
             for (uint32_t b = 0; b < B; ++b)
                 spread_out(a.state[0] + static_cast<size_t>(j) * B + b, B, left,
@@ -249,20 +269,23 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
         const Real* h_old = t ? a.out + (t - 1) * step : a.h0;
         const Real* c_old = t ? a.cells + (t - 1) * step : a.c0;
         Real *h_new = a.out + t * step, *c_new = a.cells + t * step, *next = a.state[(t + 1) % 2];
-        const Real* state = a.state[t % 2];
+        const Real* state = in_blocks ? h_old : a.state[t % 2];
         if (before) {
-            pass(a.panels, part, t, 0, state, live,
+            pass(a.panels, a.blocks, part, t, 0, state, live,
                  [&](uint32_t b, uint32_t j, uint32_t left, const Real* sums, uint32_t apart, Real* tape) {
                      const Vec<Real> r = sigmoid(load(sums)), z = sigmoid(load(sums + apart));
                      store_some(tape, left, r);
                      store_some(tape + H, left, z);
                      const Vec<Real> h = load_some(h_old + b * size_t{H} + j, left);
-                     spread_out(a.scaled + static_cast<size_t>(j) * B + b, B, left, mul(r, h));
+                     if (in_blocks)
+                         store_some(a.scaled + b * size_t{H} + j, left, mul(r, h));
+                     else
+                         spread_out(a.scaled + static_cast<size_t>(j) * B + b, B, left, mul(r, h));
                  });
             m.wait(m.team);
             state = a.scaled;
         }
-        pass(last, last_part, t, before ? 2 : 0, state, live,
+        pass(last, before ? a.blocks_n : a.blocks, last_part, t, before ? 2 : 0, state, live,
              [&](uint32_t b, uint32_t j, uint32_t left, const Real* sums, uint32_t apart, Real* tape) {
                  const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
                  const Vec<Real> old = load_some(h_old + at, left);
@@ -299,7 +322,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
                  }
                  h = zoned(h, old, a.mask_h, a.keep_h, now, left);
                  store_some(h_new + at, left, h);
-                 spread_out(next + static_cast<size_t>(j) * B + b, B, left, h);
+                 if (!in_blocks) spread_out(next + static_cast<size_t>(j) * B + b, B, left, h);
              });
         if (live < B)
             for (uint32_t panel = last_part.first; panel < last_part.last; ++panel)
@@ -319,9 +342,10 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
     const uint32_t H = a.units, B = a.batch, parts = tape_of(a.kind), width = parts * H;
     const size_t step = static_cast<size_t>(B) * H;
     const bool before = a.kind == Gated::gru_before, pair = a.kind == Gated::lstm;
+    const bool in_blocks = a.blocks.start != nullptr;
     const Panels<Real>& w = a.panels;
     const Part part(count_of_panels(H, w.vectors), m);
-    Real* acc = a.room + static_cast<size_t>(m.number) * B * kPanelVectors * kLanes;
+    Real* acc = a.room + m.number * a.room_of_sums;
     const Vec<Real> zero = set1(Real(0)), one = set1(Real(1));
     const auto some = [&](const Real* p, size_t at, uint32_t left) { return p ? load_some(p + at, left) : zero; };
     const auto own = [&](const auto& f) {  // every vector of units of this member
@@ -329,8 +353,23 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
             f(j, H - j);
     };
     /// out (batch, units) += the product of rows [first, first + depth) of weight_hh, transposed, with those of sent.
-    const auto product = [&](const Real* sent, uint32_t first, uint32_t depth, uint32_t live, Real* out, bool upwards) {
-        each_panel(part, upwards, [&](uint32_t panel, uint32_t next) {
+    const auto product = [&](const Real* sent, uint32_t first, uint32_t depth, uint32_t live, Real* out, uint32_t t) {
+        if (in_blocks) {
+            const BlockWeight<Real>& blocks = first ? a.blocks_n : a.blocks;
+            const size_t size = static_cast<size_t>(blocks.gates) * pad(H);
+            const uint32_t end = part.last * w.vectors * kLanes < H ? part.last * w.vectors * kLanes : H;
+            for (uint32_t b = 0; b < live; ++b) {
+                const Real* q = sent + (first ? 2 * size * B : 0) + b * size;
+                const bool wild = __atomic_load_n(a.wild + static_cast<size_t>(t) * B + b, __ATOMIC_RELAXED);
+                const auto dot = [&](uint32_t c) { return dot_blocks(blocks, c, q, wild); };
+                Real* to = out + static_cast<size_t>(b) * H;
+                uint32_t c = part.first * w.vectors * kLanes;
+                for (; c + 4 <= end; c += 4) add_sums(to + c, dot(c), dot(c + 1), dot(c + 2), dot(c + 3));
+                for (; c < end; ++c) to[c] += sum(dot(c));
+            }
+            return;
+        }
+        each_panel(part, t % 2, [&](uint32_t panel, uint32_t next) {
             const auto each = [&](const auto& f) {
                 for (uint32_t b = 0; b < live; ++b)
                     for (uint32_t v = 0; v < w.vectors; ++v) {
@@ -347,7 +386,20 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
             });
         });
     };
-    pack_columns(w, a.weight, part);
+    /// To where the product finds it: a vector of what a gate's rows of weight_hh are multiplied with.
+    const auto send = [&](Real* sent, uint32_t gate, uint32_t b, uint32_t j, uint32_t left, const Vec<Real>& x) {
+        if (!in_blocks) return spread_out(sent + (static_cast<size_t>(gate) * H + j) * B + b, B, left, x);
+        const bool apart = before && gate == 2;
+        const uint32_t gates = before ? (apart ? 1 : 2) : gates_of(a.kind);
+        const size_t group = static_cast<size_t>(b) * count_of_groups(H) + j / kLanes;
+        store(sent + (apart ? 2 * static_cast<size_t>(pad(H)) * B : 0) + (group * gates + (apart ? 0 : gate)) * kLanes,
+              x);
+    };
+    const auto mark = [&](uint32_t t, uint32_t b, const Vec<Real>& x) {
+        if (in_blocks && is_nan(mul(x, zero)))
+            __atomic_store_n(a.wild + static_cast<size_t>(t) * B + b, uint8_t{1}, __ATOMIC_RELAXED);
+    };
+    if (!in_blocks) pack_columns(w, a.weight, part);
     own([&](uint32_t j, uint32_t left) {
         for (uint32_t b = 0; b < B; ++b) {
             const size_t at = static_cast<size_t>(b) * H + j;
@@ -419,8 +471,8 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
                     store_some(out + gate * H, left, g[gate]);
                     sums[gate] = add(sums[gate], g[gate]);
                     if (a.kind == Gated::gru && gate == 2) continue;
-                    const uint32_t row = a.kind == Gated::gru && gate == 3 ? 2 : gate;  // what r multiplies
-                    spread_out(sent + (static_cast<size_t>(row) * H + j) * B + b, B, left, g[gate]);
+                    send(sent, a.kind == Gated::gru && gate == 3 ? 2 : gate, b, j, left, g[gate]);  // what r multiplies
+                    mark(t, b, g[gate]);
                 }
             }
             for (uint32_t gate = 0; gate < parts; ++gate)
@@ -428,7 +480,7 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
         });
         m.wait(m.team);
         if (before) {
-            product(sent, 2 * H, H, live, a.back, t % 2);  // of r * h
+            product(sent, 2 * H, H, live, a.back, t);  // of r * h
             own([&](uint32_t j, uint32_t left) {
                 Vec<Real> sums = zero;
                 for (uint32_t b = 0; b < live; ++b) {
@@ -437,16 +489,65 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
                     const Vec<Real> dr = mul(mul(back, load_some(h_old + at, left)), mul(r, sub(one, r)));
                     store_some(a.gates + row * width + j, left, dr);
                     sums = add(sums, dr);
-                    spread_out(sent + static_cast<size_t>(j) * B + b, B, left, dr);
+                    send(sent, 0, b, j, left, dr);
+                    mark(t, b, dr);
                     store_some(a.dh + at, left, fma(r, back, load_some(a.dh + at, left)));
                 }
                 store_some(a.dbias + j, left, add(load_some(a.dbias + j, left), sums));
             });
             m.wait(m.team);
-            product(sent, 0, 2 * H, live, a.dh, t % 2);
+            product(sent, 0, 2 * H, live, a.dh, t);
         } else {
-            product(sent, 0, gates_of(a.kind) * H, live, a.dh, t % 2);
+            product(sent, 0, gates_of(a.kind) * H, live, a.dh, t);
         }
+    }
+}
+
+/// sums (M, kLanes) += sum over r < n of g(r) * x(r, col[i]).
+template <uint32_t M, class Real>
+static void add_columns(Real* sums, const Real* g, const Real* x, size_t stride, const uint32_t* col, uint32_t n) {
+    Vec<Real> total[M];
+#pragma GCC unroll 32
+    for (uint32_t i = 0; i < M; ++i) total[i] = load(sums + i * kLanes);
+    for (uint32_t r = 0; r < n; ++r, g += kLanes, x += stride) {
+        const Vec<Real> now = load(g);
+#pragma GCC unroll 32
+        for (uint32_t i = 0; i < M; ++i) total[i] = fma(now, set1(x[col[i]]), total[i]);
+    }
+#pragma GCC unroll 32
+    for (uint32_t i = 0; i < M; ++i) store(sums + i * kLanes, total[i]);
+}
+
+template <class Real>
+static void outer_blocks(const OuterBlocksArgs<Real>& a, const Member& m) {
+    constexpr uint32_t kMost = BlockOf<Real>::sums, kRows = 128;  // x of these rows fits the second level, g the first
+    const Part part(count_of_groups(a.units) * a.gates, m);
+    alignas(64) Real g[kRows * kLanes];
+    for (uint32_t first = 0, n; first < a.rows; first += n) {
+        const bool head = first < a.head_rows;
+        const uint32_t end = head ? a.head_rows : a.rows;
+        const Real* x = (head ? a.head : a.rest) + static_cast<size_t>(head ? first : first - a.head_rows) * a.cols;
+        n = end - first < kRows ? end - first : kRows;
+        for (uint32_t i = part.first; i < part.last; ++i) {
+            const uint32_t unit = i / a.gates * kLanes;
+            const Real* from = a.g + first * a.stride + a.part[i % a.gates] + unit;
+            if (a.start[i] == a.start[i + 1]) continue;
+            for (uint32_t r = 0; r < n; ++r) store(g + r * kLanes, load_some(from + r * a.stride, a.units - unit));
+            for (uint32_t at = a.start[i], count; at < a.start[i + 1]; at += count) {
+                count = a.start[i + 1] - at < kMost ? a.start[i + 1] - at : kMost;
+                with_samples<kMost>(count, [&](auto width) {
+                    add_columns<decltype(width)::value>(a.sums + static_cast<size_t>(at) * kLanes, g, x, a.cols,
+                                                        a.col + at, n);
+                });
+            }
+        }
+    }
+    for (uint32_t i = part.first; i < part.last; ++i) {
+        const uint32_t unit = i / a.gates * kLanes, rows = a.units - unit < kLanes ? a.units - unit : kLanes;
+        Real* to = a.out + (static_cast<size_t>(i % a.gates) * a.units + unit) * a.cols;
+        for (uint32_t at = a.start[i]; at < a.start[i + 1]; ++at)
+            for (uint32_t r = 0; r < rows; ++r)
+                to[static_cast<size_t>(r) * a.cols + a.col[at]] = a.sums[static_cast<size_t>(at) * kLanes + r];
     }
 }
 
@@ -458,6 +559,10 @@ void gated_forward<double>(const GatedForwardArgs<double>& a, const Member& m) {
 template <>
 void gated_backward<double>(const GatedBackwardArgs<double>& a, const Member& m) {
     kernels_generic.gated_backward_f64(a, m);
+}
+template <>
+void outer_blocks<double>(const OuterBlocksArgs<double>& a, const Member& m) {
+    kernels_generic.outer_blocks_f64(a, m);
 }
 #endif
 

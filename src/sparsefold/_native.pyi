@@ -199,6 +199,23 @@ class Stream:
     @property
     def trace_width(self) -> int: ...
 
+class KeptBlocks:
+    def __init__(
+        self, mask: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)], gates: int
+    ) -> None: ...
+
+class BlocksF32:
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def share(self) -> float: ...
+
+class BlocksF64:
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def share(self) -> float: ...
+
 class Team:
     def __init__(self, threads: int, isa: str = "") -> None: ...
     @property
@@ -226,26 +243,66 @@ class Team:
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> bool: ...
     @overload
-    def input_product(
+    def pack(
         self,
         weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        gates: int,
+        most: float,
+        previous: BlocksF32 | None,
+        kept: KeptBlocks | None,
+    ) -> BlocksF32: ...
+    @overload
+    def pack(
+        self,
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        gates: int,
+        most: float,
+        previous: BlocksF64 | None,
+        kept: KeptBlocks | None,
+    ) -> BlocksF64: ...
+    @overload
+    def input_product(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF32 | None,
         bias: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         x: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        events: bool,
         out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
     def input_product(
         self,
-        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF64 | None,
         bias: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         x: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        events: bool,
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def input_gradient(
+        self,
+        blocks: BlocksF32,
+        g: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def input_gradient(
+        self,
+        blocks: BlocksF64,
+        g: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
     def egru_forward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF32 | None,
+        blocks_n: BlocksF32 | None,
         every: bool,
         bias_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         theta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
@@ -262,7 +319,9 @@ class Team:
     def egru_forward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF64 | None,
+        blocks_n: BlocksF64 | None,
         every: bool,
         bias_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         theta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
@@ -279,7 +338,9 @@ class Team:
     def egru_backward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF32 | None,
+        blocks_n: BlocksF32 | None,
         every: bool,
         theta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         mask: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
@@ -306,7 +367,9 @@ class Team:
     def egru_backward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF64 | None,
+        blocks_n: BlocksF64 | None,
         every: bool,
         theta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         mask: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
@@ -338,6 +401,7 @@ class Team:
         rest: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         scale: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        live: BlocksF32 | None,
         out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
@@ -349,5 +413,6 @@ class Team:
         rest: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         scale: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        live: BlocksF64 | None,
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 import sparsefold as sf
 from sparsefold import _native
 from sparsefold.nn import GRU, LSTM, RNN, Stack, native, reference
+from sparsefold.sparsify import Block, Pruner
 from tolerances import CELL_F64, EPS32, FREE_RUNNING_F32, GRADCHECK, GRADIENT_F64, gradient_f32
 
 torch.set_num_threads(2)
@@ -192,8 +193,9 @@ def test_every_instruction_set(isa, monkeypatch, kind, form, dtype):
     team = _native.Team(2, isa)
     monkeypatch.setattr(native, "_team", lambda: team)
     for batch in (1, 2, 3, 4, 5, 6, 7, 8, 17):  # every block of samples
-        p = inputs(kind, 3, batch, 5, 150, dtype)
-        (compare_f64 if dtype == torch.float64 else compare_f32)(kind, p, **form)
+        for density in (1.0, 0.1):
+            p = in_blocks(kind, inputs(kind, 3, batch, 5, 150, dtype), density)
+            (compare_f64 if dtype == torch.float64 else compare_f32)(kind, p, **form)
 
 
 @pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
@@ -214,18 +216,82 @@ def test_samples_of_their_own_length(kind, form, lengths):
         compare_f64(kind, inputs(kind, 5, 4, 3, 20), **form, **options, lengths=torch.tensor(lengths))
 
 
+def in_blocks(kind: str, p: dict[str, Tensor], density: float) -> dict[str, Tensor]:
+    """The same with that share of the blocks of both weights left, drawn one by one."""
+    q, g = {k: v.detach().clone() for k, v in p.items()}, torch.Generator().manual_seed(11)
+    for name in ("weight_ih", "weight_hh"):
+        gates, cols = KINDS[kind][3], q[name].shape[1]
+        H = len(q[name]) // gates
+        alive = torch.rand(gates, -(-H // 16), 1, cols, generator=g) < density
+        q[name] *= alive.expand(-1, -1, 16, -1).flatten(1, 2)[:, :H].flatten(0, 1)
+    return {k: v.requires_grad_() for k, v in q.items()}
+
+
+@pytest.mark.parametrize("density", [0.0, 0.05, 0.1, 0.5])
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_weights_in_blocks(kind, form, density):
+    """Sizes that a block does not divide; gradients of all weights, the missing ones too."""
+    for shape in ((5, 3, 4, 6), (3, 2, 17, 33), (4, 1, 70, 64), (3, 19, 33, 150)):
+        p = in_blocks(kind, inputs(kind, *shape), density)
+        compare_f64(kind, p, **form)
+        if shape[3] > 16:
+            assert native._packs[p["weight_hh"]].sparse == (density < 0.5)
+        compare_f32(kind, {k: v.detach().float().requires_grad_() for k, v in p.items()}, **form)
+    compare_f64(kind, in_blocks(kind, inputs(kind, 5, 4, 3, 40), density), **form, lengths=torch.tensor([5, 3, 3, 1]))
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_a_mark_leaves_out_the_gradient_of_what_is_held_at_zero(kind, form):
+    for density in (0.1, 0.5):
+        p = in_blocks(kind, inputs(kind, 4, 3, 36, 90), density)
+        plain = call(native, kind, p, **form)
+        full = gradients(plain, p, cotangents(plain))
+        masks = {}
+        for name in ("weight_ih", "weight_hh"):
+            masks[name] = p[name].detach() != 0
+            masks[name][:, 3] = True  # may grow: nobody holds it
+            p[name].kept = lambda mask=masks[name]: mask
+        compare_f64(kind, p, **form)
+        trace = call(native, kind, p, **form)
+        mine = gradients(trace, p, cotangents(trace))
+        for name, mask in masks.items():
+            assert not mine[name][~mask].any()
+            assert mine[name][:, 3].any()
+            assert full[name][~mask].any()
+            close(mine[name][mask], full[name][mask], GRADIENT_F64 * 64)
+
+
+@pytest.mark.filterwarnings("ignore:.*no multiple of 16")
+def test_a_layer_under_a_pruner_gives_the_same_on_either_backend():
+    for kind, options in itertools.product(MODULES, ({}, {"recurrent_dropout": 0.4, "zoneout": 0.2})):
+        grads = []
+        layers = [pair(kind, **options, backend=backend)[0] for backend in ("reference", "native")]
+        layers[1].load_state_dict(layers[0].state_dict())
+        for layer in layers:
+            pruner = Pruner(layer, {"weight*": Block(density=0.2, block=(16, 1))})
+            pruner.step()
+            x = torch.randn(6, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            torch.manual_seed(5)
+            layer(x)[0].square().sum().backward()
+            grads.append([p.grad for p in layer.parameters()])
+            assert not layer.weight_hh_l0.grad[~pruner.masks["weight_hh_l0"]].any()
+        for a, b in zip(*grads, strict=True):
+            close(b, a, 64 * GRADIENT_F64)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, kind, form):
-    p = inputs(kind, 6, 7, 20, 330, dtype)
-    found = []
-    for threads in (1, 2, 3, 4):
-        team = _native.Team(threads)
-        monkeypatch.setattr(native, "_team", lambda team=team: team)
-        trace = call(native, kind, p, **form)
-        found.append([*trace, *gradients(trace, p, cotangents(trace)).values()])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for density in (1.0, 0.1):
+        p = in_blocks(kind, inputs(kind, 6, 7, 20, 330, dtype), density)
+        found = []
+        for threads in (1, 2, 3, 4):
+            team = _native.Team(threads)
+            monkeypatch.setattr(native, "_team", lambda team=team: team)
+            trace = call(native, kind, p, **form)
+            found.append([*trace, *gradients(trace, p, cotangents(trace)).values()])
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -259,8 +325,8 @@ def spoiled(t: Tensor, bad: float) -> None:
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 @pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
 def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, kind, form):
-    for name in inputs(kind):
-        p = inputs(kind, 5, 3, 20, 40)
+    for name, density in itertools.product(inputs(kind), (1.0, 0.1)):
+        p = in_blocks(kind, inputs(kind, 5, 3, 20, 40), density)
         spoiled(p[name], bad)
         wanted, got = call(reference, kind, p, **form), call(native, kind, p, **form)
         for a, b in zip(wanted, got, strict=True):
@@ -274,14 +340,15 @@ def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, kind, form):
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 @pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
 def test_so_does_what_comes_from_above(bad, kind, form):
-    p = inputs(kind, 5, 3, 20, 40)
-    wanted, got = call(reference, kind, p, **form), call(native, kind, p, **form)
-    for at in range(len(wanted)):
-        weights = cotangents(wanted)
-        spoiled(weights[at], bad)
-        mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
-        for n, g in theirs.items():
-            close(mine[n], g, 64 * GRADIENT_F64)
+    for density in (1.0, 0.1):
+        p = in_blocks(kind, inputs(kind, 5, 3, 20, 40), density)
+        wanted, got = call(reference, kind, p, **form), call(native, kind, p, **form)
+        for at in range(len(wanted)):
+            weights = cotangents(wanted)
+            spoiled(weights[at], bad)
+            mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+            for n, g in theirs.items():
+                close(mine[n], g, 64 * GRADIENT_F64)
 
 
 @pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
@@ -308,14 +375,14 @@ def test_only_what_is_asked_for_is_made():
 def test_torch_s_own_check_of_the_operators(kind, form):
     p = inputs(kind, 3, 2, 3, 5)
     name = "gru_before" if form else kind
-    args = (p["x"], p["h0"], p.get("c0"), *(p[n] for n in WEIGHTS), None, None, None, name, 0.25, 0.0)
+    args = (p["x"], p["h0"], p.get("c0"), *(p[n] for n in WEIGHTS), *[None] * 5, name, 0.25, 0.0)
     torch.library.opcheck(torch.ops.sparsefold.gated.default, args)
     h, c, _, _, tape = (t.detach() for t in torch.ops.sparsefold.gated(*args))
     plain = [None if t is None else t.detach() for t in args[:5]]
     grads = [torch.ones_like(h), None, None, None]
     torch.library.opcheck(
         torch.ops.sparsefold.gated_backward.default,
-        (grads, *plain, None, None, None, tape, h, c, *args[10:], [True, True, kind == "lstm", True, True, True, True]),
+        (grads, *plain, *[None] * 5, tape, h, c, *args[12:], [True, True, kind == "lstm", True, True, True, True]),
     )
 
 

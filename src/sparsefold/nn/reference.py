@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import events
 from .events import Triangle
+from .kept import without_gradient
 
 Reset = Literal["threshold", "output", "none"]
 Event = Literal["threshold", "always", "smooth"]
@@ -112,12 +113,14 @@ def egru(
     do/d(u − θ) = surrogate(u − θ). Zoneout acts on u: in training each unit keeps h⁻ with probability `zoneout`, in
     evaluation u is the mean of that. weight_ih (3H, I), weight_hh (3H, H), bias_ih and bias_hh (3H,) or None,
     threshold (H,). T = 0 returns the state unchanged. A sequence run in parts with its state carried takes
-    the same steps, up to the rounding of W x, which is one product over all rows that come.
+    the same steps, up to the rounding of W x, which is one product over all rows that come. Blocks of a weight that a
+    sparsifier holds at zero (`kept.py`) get the gradient 0.
 
     Source: Subramoney et al. (2023), arXiv 2206.06178 (reset="output", reset_after=False); the other form is that of
     the authors' code. Krueger et al. (2017) for zoneout.
     """
     theta = threshold.clamp(min=0)
+    weight_ih, weight_hh = without_gradient(weight_ih, 3), without_gradient(weight_hh, 3)
     x_rz, x_n, weights = _prepare(x, weight_ih, weight_hh, bias_ih, bias_hh, reset_after)
     y, h = y0, h0
     us, os, ys = [], [], []
@@ -161,10 +164,12 @@ def gru(
     """Gated recurrent unit: gates as in `egru` with y⁻ = h⁻, then h = (1 − z) ⊙ n + z ⊙ h⁻.
 
     x (T, B, I), h0 (B, H) -> output (T, B, H), h (B, H). reset_after=True is torch.nn.GRU. Zoneout as in `egru`, on h. With
-    `lengths` (B,), sample b takes lengths[b] steps and keeps its state from there on.
+    `lengths` (B,), sample b takes lengths[b] steps and keeps its state from there on. Blocks that a
+    sparsifier holds at zero get the gradient 0, as in `egru`.
 
     Source: Cho et al. (2014), arXiv 1406.1078 (reset_after=False). Krueger et al. (2017), arXiv 1606.01305, for zoneout.
     """
+    weight_ih, weight_hh = without_gradient(weight_ih, 3), without_gradient(weight_hh, 3)
     x_rz, x_n, weights = _prepare(x, weight_ih, weight_hh, bias_ih, bias_hh, reset_after)
     h, outputs = h0, []
     for t, (x_rz_t, x_n_t) in enumerate(zip(x_rz, x_n, strict=True)):
@@ -201,6 +206,7 @@ def lstm(
 
     Source: Hochreiter and Schmidhuber (1997); Krueger et al. (2017), arXiv 1606.01305, for zoneout.
     """
+    weight_ih, weight_hh = without_gradient(weight_ih, 4), without_gradient(weight_hh, 4)
     w_hh, h, c = weight_hh.t(), h0, c0
     hs, cs = [], []
     for t, x_t in enumerate(F.linear(x, weight_ih, _sum(bias_ih, bias_hh)).unbind(0)):
@@ -233,6 +239,7 @@ def rnn(
 
     Source: Elman (1990); Krueger et al. (2017), arXiv 1606.01305, for zoneout.
     """
+    weight_ih, weight_hh = without_gradient(weight_ih, 1), without_gradient(weight_hh, 1)
     act = torch.relu if nonlinearity == "relu" else torch.tanh
     w_hh, h, outputs = weight_hh.t(), h0, []
     for t, x_t in enumerate(F.linear(x, weight_ih, _sum(bias_ih, bias_hh)).unbind(0)):
