@@ -12,6 +12,42 @@
 namespace sparsefold {
 namespace SPARSEFOLD_ISA {
 
+// Where a vector is an array, what is made of it often is a function: its code would be long.
+#ifdef SPARSEFOLD_GATED_DOUBLES
+#define SF_SHORT static __attribute__((noinline))
+#else
+#define SF_SHORT SF_INLINE
+#endif
+template <class Real>
+SF_SHORT Vec<Real> get(const Real* p, uint32_t n) {
+    return load_some(p, n);
+}
+template <class Real>
+SF_SHORT void put(Real* p, uint32_t n, const Vec<Real>& x) {
+    store_some(p, n, x);
+}
+template <class V>
+SF_SHORT V gate(const V& x) {
+    return sigmoid(x);
+}
+template <class V>
+SF_SHORT V bounded(const V& x) {
+    return tanh(x);
+}
+/// s (1 - s) and 1 - s^2: slopes of both, from their values.
+template <class V>
+SF_SHORT V gate_slope(const V& s, const V& one) {
+    return mul(s, sub(one, s));
+}
+template <class V>
+SF_SHORT V bounded_slope(const V& s, const V& one) {
+    return fma(sub(sub(one, one), s), s, one);
+}
+template <class Real>
+SF_SHORT Vec<Real> between(const Vec<Real>& a, const Vec<Real>& b, const Vec<Real>& w) {
+    return lerp<Real>(a, b, w);
+}
+
 // Sums in registers, and how many of a panel's vectors are multiplied at a time: where registers are few, one, and
 // more samples.
 template <class Real>
@@ -157,7 +193,7 @@ static void pack_columns(const Panels<Real>& w, const Real* weight, const Part& 
 
 /// Lanes of x to a column of (units, batch).
 template <class Real>
-SF_INLINE void spread_out(Real* to, uint32_t batch, uint32_t left, const Vec<Real>& x) {
+SF_SHORT void spread_out(Real* to, uint32_t batch, uint32_t left, const Vec<Real>& x) {
     alignas(64) Real lanes[kLanes];
     store(lanes, x);
     for (uint32_t i = 0; i < (left < kLanes ? left : kLanes); ++i) to[static_cast<size_t>(i) * batch] = lanes[i];
@@ -165,14 +201,14 @@ SF_INLINE void spread_out(Real* to, uint32_t batch, uint32_t left, const Vec<Rea
 
 /// Zoneout: the share of what is new.
 template <class Real>
-SF_INLINE Vec<Real> fresh(const Real* mask, Real kept, size_t at, uint32_t left) {
-    return mask ? load_some(mask + at, left) : set1(Real(1) - kept);
+SF_SHORT Vec<Real> fresh(const Real* mask, Real kept, size_t at, uint32_t left) {
+    return mask ? get(mask + at, left) : set1(Real(1) - kept);
 }
 template <class Real>
-SF_INLINE Vec<Real> zoned(const Vec<Real>& now, const Vec<Real>& old, const Real* mask, Real kept, size_t at,
-                          uint32_t left) {
-    if (mask) return lerp<Real>(old, now, load_some(mask + at, left));
-    return kept != 0 ? lerp<Real>(now, old, set1(kept)) : now;
+SF_SHORT Vec<Real> zoned(const Vec<Real>& now, const Vec<Real>& old, const Real* mask, Real kept, size_t at,
+                         uint32_t left) {
+    if (mask) return between<Real>(old, now, get(mask + at, left));
+    return kept != 0 ? between<Real>(now, old, set1(kept)) : now;
 }
 
 /// f(panel, whether it is the last one) of a member's panels, from one end or from the other: what was read last is
@@ -222,7 +258,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
     const auto begin = [&](const Real* tape, uint32_t gate, uint32_t j) {
         const bool inside = a.kind == Gated::gru && gate == 2;  // what r multiplies has no x in it
         const Real* from = inside ? (a.bias_n ? a.bias_n + j : nullptr) : tape + gate * H + j;
-        return from && j < H ? load_some(from, H - j) : zero;
+        return from && j < H ? get(from, H - j) : zero;
     };
     const auto pass = [&](const Panels<Real>& w, const BlockWeight<Real>& blocks, const Part& own, uint32_t t,
                           uint32_t first_gate, const Real* x, uint32_t live, const auto& f) {
@@ -260,8 +296,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
     for (uint32_t panel = last_part.first; panel < last_part.last && !in_blocks; ++panel)
         units(last, panel, [&](uint32_t, uint32_t j, uint32_t left) {
             for (uint32_t b = 0; b < B; ++b)
-                spread_out(a.state[0] + static_cast<size_t>(j) * B + b, B, left,
-                           load_some(a.h0 + b * size_t{H} + j, left));
+                spread_out(a.state[0] + static_cast<size_t>(j) * B + b, B, left, get(a.h0 + b * size_t{H} + j, left));
         });
     m.wait(m.team);
     for (uint32_t t = 0; t < a.steps; ++t) {
@@ -273,12 +308,12 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
         if (before) {
             pass(a.panels, a.blocks, part, t, 0, state, live,
                  [&](uint32_t b, uint32_t j, uint32_t left, const Real* sums, uint32_t apart, Real* tape) {
-                     const Vec<Real> r = sigmoid(load(sums)), z = sigmoid(load(sums + apart));
-                     store_some(tape, left, r);
-                     store_some(tape + H, left, z);
-                     const Vec<Real> h = load_some(h_old + b * size_t{H} + j, left);
+                     const Vec<Real> r = gate(load(sums)), z = gate(load(sums + apart));
+                     put(tape, left, r);
+                     put(tape + H, left, z);
+                     const Vec<Real> h = get(h_old + b * size_t{H} + j, left);
                      if (in_blocks)
-                         store_some(a.scaled + b * size_t{H} + j, left, mul(r, h));
+                         put(a.scaled + b * size_t{H} + j, left, mul(r, h));
                      else
                          spread_out(a.scaled + static_cast<size_t>(j) * B + b, B, left, mul(r, h));
                  });
@@ -288,40 +323,40 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
         pass(last, before ? a.blocks_n : a.blocks, last_part, t, before ? 2 : 0, state, live,
              [&](uint32_t b, uint32_t j, uint32_t left, const Real* sums, uint32_t apart, Real* tape) {
                  const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
-                 const Vec<Real> old = load_some(h_old + at, left);
+                 const Vec<Real> old = get(h_old + at, left);
                  Vec<Real> h;
                  if (a.kind == Gated::lstm) {
-                     const Vec<Real> i = sigmoid(load(sums)), f = sigmoid(load(sums + apart));
-                     const Vec<Real> g = tanh(load(sums + 2 * apart)), o = sigmoid(load(sums + 3 * apart));
-                     const Vec<Real> c = load_some(c_old + at, left), made = fma(i, g, mul(f, c));
-                     store_some(tape, left, i);
-                     store_some(tape + H, left, f);
-                     store_some(tape + 2 * H, left, g);
-                     store_some(tape + 3 * H, left, o);
-                     store_some(c_new + at, left, zoned(made, c, a.mask_c, a.keep_c, now, left));
-                     h = mul(o, tanh(made));
+                     const Vec<Real> i = gate(load(sums)), f = gate(load(sums + apart));
+                     const Vec<Real> g = bounded(load(sums + 2 * apart)), o = gate(load(sums + 3 * apart));
+                     const Vec<Real> c = get(c_old + at, left), made = fma(i, g, mul(f, c));
+                     put(tape, left, i);
+                     put(tape + H, left, f);
+                     put(tape + 2 * H, left, g);
+                     put(tape + 3 * H, left, o);
+                     put(c_new + at, left, zoned(made, c, a.mask_c, a.keep_c, now, left));
+                     h = mul(o, bounded(made));
                  } else if (a.kind >= Gated::tanh) {
                      const Vec<Real> sum = load(sums);
-                     h = a.kind == Gated::tanh ? tanh(sum) : keep(not_le(sum, zero), sum);
-                     store_some(tape, left, h);
+                     h = a.kind == Gated::tanh ? bounded(sum) : keep(not_le(sum, zero), sum);
+                     put(tape, left, h);
                  } else {
                      Vec<Real> z, n;
                      if (before) {
-                         z = load_some(tape + H, left);
-                         n = tanh(load(sums));
+                         z = get(tape + H, left);
+                         n = bounded(load(sums));
                      } else {
-                         const Vec<Real> r = sigmoid(load(sums)), k = load(sums + 2 * apart);
-                         z = sigmoid(load(sums + apart));
-                         n = tanh(fma(r, k, load_some(tape + 2 * H, left)));
-                         store_some(tape, left, r);
-                         store_some(tape + H, left, z);
-                         store_some(tape + 3 * H, left, k);
+                         const Vec<Real> r = gate(load(sums)), k = load(sums + 2 * apart);
+                         z = gate(load(sums + apart));
+                         n = bounded(fma(r, k, get(tape + 2 * H, left)));
+                         put(tape, left, r);
+                         put(tape + H, left, z);
+                         put(tape + 3 * H, left, k);
                      }
-                     store_some(tape + 2 * H, left, n);
-                     h = lerp<Real>(n, old, z);
+                     put(tape + 2 * H, left, n);
+                     h = between<Real>(n, old, z);
                  }
                  h = zoned(h, old, a.mask_h, a.keep_h, now, left);
-                 store_some(h_new + at, left, h);
+                 put(h_new + at, left, h);
                  if (!in_blocks) spread_out(next + static_cast<size_t>(j) * B + b, B, left, h);
              });
         if (live < B)
@@ -329,12 +364,17 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
                 units(last, panel, [&](uint32_t, uint32_t j, uint32_t left) {
                     for (uint32_t b = live; b < B; ++b) {
                         const size_t at = static_cast<size_t>(b) * H + j;
-                        store_some(h_new + at, left, load_some(h_old + at, left));
-                        if (a.kind == Gated::lstm) store_some(c_new + at, left, load_some(c_old + at, left));
+                        put(h_new + at, left, get(h_old + at, left));
+                        if (a.kind == Gated::lstm) put(c_new + at, left, get(c_old + at, left));
                     }
                 });
         m.wait(m.team);
     }
+}
+
+template <class Real>
+SF_SHORT Vec<Real> dot_of(const BlockWeight<Real>& w, uint32_t col, const Real* q, bool wild) {
+    return dot_blocks(w, col, q, wild);
 }
 
 template <class Real>
@@ -347,7 +387,7 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
     const Part part(count_of_panels(H, w.vectors), m);
     Real* acc = a.room + m.number * a.room_of_sums;
     const Vec<Real> zero = set1(Real(0)), one = set1(Real(1));
-    const auto some = [&](const Real* p, size_t at, uint32_t left) { return p ? load_some(p + at, left) : zero; };
+    const auto some = [&](const Real* p, size_t at, uint32_t left) { return p ? get(p + at, left) : zero; };
     const auto own = [&](const auto& f) {  // every vector of units of this member
         for (uint32_t j = part.first * w.vectors * kLanes; j < H && j < part.last * w.vectors * kLanes; j += kLanes)
             f(j, H - j);
@@ -361,7 +401,7 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
             for (uint32_t b = 0; b < live; ++b) {
                 const Real* q = sent + (first ? 2 * size * B : 0) + b * size;
                 const bool wild = __atomic_load_n(a.wild + static_cast<size_t>(t) * B + b, __ATOMIC_RELAXED);
-                const auto dot = [&](uint32_t c) { return dot_blocks(blocks, c, q, wild); };
+                const auto dot = [&](uint32_t c) { return dot_of(blocks, c, q, wild); };
                 Real* to = out + static_cast<size_t>(b) * H;
                 uint32_t c = part.first * w.vectors * kLanes;
                 for (; c + 4 <= end; c += 4) add_sums(to + c, dot(c), dot(c + 1), dot(c + 2), dot(c + 3));
@@ -378,11 +418,11 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
                     }
             };
             each([&](Real* to, const Real* from, uint32_t j, uint32_t left) {
-                store(to, j < H ? load_some(from, left) : zero);
+                store(to, j < H ? get(from, left) : zero);
             });
             add_panel_of(w, acc, panel, next, first, depth, sent + static_cast<size_t>(first) * B, B, live, part);
             each([&](const Real* from, Real* to, uint32_t j, uint32_t left) {
-                if (j < H) store_some(to, left, load(from));
+                if (j < H) put(to, left, load(from));
             });
         });
     };
@@ -403,10 +443,10 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
     own([&](uint32_t j, uint32_t left) {
         for (uint32_t b = 0; b < B; ++b) {
             const size_t at = static_cast<size_t>(b) * H + j;
-            store_some(a.dh + at, left, some(a.grad_h_n, at, left));
-            if (pair) store_some(a.dc + at, left, some(a.grad_c_n, at, left));
+            put(a.dh + at, left, some(a.grad_h_n, at, left));
+            if (pair) put(a.dc + at, left, some(a.grad_c_n, at, left));
         }
-        for (uint32_t gate = 0; gate < parts; ++gate) store_some(a.dbias + gate * H + j, left, zero);
+        for (uint32_t gate = 0; gate < parts; ++gate) put(a.dbias + gate * H + j, left, zero);
     });
     for (uint32_t t = a.steps; t-- > 0;) {
         const uint32_t live = a.live ? static_cast<uint32_t>(a.live[t]) : B;
@@ -418,12 +458,11 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
             for (uint32_t b = 0; b < B; ++b) {
                 const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
                 Real* out = a.gates + (static_cast<size_t>(t) * B + b) * width + j;
-                const Vec<Real> dh = add(some(a.grad_out, now, left), load_some(a.dh + at, left));
+                const Vec<Real> dh = add(some(a.grad_out, now, left), get(a.dh + at, left));
                 if (b >= live) {
-                    store_some(a.dh + at, left, dh);
-                    if (pair)
-                        store_some(a.dc + at, left, add(some(a.grad_cells, now, left), load_some(a.dc + at, left)));
-                    for (uint32_t gate = 0; gate < parts; ++gate) store_some(out + gate * H, left, zero);
+                    put(a.dh + at, left, dh);
+                    if (pair) put(a.dc + at, left, add(some(a.grad_cells, now, left), get(a.dc + at, left)));
+                    for (uint32_t gate = 0; gate < parts; ++gate) put(out + gate * H, left, zero);
                     continue;
                 }
                 const Real* tape = a.tape + (static_cast<size_t>(t) * B + b) * width + j;
@@ -435,40 +474,40 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
                 }
                 Vec<Real> g[4] = {zero, zero, zero, zero};
                 if (pair) {
-                    const Vec<Real> i = load_some(tape, left), f = load_some(tape + H, left);
-                    const Vec<Real> n = load_some(tape + 2 * H, left), o = load_some(tape + 3 * H, left);
-                    const Vec<Real> c = load_some(c_old + at, left), s = tanh(fma(i, n, mul(f, c)));
-                    Vec<Real> dc = add(some(a.grad_cells, now, left), load_some(a.dc + at, left)), kept_c = zero;
+                    const Vec<Real> i = get(tape, left), f = get(tape + H, left);
+                    const Vec<Real> n = get(tape + 2 * H, left), o = get(tape + 3 * H, left);
+                    const Vec<Real> c = get(c_old + at, left), s = bounded(fma(i, n, mul(f, c)));
+                    Vec<Real> dc = add(some(a.grad_cells, now, left), get(a.dc + at, left)), kept_c = zero;
                     if (a.mask_c || a.keep_c != 0) {
                         const Vec<Real> taken = fresh(a.mask_c, a.keep_c, now, left);
                         kept_c = mul(sub(one, taken), dc);
                         dc = mul(taken, dc);
                     }
-                    dc = fma(mul(made, o), fma(sub(zero, s), s, one), dc);
-                    store_some(a.dc + at, left, fma(dc, f, kept_c));
-                    g[0] = mul(mul(dc, n), mul(i, sub(one, i)));
-                    g[1] = mul(mul(dc, c), mul(f, sub(one, f)));
-                    g[2] = mul(mul(dc, i), fma(sub(zero, n), n, one));
-                    g[3] = mul(mul(made, s), mul(o, sub(one, o)));
+                    dc = fma(mul(made, o), bounded_slope(s, one), dc);
+                    put(a.dc + at, left, fma(dc, f, kept_c));
+                    g[0] = mul(mul(dc, n), gate_slope(i, one));
+                    g[1] = mul(mul(dc, c), gate_slope(f, one));
+                    g[2] = mul(mul(dc, i), bounded_slope(n, one));
+                    g[3] = mul(mul(made, s), gate_slope(o, one));
                 } else if (a.kind >= Gated::tanh) {
-                    const Vec<Real> n = load_some(tape, left);
-                    g[0] = a.kind == Gated::tanh ? mul(made, fma(sub(zero, n), n, one)) : keep(not_le(n, zero), made);
+                    const Vec<Real> n = get(tape, left);
+                    g[0] = a.kind == Gated::tanh ? mul(made, bounded_slope(n, one)) : keep(not_le(n, zero), made);
                 } else {
-                    const Vec<Real> r = load_some(tape, left), z = load_some(tape + H, left);
-                    const Vec<Real> n = load_some(tape + 2 * H, left), h = load_some(h_old + at, left);
+                    const Vec<Real> r = get(tape, left), z = get(tape + H, left);
+                    const Vec<Real> n = get(tape + 2 * H, left), h = get(h_old + at, left);
                     kept = fma(z, made, kept);
-                    g[1] = mul(mul(sub(h, n), made), mul(z, sub(one, z)));
-                    g[2] = mul(mul(sub(one, z), made), fma(sub(zero, n), n, one));
+                    g[1] = mul(mul(sub(h, n), made), gate_slope(z, one));
+                    g[2] = mul(mul(sub(one, z), made), bounded_slope(n, one));
                     if (!before) {
-                        g[0] = mul(mul(g[2], load_some(tape + 3 * H, left)), mul(r, sub(one, r)));
+                        g[0] = mul(mul(g[2], get(tape + 3 * H, left)), gate_slope(r, one));
                         g[3] = mul(r, g[2]);
                     } else {
-                        store_some(a.back + at, left, zero);
+                        put(a.back + at, left, zero);
                     }
                 }
-                store_some(a.dh + at, left, kept);
+                put(a.dh + at, left, kept);
                 for (uint32_t gate = before ? 1 : 0; gate < parts; ++gate) {
-                    store_some(out + gate * H, left, g[gate]);
+                    put(out + gate * H, left, g[gate]);
                     sums[gate] = add(sums[gate], g[gate]);
                     if (a.kind == Gated::gru && gate == 2) continue;
                     send(sent, a.kind == Gated::gru && gate == 3 ? 2 : gate, b, j, left, g[gate]);  // what r multiplies
@@ -476,7 +515,7 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
                 }
             }
             for (uint32_t gate = 0; gate < parts; ++gate)
-                store_some(a.dbias + gate * H + j, left, add(load_some(a.dbias + gate * H + j, left), sums[gate]));
+                put(a.dbias + gate * H + j, left, add(get(a.dbias + gate * H + j, left), sums[gate]));
         });
         m.wait(m.team);
         if (before) {
@@ -485,15 +524,15 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
                 Vec<Real> sums = zero;
                 for (uint32_t b = 0; b < live; ++b) {
                     const size_t at = static_cast<size_t>(b) * H + j, row = static_cast<size_t>(t) * B + b;
-                    const Vec<Real> r = load_some(a.tape + row * width + j, left), back = load_some(a.back + at, left);
-                    const Vec<Real> dr = mul(mul(back, load_some(h_old + at, left)), mul(r, sub(one, r)));
-                    store_some(a.gates + row * width + j, left, dr);
+                    const Vec<Real> r = get(a.tape + row * width + j, left), back = get(a.back + at, left);
+                    const Vec<Real> dr = mul(mul(back, get(h_old + at, left)), gate_slope(r, one));
+                    put(a.gates + row * width + j, left, dr);
                     sums = add(sums, dr);
                     send(sent, 0, b, j, left, dr);
                     mark(t, b, dr);
-                    store_some(a.dh + at, left, fma(r, back, load_some(a.dh + at, left)));
+                    put(a.dh + at, left, fma(r, back, get(a.dh + at, left)));
                 }
-                store_some(a.dbias + j, left, add(load_some(a.dbias + j, left), sums));
+                put(a.dbias + j, left, add(get(a.dbias + j, left), sums));
             });
             m.wait(m.team);
             product(sent, 0, 2 * H, live, a.dh, t);
@@ -505,7 +544,8 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
 
 /// sums (M, kLanes) += sum over r < n of g(r) * x(r, col[i]).
 template <uint32_t M, class Real>
-static void add_columns(Real* sums, const Real* g, const Real* x, size_t stride, const uint32_t* col, uint32_t n) {
+static __attribute__((noinline)) void add_columns(Real* sums, const Real* g, const Real* x, size_t stride,
+                                                  const uint32_t* col, uint32_t n) {
     Vec<Real> total[M];
 #pragma GCC unroll 32
     for (uint32_t i = 0; i < M; ++i) total[i] = load(sums + i * kLanes);
@@ -520,7 +560,8 @@ static void add_columns(Real* sums, const Real* g, const Real* x, size_t stride,
 
 template <class Real>
 static void outer_blocks(const OuterBlocksArgs<Real>& a, const Member& m) {
-    constexpr uint32_t kMost = BlockOf<Real>::sums, kRows = 128;  // x of these rows fits the second level, g the first
+    constexpr uint32_t kMost = BlockOf<Real>::sums < 6 ? 1 : BlockOf<Real>::sums,
+                       kRows = 128;  // x of these rows fits the second level, g the first
     const Part part(count_of_groups(a.units) * a.gates, m);
     alignas(64) Real g[kRows * kLanes];
     for (uint32_t first = 0, n; first < a.rows; first += n) {
@@ -532,7 +573,7 @@ static void outer_blocks(const OuterBlocksArgs<Real>& a, const Member& m) {
             const uint32_t unit = i / a.gates * kLanes;
             const Real* from = a.g + first * a.stride + a.part[i % a.gates] + unit;
             if (a.start[i] == a.start[i + 1]) continue;
-            for (uint32_t r = 0; r < n; ++r) store(g + r * kLanes, load_some(from + r * a.stride, a.units - unit));
+            for (uint32_t r = 0; r < n; ++r) store(g + r * kLanes, get(from + r * a.stride, a.units - unit));
             for (uint32_t at = a.start[i], count; at < a.start[i + 1]; at += count) {
                 count = a.start[i + 1] - at < kMost ? a.start[i + 1] - at : kMost;
                 with_samples<kMost>(count, [&](auto width) {
