@@ -10,6 +10,7 @@ threads of torch in use; medians over the turns; the gradient of x is not asked 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefold import nn
 from sparsefold.bench import provenance, write_lines
 from sparsefold.nn import EGRU, Triangle
 from sparsefold.progress import Progress
+from sparsefold.sparsify import Block, Pruner
 
 STEPS, SEED, TURNS = 70, 0, 5
 WIDE = Triangle(height=0.5, half_width=8.0)  # of every u
@@ -124,8 +127,11 @@ def main() -> None:
     """Measures and writes bench/results/<machine>/training-<date>-<commit>.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--dense-cells", action="store_true", help="GRU, LSTM and RNN in place of the EGRU")
     args = parser.parse_args()
     about = provenance("python bench/training.py") | {"threads": torch.get_num_threads(), "seed": SEED}
+    if args.dense_cells:
+        return dense_cells(args.out, about | {"command": "python bench/training.py --dense-cells"})
     gate()
     lines: list[dict[str, Any]] = []
     with Progress((2 + len(OTHERS)) * TURNS, "training") as progress:
@@ -166,6 +172,49 @@ def main() -> None:
         rates = f"events {e['event_rate']:.1%} β {e['beta']:.2f}" if "beta" in e else ""
         ratios = ", ".join(f"{v:.1f}x {k}" for k, v in e.items() if k.startswith("against"))
         print(f"H {e['units']:>5} B {e['batch']:>3} {e['layer']:<38}{e['ms']:>9.1f} ms {rates}  {ratios}")
+
+
+def agree(name: str) -> None:
+    """Every gradient of our cell in float64 against torch's, or nothing is timed."""
+    torch.manual_seed(SEED)
+    x, gradients = torch.randn(12, 3, 40, dtype=torch.float64), []
+    layers = getattr(nn, name)(40, 50, backend="native").double(), getattr(torch.nn, name)(40, 50).double()
+    layers[0].load_state_dict(layers[1].state_dict())
+    for made in layers:
+        (made(x)[0] * torch.linspace(-1, 1, 50, dtype=torch.float64)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+    if not torch.allclose(*gradients, rtol=0, atol=1e-10 * gradients[1].abs().max().item()):
+        raise RuntimeError(f"our {name} differs from torch's: nothing is timed.")
+
+
+def dense_cells(out: Path, about: dict[str, Any]) -> None:
+    """Ours and torch's of the same name, with all weights and with a tenth of their blocks, all threads and one."""
+    for name in ("GRU", "LSTM", "RNN"):
+        agree(name)
+    lines: list[dict[str, Any]] = []
+    sizes = ((1350, 20), *OTHERS)
+    threads = (torch.get_num_threads(), 1)
+    with Progress(len(threads) * len(sizes) * TURNS, "dense cells") as progress:
+        for done, (number, (units, batch)) in enumerate(itertools.product(threads, sizes)):
+            torch.set_num_threads(number)
+            torch.manual_seed(SEED)
+            x = torch.randn(STEPS, batch, units)
+            wanted = {}
+            for name in ("GRU", "LSTM", "RNN"):
+                own, rival = getattr(nn, name)(units, units), getattr(torch.nn, name)(units, units)
+                few = getattr(nn, name)(units, units)
+                Pruner(few, {"weight*": Block(density=0.1, block=(16, 1))}).step()
+                wanted |= {f"nn.{name}": (rival, x), f"our {name}": (own, x), f"our {name}, 10 % of blocks": (few, x)}
+            found = race(units, batch, wanted, progress, done)
+            for line in found:
+                own = line["layer"].removeprefix("nn.").removeprefix("our ").split(",")[0]
+                rival_ms = next(e["ms"] for e in found if e["layer"] == f"nn.{own}")
+                lines.append(line | {"threads": number, "ratio": rival_ms / line["ms"]})
+    print(write_lines(out, "dense-cells-", about, lines))
+    for e in lines:
+        print(
+            f"{e['threads']} threads, H {e['units']:>5} B {e['batch']:>3} {e['layer']:<25}{e['ms']:>9.1f} ms {e['ratio']:.2f}x"
+        )
 
 
 if __name__ == "__main__":

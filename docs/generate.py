@@ -197,6 +197,28 @@ def training() -> str:
     )
 
 
+def dense_cells() -> str:
+    """The same of GRU, LSTM and RNN, ours and torch's."""
+    try:
+        path = newest("bench/results", "*/dense-cells-*.jsonl")
+    except ValueError:
+        return "Not measured yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        "| threads | units, batch | layer | ms | forward | backward | against torch's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['threads']} | {r['units']}, {r['batch']} | {r['layer']} | {r['ms']:.1f} | {r['forward_ms']:.1f} "
+        f"| {r['backward_ms']:.1f} | {r['ratio']:.2f}x |"
+        for r in rows
+    ]
+    about = rows[0]
+    return "\n".join(lines) + (
+        f"\n\n{about['processor']}, {about['isa']}, seed {about['seed']}. From [{path.name}](../{path.relative_to(ROOT)})."
+    )
+
+
 def whole_byte() -> str:
     """Time and quality of a whole byte, ours in every precision against the dense GRU of every rival."""
     path = newest("bench/results", "*/byte-*.jsonl")
@@ -456,6 +478,7 @@ SECTIONS = {
         "throughput": throughput,
         "delta": delta,
         "training": training,
+        "dense-cells": dense_cells,
         "whole-byte": whole_byte,
         "kernels": kernels,
         "heatmap": heatmap,

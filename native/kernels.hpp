@@ -186,6 +186,32 @@ struct TransposeArgs {
     uint32_t* wild;  // (members) out: 1 where a weight is not finite
 };
 
+constexpr uint32_t count_of_groups(uint32_t units) { return pad(units) / kLanes; }  // of kLanes units: a block's rows
+
+/// The blocks of a weight (gates * units, cols), kLanes units of one gate against one input, that are not all zero;
+/// input by input, and strip by strip of its tiles: strip s of `strips` begins at tile tiles * s / strips.
+template <class Real>
+struct BlockWeight {
+    const uint32_t* start;  // (cols * strips + 1): where the blocks of an input and strip begin
+    const uint32_t* row;    // (blocks) group * gates + gate, ascending for an input
+    const Real* values;     // (blocks, kLanes), zeros where a gate ends
+    uint32_t gates, units, cols, strips;
+};
+
+/// One pass over a weight: which of its blocks are live; and their values, as long as the same are as before.
+template <class Real>
+struct PackBlocksArgs {
+    const Real* weight;
+    uint32_t gates, units, cols, strips;
+    const uint64_t* kept;   // (groups * gates, segments of cols) bits of blocks that are live whatever they hold; null
+    uint64_t* live;         // alike; in: as they were, out: as they are
+    const uint32_t* start;  // of BlockWeight, null: values are not wanted
+    Real* values;
+    uint32_t* cursor;  // (members, cols)
+    uint8_t* changed;  // (members) out
+    uint8_t* wild;     // (members) out: 1 where a weight is not finite
+};
+
 /// Who spoke, by segment of kSegment units: the list of segment s of row r begins at r * stride + s * kSegment.
 template <class Real>
 struct Spoken {
@@ -213,14 +239,29 @@ struct Needed {
 template <class Real>
 struct InputProductArgs {
     Transposed<Real> weight;
+    BlockWeight<Real> blocks;  // read in its place where it is given
     uint32_t rows;
-    const uint32_t* start;
+    const uint32_t* start;  // null: value is x (rows, cols), of which all is read; with blocks alone
     const uint32_t* index;  // ascending within a row
     const Real* value;
     const Real* bias;  // (gates * units)
     Real* out;
     size_t stride;
+    Real* room;  // (members, gates * pad(units)) with blocks
 };
+
+/// out (rows, cols) = W^T g of all rows of g (rows, stride), whose gates lie one behind the other.
+template <class Real>
+struct InputGradientArgs {
+    BlockWeight<Real> blocks;
+    uint32_t rows;
+    const Real* g;
+    size_t stride;
+    const uint8_t* wild;  // (rows) 1 where g is not finite; null
+    Real* out;
+    Real* room;  // (members, kAtOnce, gates * pad(units))
+};
+constexpr uint32_t kAtOnce = 2;  // rows that share the reading of a block
 
 enum class Event : uint32_t { threshold, always, smooth };
 
@@ -231,14 +272,15 @@ struct EgruArgs {
     Reset reset;
     bool reset_after;
     Event event;
-    Real height, half_width;    // of the surrogate
-    Transposed<Real> hidden;    // r, z, n; r and z alone where !reset_after
-    Transposed<Real> hidden_n;  // n where !reset_after
-    bool every;                 // a weight is not finite: silent units are read too, as 0 * inf is no number
-    const Real* theta;          // (units)
-    const Real* mask;           // zoneout in training: 1 where u is new, else the old h is kept; null
-    Real keep;                  // without a mask: the share of the old h
-    const Real *y0, *h0;        // (batch, units)
+    Real height, half_width;             // of the surrogate
+    Transposed<Real> hidden;             // r, z, n; r and z alone where !reset_after
+    Transposed<Real> hidden_n;           // n where !reset_after
+    BlockWeight<Real> blocks, blocks_n;  // read in their place where they are given
+    bool every;                          // a weight is not finite: silent units are read too, as 0 * inf is no number
+    const Real* theta;                   // (units)
+    const Real* mask;                    // zoneout in training: 1 where u is new, else the old h is kept; null
+    Real keep;                           // without a mask: the share of the old h
+    const Real *y0, *h0;                 // (batch, units)
     // (steps * batch, 4 * units): r, z, n and what r multiplies. The forward finds W_i x + b there in place of r, z, n.
     Real* tape;
     Real *u, *o, *y;
@@ -249,8 +291,9 @@ struct EgruForwardArgs : EgruArgs<Real> {
     const Real* bias_n;  // (units) of what r multiplies; null for none, and where !reset_after
     Real* h;             // (batch, units) out: the state after the last step
     Spoken<Real> spoken[2];
-    Real* scaled;  // like the values of a list: r * y where !reset_after
-    Real* room;    // (members, batch, 3 * kTile)
+    Real* scaled;         // like the values of a list: r * y where !reset_after
+    Real* room;           // (members, room_of_sums)
+    size_t room_of_sums;  // batch * 3 * kTile, with blocks gates * pad(units)
 };
 
 template <class Real>
@@ -258,13 +301,14 @@ struct EgruBackwardArgs : EgruArgs<Real> {
     const Real *grad_y, *grad_u, *grad_o;  // null for zeros
     const Real *grad_y_n, *grad_h_n;       // (batch, units), null for zeros
     bool wants_y0;
-    Real* gates;    // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
-    Real* dy;       // (batch, units) out: gradient of y0
-    Real* dh;       // (batch, units) out: gradient of h0
-    Real* dtheta;   // (units) out
-    Real* dbias;    // (4 * units) out: `gates` summed
-    uint8_t* wild;  // (steps * batch) out: 1 where a gradient is not finite
-    Real* sent[2];  // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates, kTile)
+    Real* gates;      // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
+    Real* dy;         // (batch, units) out: gradient of y0
+    Real* dh;         // (batch, units) out: gradient of h0
+    Real* dtheta;     // (units) out
+    Real* dbias;      // (4 * units) out: `gates` summed
+    uint8_t* wild;    // (steps * batch) out: 1 where a gradient is not finite
+    Real* sent[2];    // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates,
+                      // kTile), with blocks (batch, groups, gates, kLanes)
     Real* sent_n[2];  // n where !reset_after
     Real* back;       // (batch, units) room where !reset_after
     Needed<Real> need;
@@ -280,6 +324,7 @@ struct OuterArgs {
     const uint32_t* start;  // (cols + 1)
     const uint32_t* row;    // ascending within a column
     const Real* value;
+    const uint64_t* live;  // (groups * gates, segments of cols) bits of the blocks to make, zero elsewhere; null: all
     Real* out;
     Real* room;        // (members, outer_chunk(rows), 3 * kTile)
     uint32_t* cursor;  // (members, cols)
@@ -290,6 +335,9 @@ constexpr uint32_t outer_chunk(uint32_t rows) {
     return chunks ? (rows + chunks - 1) / chunks : 0;
 }
 
+#include "gated.hpp"
+
+/// A set that has nothing better to offer for training leaves its sequences null.
 struct Kernels {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y); \

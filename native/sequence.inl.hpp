@@ -232,6 +232,118 @@ static void transpose(const TransposeArgs<Real>& a, const Member& m) {
     a.wild[m.number] = wild;
 }
 
+/// Of the tiles, those of the strips that a member works on; where nothing is packed in strips every tile is one.
+struct Strips : Part {
+    uint32_t first_tile, last_tile;
+    Strips(uint32_t units, uint32_t strips, const Member& m) : Part(strips ? strips : count_of_tiles(units), m) {
+        const uint32_t tiles = count_of_tiles(units), of = strips ? strips : tiles;
+        first_tile = of ? share(tiles, first, of) : 0;
+        last_tile = of ? share(tiles, last, of) : 0;
+    }
+};
+
+template <class Real>
+static void pack_blocks(const PackBlocksArgs<Real>& a, const Member& m) {
+    const Strips part(a.units, a.strips, m);
+    const uint32_t segments = count_of_segments(a.cols), H = a.units;
+    uint32_t* cursor = a.cursor + static_cast<size_t>(m.number) * a.cols;
+    const Vec<Real> zero = set1(Real(0));
+    Vec<Real> wild = zero;
+    bool changed = false;
+    for (uint32_t strip = part.first; strip < part.last; ++strip) {
+        const uint32_t tiles = count_of_tiles(H), end = share(tiles, strip + 1, a.strips) * (kTile / kLanes);
+        const uint32_t groups = count_of_groups(H), last = end < groups ? end : groups;
+        if (a.start)
+            for (uint32_t c = 0; c < a.cols; ++c) cursor[c] = a.start[static_cast<size_t>(c) * a.strips + strip];
+        for (uint32_t i = share(tiles, strip, a.strips) * (kTile / kLanes) * a.gates; i < last * a.gates; ++i) {
+            const uint32_t unit = i / a.gates * kLanes, rows = H - unit < kLanes ? H - unit : kLanes;
+            const Real* from = a.weight + (static_cast<size_t>(i % a.gates) * H + unit) * a.cols;
+            for (uint32_t s = 0; s < segments; ++s) {
+                const uint32_t col = s * kSegment, cols = a.cols - col < kSegment ? a.cols - col : kSegment;
+                uint64_t bits = a.kept ? a.kept[static_cast<size_t>(i) * segments + s] : 0;
+                for (uint32_t c = 0; c < cols; c += kLanes) {
+                    uint32_t found = 0;
+                    for (uint32_t r = 0; r < rows; ++r) {
+                        const Vec<Real> x = load_some(from + static_cast<size_t>(r) * a.cols + col + c, cols - c);
+                        found |= not_le(x, zero) | not_le(zero, x);
+                        wild = fma(x, zero, wild);
+                    }
+                    bits |= static_cast<uint64_t>(found) << c;
+                }
+                uint64_t& live = a.live[static_cast<size_t>(i) * segments + s];
+                changed |= bits != live;
+                live = bits;
+                if (!a.start || changed) continue;
+                for (; bits; bits &= bits - 1) {
+                    const uint32_t c = col + static_cast<uint32_t>(__builtin_ctzll(bits));
+                    Real* to = a.values + static_cast<size_t>(cursor[c]++) * kLanes;
+                    for (uint32_t r = 0; r < rows; ++r) to[r] = from[static_cast<size_t>(r) * a.cols + c];
+                    for (uint32_t r = rows; r < kLanes; ++r) to[r] = 0;
+                }
+            }
+        }
+    }
+    a.changed[m.number] = changed;
+    a.wild[m.number] = is_nan(wild) != 0;
+}
+
+/// f(row, block) of the live blocks of an input from `at` up to `end`, and f(row, null) of the missing ones of `rows`.
+template <class Real, class F>
+SF_INLINE void every_block(const BlockWeight<Real>& w, uint32_t at, uint32_t end, uint32_t row, uint32_t rows,
+                           const F& f) {
+    for (; row < rows; ++row) {
+        const bool live = at < end && w.row[at] == row;
+        f(row, live ? w.values + static_cast<size_t>(at) * kLanes : nullptr);
+        at += live;
+    }
+}
+
+/// sums += W x in the rows of one strip. x is a list of n values, of inputs `col` + index[k] (of col + k without one);
+/// sums hold all of W's rows, group by group, gate by gate.
+template <class Real>
+SF_INLINE void add_blocks(Real* sums, const BlockWeight<Real>& w, uint32_t strip, uint32_t col, const uint32_t* index,
+                          const Real* value, uint32_t n) {
+    const uint32_t *start = w.start + strip, *row = w.row;
+    const Real* values = w.values;
+    for (uint32_t k = 0; k < n; ++k) {
+        const size_t at = static_cast<size_t>(col + (index ? index[k] : k)) * w.strips;
+        const uint32_t end = start[at + 1];
+        const Vec<Real> x = set1(value[k]);
+        if (value[k] * 0 == 0) {
+            for (uint32_t i = start[at]; i < end; ++i) {
+                Real* to = sums + static_cast<size_t>(row[i]) * kLanes;
+                store(to, fma(load(values + static_cast<size_t>(i) * kLanes), x, load(to)));
+            }
+        } else {  // zeros that were not stored make no number of it either
+            const uint32_t tiles = count_of_tiles(w.units), rows = kTile / kLanes * w.gates;
+            const uint32_t last = share(tiles, strip + 1, w.strips) * rows, all = count_of_groups(w.units) * w.gates;
+            every_block(w, start[at], end, share(tiles, strip, w.strips) * rows, last < all ? last : all,
+                        [&](uint32_t r, const Real* block) {
+                            Real* to = sums + static_cast<size_t>(r) * kLanes;
+                            store(to, fma(block ? load(block) : set1(Real(0)), x, load(to)));
+                        });
+        }
+    }
+}
+
+/// Vectors whose lanes' sum is input `col` of W^T q; q holds all of W's rows, as sums above. `wild`: q is not finite.
+template <class Real>
+SF_INLINE Vec<Real> dot_blocks(const BlockWeight<Real>& w, uint32_t col, const Real* q, bool wild) {
+    const uint32_t at = w.start[static_cast<size_t>(col) * w.strips];
+    const uint32_t end = w.start[static_cast<size_t>(col + 1) * w.strips];
+    Vec<Real> total = set1(Real(0));
+    if (wild) {
+        every_block(w, at, end, 0, count_of_groups(w.units) * w.gates, [&](uint32_t r, const Real* block) {
+            total = fma(block ? load(block) : set1(Real(0)), load(q + static_cast<size_t>(r) * kLanes), total);
+        });
+        return total;
+    }
+    for (uint32_t i = at; i < end; ++i)
+        total = fma(load(w.values + static_cast<size_t>(i) * kLanes), load(q + static_cast<size_t>(w.row[i]) * kLanes),
+                    total);
+    return total;
+}
+
 /// Appends to the list of row `row` the lanes of `bits` of `x`, the values of units from `unit` on. Rows come in order,
 /// and a row's units too.
 template <class Real>
@@ -269,7 +381,52 @@ SF_INLINE void add_products(Real* acc, const Real* tile, uint32_t cols, const Sp
 }
 
 template <class Real>
+static void input_product_of_blocks(const InputProductArgs<Real>& a, const Member& m) {
+    const BlockWeight<Real>& w = a.blocks;
+    const Strips part(w.units, w.strips, m);
+    const uint32_t groups = count_of_groups(w.units), end = part.last_tile * (kTile / kLanes);
+    const uint32_t first = part.first_tile * (kTile / kLanes) * w.gates, last = (end < groups ? end : groups) * w.gates;
+    Real* sums = a.room + static_cast<size_t>(m.number) * w.gates * groups * kLanes;
+    for (uint32_t r = 0; r < a.rows; ++r) {
+        const auto each = [&](auto f) {
+            for (uint32_t i = first; i < last; ++i) {
+                const uint32_t unit = i / w.gates * kLanes;
+                f(sums + static_cast<size_t>(i) * kLanes, i % w.gates * w.units + unit, w.units - unit);
+            }
+        };
+        each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
+        const uint32_t begin = a.start ? a.start[r] : 0, n = a.start ? a.start[r + 1] - begin : w.cols;
+        const Real* value = a.value + (a.start ? begin : static_cast<size_t>(r) * w.cols);
+        for (uint32_t strip = part.first; strip < part.last; ++strip)
+            add_blocks(sums, w, strip, 0, a.start ? a.index + begin : nullptr, value, n);
+        each([&](Real* from, uint32_t at, uint32_t left) { store_some(a.out + r * a.stride + at, left, load(from)); });
+    }
+}
+
+template <class Real>
+static void input_gradient(const InputGradientArgs<Real>& a, const Member& m) {
+    const BlockWeight<Real>& w = a.blocks;
+    const Part part(a.rows, m);
+    const size_t size = static_cast<size_t>(w.gates) * count_of_groups(w.units) * kLanes;
+    Real* q = a.room + static_cast<size_t>(m.number) * kAtOnce * size;
+    for (uint32_t r = part.first; r < part.last; r += kAtOnce) {
+        const uint32_t rows = part.last - r < kAtOnce ? part.last - r : kAtOnce;
+        for (uint32_t k = 0; k < rows; ++k)
+            for (uint32_t i = 0; i < size / kLanes; ++i) {
+                const uint32_t unit = i / w.gates * kLanes;
+                store(q + k * size + i * kLanes,
+                      load_some(a.g + (r + k) * a.stride + i % w.gates * w.units + unit, w.units - unit));
+            }
+        for (uint32_t c = 0; c < w.cols; ++c)
+            for (uint32_t k = 0; k < rows; ++k)
+                a.out[static_cast<size_t>(r + k) * w.cols + c] =
+                    sum(dot_blocks(w, c, q + k * size, a.wild && a.wild[r + k]));
+    }
+}
+
+template <class Real>
 static void input_product(const InputProductArgs<Real>& a, const Member& m) {
+    if (a.blocks.start) return input_product_of_blocks(a, m);
     const Transposed<Real>& w = a.weight;
     const Part part(count_of_tiles(w.units), m);
     alignas(64) Real acc[3 * kTile];
@@ -331,30 +488,59 @@ SF_INLINE Vec<Real> carried(const EgruArgs<Real>& a, const Vec<Real>& u, const V
 template <class Real>
 static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
     const uint32_t H = a.units, B = a.batch;
-    const Part part(count_of_tiles(H), m);
-    Real* acc = a.room + static_cast<size_t>(m.number) * B * 3 * kTile;
+    const Strips part(H, a.blocks.start ? a.blocks.strips : 0, m);
+    Real* acc = a.room + m.number * a.room_of_sums;
     const Vec<Real> zero = set1(Real(0));
-    const auto units = [&](uint32_t tile, auto f) {  // vector by vector of the tile, sample by sample
-        const uint32_t vectors = tile_vectors(H, tile);
-        for (uint32_t b = 0; b < B; ++b)
-            for (uint32_t v = 0; v < vectors; ++v) {
-                const uint32_t j = tile * kTile + v * kLanes;
-                f(b, v, vectors, j, H - j);
-            }
-    };
     const auto says = [&](const Spoken<Real>& list, uint32_t b, uint32_t j, uint32_t left, const Vec<Real>& y) {
         append(list, b, j, (a.every ? 0xffffu : not_zero<Real>(y)) & first_lanes(left), y);
     };
-    const auto product = [&](const Transposed<Real>& w, uint32_t tile, const Spoken<Real>& x, const Real* value) {
-        with_width(w.gates * tile_vectors(H, tile),
-                   [&](auto width) { add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value); });
+    /// f(tile, sample, sums, their distance from unit to unit in vectors, and from gate to gate) of the bias of the
+    /// last gate + W x, for the member's tiles and all samples.
+    const auto products = [&](const Transposed<Real>& w, const BlockWeight<Real>& blocks, const Spoken<Real>& x,
+                              const Real* value, const Real* bias, const auto& f) {
+        const uint32_t gates = w.gates;
+        const auto begin = [&](Real* to, uint32_t gate, uint32_t unit) {
+            store(to, bias && gate + 1 == gates ? load_some(bias + unit, H - unit) : zero);
+        };
+        if (!blocks.start) {
+            for (uint32_t tile = part.first_tile; tile < part.last_tile; ++tile) {
+                const uint32_t vectors = tile_vectors(H, tile), n = gates * vectors;
+                for (uint32_t i = 0; i < B * n; ++i)
+                    begin(acc + static_cast<size_t>(i) * kLanes, i % n / vectors, tile * kTile + i % vectors * kLanes);
+                with_width(
+                    n, [&](auto width) { add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value); });
+                for (uint32_t b = 0; b < B; ++b) f(tile, b, acc + static_cast<size_t>(b) * n * kLanes, 1u, vectors);
+            }
+            return;
+        }
+        const uint32_t rows = kTile / kLanes * gates, all = count_of_groups(H) * gates;
+        const uint32_t last = part.last_tile * rows < all ? part.last_tile * rows : all;
+        for (uint32_t b = 0; b < B; ++b) {  // all sums of a sample stay in the first level of cache
+            for (uint32_t i = part.first_tile * rows; i < last; ++i)
+                begin(acc + static_cast<size_t>(i) * kLanes, i % gates, i / gates * kLanes);
+            for (uint32_t strip = part.first; strip < part.last; ++strip)
+                for (uint32_t s = 0; s < count_of_segments(H); ++s) {
+                    const size_t at = b * x.stride + static_cast<size_t>(s) * kSegment;
+                    add_blocks(acc, blocks, strip, s * kSegment, x.index + at, value + at,
+                               x.count[static_cast<size_t>(s) * B + b]);
+                }
+            for (uint32_t tile = part.first_tile; tile < part.last_tile; ++tile)
+                f(tile, b, acc + static_cast<size_t>(tile) * rows * kLanes, gates, 1u);
+        }
     };
-    for (uint32_t tile = part.first; tile < part.last; ++tile)
-        units(tile, [&](uint32_t b, uint32_t, uint32_t, uint32_t j, uint32_t left) {
-            const size_t at = static_cast<size_t>(b) * H + j;
-            says(a.spoken[0], b, j, left, load_some(a.y0 + at, left));
-            store_some(a.h + at, left, load_some(a.h0 + at, left));
-        });
+    const auto units = [&](uint32_t tile, auto f) {  // vector by vector of the tile
+        for (uint32_t v = 0; v < tile_vectors(H, tile); ++v) {
+            const uint32_t j = tile * kTile + v * kLanes;
+            f(v, j, H - j);
+        }
+    };
+    for (uint32_t tile = part.first_tile; tile < part.last_tile; ++tile)
+        for (uint32_t b = 0; b < B; ++b)
+            units(tile, [&](uint32_t, uint32_t j, uint32_t left) {
+                const size_t at = static_cast<size_t>(b) * H + j;
+                says(a.spoken[0], b, j, left, load_some(a.y0 + at, left));
+                store_some(a.h + at, left, load_some(a.h0 + at, left));
+            });
     m.wait(m.team);
     for (uint32_t t = 0; t < a.steps; ++t) {
         const Spoken<Real>&said = a.spoken[t % 2], &next = a.spoken[(t + 1) % 2];
@@ -363,52 +549,39 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
             return a.tape + (static_cast<size_t>(t) * B + b) * 4 * H + gate * H + j;
         };
         if (!a.reset_after) {  // r of every unit that spoke, before n can be known
-            for (uint32_t tile = part.first; tile < part.last; ++tile) {
-                for (size_t i = 0; i < static_cast<size_t>(B) * 2 * kTile; i += kLanes) store(acc + i, zero);
-                product(a.hidden, tile, said, said.value);
-                units(tile, [&](uint32_t b, uint32_t v, uint32_t vectors, uint32_t j, uint32_t left) {
-                    const Real* sums = acc + (static_cast<size_t>(b) * 2 * vectors + v) * kLanes;
-                    for (uint32_t gate = 0; gate < 2; ++gate) {
-                        Real* at = tape(b, gate, j);
-                        store_some(at, left, sigmoid(add(load_some(at, left), load(sums + gate * vectors * kLanes))));
-                    }
-                });
-                for (uint32_t b = 0; b < B; ++b) {
-                    const size_t at = b * said.stride + static_cast<size_t>(tile) * kSegment;
-                    const Real* r = tape(b, 0, tile * kSegment);
-                    for (uint32_t k = 0; k < said.count[static_cast<size_t>(tile) * B + b]; ++k)
-                        a.scaled[at + k] = r[said.index[at + k]] * said.value[at + k];
-                }
-            }
+            products(a.hidden, a.blocks, said, said.value, nullptr,
+                     [&](uint32_t tile, uint32_t b, const Real* sums, uint32_t by_unit, uint32_t by_gate) {
+                         units(tile, [&](uint32_t v, uint32_t j, uint32_t left) {
+                             for (uint32_t gate = 0; gate < 2; ++gate) {
+                                 const Vec<Real> sum = load(sums + (v * by_unit + gate * by_gate) * kLanes);
+                                 Real* at = tape(b, gate, j);
+                                 store_some(at, left, sigmoid(add(load_some(at, left), sum)));
+                             }
+                         });
+                         const size_t at = b * said.stride + static_cast<size_t>(tile) * kSegment;
+                         const Real* r = tape(b, 0, tile * kSegment);
+                         for (uint32_t k = 0; k < said.count[static_cast<size_t>(tile) * B + b]; ++k)
+                             a.scaled[at + k] = r[said.index[at + k]] * said.value[at + k];
+                     });
             m.wait(m.team);
         }
-        for (uint32_t tile = part.first; tile < part.last; ++tile) {
-            const uint32_t gates = a.reset_after ? 3 : 1, vectors = tile_vectors(H, tile);
-            for (uint32_t b = 0; b < B; ++b)
-                for (uint32_t i = 0; i < gates * vectors; ++i) {
-                    const uint32_t j = tile * kTile + i % vectors * kLanes;
-                    const bool biased = a.bias_n && i >= 2 * vectors;
-                    store(acc + (static_cast<size_t>(b) * gates * vectors + i) * kLanes,
-                          biased ? load_some(a.bias_n + j, H - j) : zero);
-                }
-            if (a.reset_after)
-                product(a.hidden, tile, said, said.value);
-            else
-                product(a.hidden_n, tile, said, a.scaled);
-            units(tile, [&](uint32_t b, uint32_t v, uint32_t, uint32_t j, uint32_t left) {
-                const Real* sums = acc + (static_cast<size_t>(b) * gates * vectors + v) * kLanes;
+        const auto finish = [&](uint32_t tile, uint32_t b, const Real* sums, uint32_t by_unit, uint32_t by_gate) {
+            units(tile, [&](uint32_t v, uint32_t j, uint32_t left) {
+                const auto product = [&](uint32_t gate) {
+                    return load(sums + (v * by_unit + gate * by_gate) * kLanes);
+                };
                 Real *at_r = tape(b, 0, j), *at_z = tape(b, 1, j), *at_n = tape(b, 2, j), *at_k = tape(b, 3, j);
                 Vec<Real> z = load_some(at_z, left), n = load_some(at_n, left);
                 if (a.reset_after) {
-                    const Vec<Real> r = sigmoid(add(load_some(at_r, left), load(sums)));
-                    const Vec<Real> k = load(sums + 2 * vectors * kLanes);
-                    z = sigmoid(add(z, load(sums + vectors * kLanes)));
+                    const Vec<Real> r = sigmoid(add(load_some(at_r, left), product(0)));
+                    const Vec<Real> k = product(2);
+                    z = sigmoid(add(z, product(1)));
                     n = tanh(fma(r, k, n));
                     store_some(at_r, left, r);
                     store_some(at_z, left, z);
                     store_some(at_k, left, k);
                 } else {
-                    n = tanh(add(n, load(sums)));
+                    n = tanh(add(n, product(0)));
                 }
                 store_some(at_n, left, n);
                 const size_t at = static_cast<size_t>(b) * H + j, now = static_cast<size_t>(t) * B * H + at;
@@ -427,7 +600,11 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
                 store_some(a.h + at, left, carried(a, u, o, theta));
                 says(next, b, j, left, y);
             });
-        }
+        };
+        if (a.reset_after)
+            products(a.hidden, a.blocks, said, said.value, a.bias_n, finish);
+        else
+            products(a.hidden_n, a.blocks_n, said, a.scaled, nullptr, finish);
         m.wait(m.team);
     }
 }
@@ -457,8 +634,35 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     const uint32_t parts = count_of_near(H), first_part = part.first * (kTile / kNear);
     const uint32_t end = part.last * (kTile / kNear), last_part = end < parts ? end : parts;
     const uint32_t ahead = (kNear + B - 1) / B;
+    const size_t all = static_cast<size_t>(count_of_groups(H)) * kLanes;
+    /// Where a step's gradients lie that W^T multiplies: of one vector of units, of gate 0; and how far the next
+    /// gate's.
+    const auto place = [&](uint32_t count, uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v) -> size_t {
+        if (a.blocks.start) return (b * all + tile * kTile + v * kLanes) * count;
+        return static_cast<size_t>(tile) * kTile * count * B + (static_cast<size_t>(b) * count * vectors + v) * kLanes;
+    };
+    const auto apart = [&](uint32_t vectors) { return a.blocks.start ? kLanes : vectors * kLanes; };
+    const auto dots_of_blocks = [&](const BlockWeight<Real>& w, const Real* sent, Real* out, size_t row) {
+        for (uint32_t b = 0; b < B; ++b) {
+            const Real* q = sent + b * all * w.gates;
+            const bool wild = __atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED);
+            for (uint32_t s = first_part; s < last_part; ++s) {
+                const uint32_t count = a.need.count[static_cast<size_t>(s) * B + b];
+                const uint32_t* index = a.need.index + b * a.need.stride + static_cast<size_t>(s) * kNear;
+                Real* to = out + static_cast<size_t>(b) * H + s * kNear;
+                const auto dot = [&](uint32_t k) { return dot_blocks(w, s * kNear + index[k], q, wild); };
+                for (uint32_t k = 0; k < count; k += 4) {
+                    Real four[4] = {0, 0, 0, 0};
+                    add_sums(four, dot(k), dot(k + 1), dot(k + 2), dot(k + 3));
+                    for (uint32_t i = 0; i < 4 && k + i < count; ++i) to[index[k + i]] += four[i];
+                }
+            }
+        }
+    };
     /// out[b, j] += row j of W * sent of sample b, where needed.
-    const auto dots = [&](const Transposed<Real>& w, const Real* sent, Real* out, bool upwards) {
+    const auto dots = [&](const Transposed<Real>& w, const BlockWeight<Real>& blocks, const Real* sent, Real* out,
+                          size_t row, bool upwards) {
+        if (blocks.start) return dots_of_blocks(blocks, sent, out, row);
         const auto lists = [&](auto f) {
             for (uint32_t s = first_part; s < last_part; ++s)
                 for (uint32_t b = 0; b < B; ++b)
@@ -537,9 +741,8 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             store_some(out + 2 * H, left, dn);
             add_to(a.dbias + H + j, left, dz);
             add_to(a.dbias + 2 * H + j, left, dn);
-            Real* sent = a.sent[t % 2] + static_cast<size_t>(tile) * kTile * gates * B +
-                         (static_cast<size_t>(b) * gates * vectors + v) * kLanes;
-            store(sent + vectors * kLanes, dz);
+            Real* sent = a.sent[t % 2] + place(gates, tile, vectors, b, v);
+            store(sent + apart(vectors), dz);
             Vec<Real> all = add(dz, dn);
             if (a.reset_after) {
                 const Vec<Real> dk = mul(r, dn);
@@ -549,12 +752,10 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dbias + 3 * H + j, left, dk);
                 store(sent, dr);
-                store(sent + 2 * vectors * kLanes, dk);
+                store(sent + 2 * apart(vectors), dk);
                 all = add(all, add(dr, dk));
             } else {
-                store(a.sent_n[t % 2] + static_cast<size_t>(tile) * kTile * B +
-                          (static_cast<size_t>(b) * vectors + v) * kLanes,
-                      dn);
+                store(a.sent_n[t % 2] + place(1, tile, vectors, b, v), dn);
                 store_some(a.back + at, left, zero);
             }
             if (is_nan(mul(all, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
@@ -588,7 +789,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 for (uint32_t k = count; k % 4; ++k) index[k] = index[count - 1];
         });
         if (!a.reset_after) {
-            dots(a.hidden_n, a.sent_n[t % 2], a.back, t % 2);  // of r * y
+            dots(a.hidden_n, a.blocks_n, a.sent_n[t % 2], a.back, row, t % 2);  // of r * y
             own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
                 const size_t at = static_cast<size_t>(b) * H + j;
                 const Vec<Real> r = load_some(a.tape + (row + b) * 4 * H + j, left);
@@ -598,14 +799,25 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 if (is_nan(mul(dr, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dy + at, left, mul(r, back));
-                store(a.sent[t % 2] + static_cast<size_t>(tile) * kTile * 2 * B +
-                          (static_cast<size_t>(b) * 2 * vectors + v) * kLanes,
-                      dr);
+                store(a.sent[t % 2] + place(2, tile, vectors, b, v), dr);
             });
             m.wait(m.team);
         }
-        dots(a.hidden, a.sent[t % 2], a.dy, t % 2);
+        dots(a.hidden, a.blocks, a.sent[t % 2], a.dy, row, t % 2);
     }
+}
+
+/// Bits of the vectors of a tile's row (gate by gate) whose gradient against input `col` is made.
+template <class Real>
+SF_INLINE uint32_t live_of_tile(const OuterArgs<Real>& a, uint32_t tile, uint32_t vectors, uint32_t col) {
+    const uint32_t n = a.gates * vectors, segments = count_of_segments(a.cols);
+    if (!a.live) return (1u << n) - 1;
+    uint32_t bits = 0;
+    for (uint32_t i = 0; i < n; ++i) {
+        const size_t row = (tile * (kTile / kLanes) + i % vectors) * a.gates + i / vectors;
+        bits |= static_cast<uint32_t>(a.live[row * segments + col / kSegment] >> col % kSegment & 1) << i;
+    }
+    return bits;
 }
 
 template <class Real>
@@ -635,10 +847,20 @@ static void outer(const OuterArgs<Real>& a, const Member& m) {
                     uint32_t end = a.start[col + c + 1];
                     if (last < a.rows)
                         for (end = at; end < a.start[col + c + 1] && a.row[end] < last;) ++end;
-                    with_width(n, [&](auto width) {
-                        add_rows<decltype(width)::value>(to, g - static_cast<size_t>(first) * n * kLanes, n, a.row + at,
-                                                         a.value + at, end - at);
-                    });
+                    const Real* rows = g - static_cast<size_t>(first) * n * kLanes;
+                    const uint32_t made = live_of_tile(a, tile, vectors, col + c);
+                    if (2 * static_cast<uint32_t>(__builtin_popcount(made)) > n) {
+                        with_width(n, [&](auto width) {
+                            add_rows<decltype(width)::value>(to, rows, n, a.row + at, a.value + at, end - at);
+                        });
+                        for (uint32_t i = 0; i < n; ++i)
+                            if (!(made >> i & 1)) store(to + i * kLanes, set1(Real(0)));
+                    } else {
+                        for (uint32_t left = made; left; left &= left - 1) {
+                            const uint32_t i = static_cast<uint32_t>(__builtin_ctz(left));
+                            add_rows<1>(to + i * kLanes, rows + i * kLanes, n, a.row + at, a.value + at, end - at);
+                        }
+                    }
                     at = end;
                 }
                 for (uint32_t i = 0; i < n; ++i) {

@@ -113,7 +113,8 @@ class _EventRecurrent(nn.Module):
         egru = native.egru if fast else reference.egru
         weight_hh = getattr(self, "weight_hh" + suffix)
         if self.training and self.recurrent_dropout:
-            weight_hh = F.dropout(weight_hh, self.recurrent_dropout)
+            mark, weight_hh = getattr(weight_hh, "kept", None), F.dropout(weight_hh, self.recurrent_dropout)
+            weight_hh.kept = mark  # type: ignore[attr-defined]
         with torch.autocast(x.device.type, enabled=False):
             return egru(
                 x,
