@@ -1,4 +1,4 @@
-# demo · test · check · bench · wheels. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
+# demo · test · check · bench · sanitize · wheels. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
 # rebuilds the native library when native/ is newer. Nothing is left outside this folder.
 PYTHON ?= python3
 # A small download of torch without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -14,7 +14,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo test test-runtime check bench wheels docs stub clean
+.PHONY: demo test test-runtime sanitize check bench wheels docs stub clean
 
 demo: .venv/.built
 	$(BIN)/sparsefold demo
@@ -32,6 +32,10 @@ check: .venv/.built
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/lint-imports
+
+# Engine and training under the address, undefined-behaviour and thread sanitizers, and the reader of files under a fuzzer.
+sanitize: .venv/.built
+	$(BIN)/python -m pytest tests/native/test_sanitizers.py tests/native/test_fuzz.py
 
 bench: .venv/.built
 	$(BIN)/python bench/kernels.py

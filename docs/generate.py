@@ -166,10 +166,12 @@ def training() -> str:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         "| units, batch | layer | ms | forward | backward | events | β "
-        "| against nn.GRU | nn.LSTM | unrolled loop | every unit speaks |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| against nn.GRU | nn.LSTM | unrolled loop | every unit speaks | events in x alone |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    rivals = ["nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x"]
+    rivals = ["nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x", "ours, events in x"]
+    measured = [r for r in rows if r.get("memory")]
+    rows = [r for r in rows if not r.get("memory")]
     for r in (r for r in rows if not r.get("sweep")):
         events = f"{r['event_rate']:.1%} | {r['beta']:.2f}" if "beta" in r else " | "
         ratios = " | ".join(f"{r[f'against {rival}']:.1f}x" for rival in rivals)
@@ -188,6 +190,20 @@ def training() -> str:
         f"| {r['event_rate']:.1%} | {r['ms']:.1f} | {r['forward_ms']:.1f} | {r['backward_ms']:.1f} | {r['beta']:.2f} |"
         for r in swept
     ]
+    if measured:
+        lines += [
+            "",
+            "| 1350 units, batch 20, 70 steps, events in x | MB at the peak | bytes kept for each step, unit and sample |",
+            "|---|---|---|",
+        ]
+        for r in measured:
+            kept = r["kept_bytes_per_step_unit_sample"]
+            lines.append(f"| {r['layer']} | {r['peak_mb']:.0f} | {'' if kept is None else f'{kept:.1f}'} |")
+        lines += [
+            "",
+            "Memory above what was resident before one forward and backward in a process of its own (VmHWM); bytes kept for the "
+            "backward beside x and the weights.",
+        ]
     lines += ["", "![Time of forward and backward against the event rate, ours and rivals](training.svg)"]
     about = rows[0]
     return "\n".join(lines) + (
@@ -431,6 +447,7 @@ def pruned_svg() -> str:
 def training_svg() -> str:
     """Milliseconds of a window against the event rate: ours forward and with backward, and each rival, whose time stays."""
     rows = [json.loads(line) for line in newest("bench/results", "*/training-*.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if not r.get("memory")]
     swept = [r for r in rows if r.get("sweep")]
     size = swept[0]["units"], swept[0]["batch"]
     rivals = [r for r in rows if "beta" not in r and (r["units"], r["batch"]) == size]

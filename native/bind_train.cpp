@@ -43,6 +43,12 @@ uint32_t size32(size_t n, const char* name) {
     return static_cast<uint32_t>(n);
 }
 
+/// Rows of a sequence: its entries of a part must be counted in 32 bits.
+uint32_t rows32(size_t n) {
+    if (n > (1u << 25)) throw std::invalid_argument("time x batch of " + std::to_string(n) + " is more than 2^25.");
+    return static_cast<uint32_t>(n);
+}
+
 template <class T>
 T one_of(const std::string& word, const char* const (&words)[3], const char* name) {
     for (uint32_t i = 0; i < 3; ++i)
@@ -75,6 +81,8 @@ BlockWeight<Real> view(const Blocks<Real>* blocks, uint32_t gates, size_t units,
         throw std::invalid_argument("these are the blocks of another weight.");
     return w;
 }
+
+constexpr double kFewBlocks = 0.4;  // up to which a gradient's blocks are better made one by one
 
 struct PyTeam {
     std::unique_ptr<Team, Team::Delete> team;
@@ -143,12 +151,13 @@ struct PyTeam {
         InputProductArgs<Real> a{};
         a.blocks = view(blocks, gates, units, cols);
         if (!blocks) a.weight = {given(weight, transposed_size(3, units, cols), "weight"), 3, units, cols};
-        a.rows = size32(x.shape(0), "rows");
+        const uint32_t rows = rows32(x.shape(0));
+        if (!events) a.dense = x.data();
         a.bias = bias.data();
         a.out = out.data();
         a.stride = out.shape(1);
         const nb::gil_scoped_release release;
-        sparsefold::input_product(*team, kernels(Real()), a, x.data(), events);
+        sparsefold::input_product(*team, kernels(Real()), a, x.data(), rows, cols);
     }
 
     template <class Real>
@@ -172,13 +181,13 @@ struct PyTeam {
     template <class Real, class Tape>
     void fill(EgruArgs<Real>& a, nb::dict options, const In<Real>& hidden, const Blocks<Real>* blocks,
               const Blocks<Real>* blocks_n, bool every, const In<Real>& theta, const In<Real>& mask, const In<Real>& y0,
-              const In<Real>& h0, const Tape& tape, const Tape& u, const Tape& o, const Tape& y) const {
+              const In<Real>& h0, const Tape& tape, const Tape& u, const Tape& y) const {
         if (u.ndim() != 3) throw std::invalid_argument("a sequence has three axes (time, batch, unit).");
         const size_t steps = u.shape(0), batch = u.shape(1), H = u.shape(2), all = steps * batch * H;
         a.steps = size32(steps, "time");
         a.batch = size32(batch, "batch");
         a.units = size32(H, "units");
-        size32(steps * batch, "time x batch");
+        rows32(steps * batch);
         a.reset = one_of<Reset>(nb::cast<std::string>(options["reset"]), {"threshold", "output", "none"}, "reset");
         a.event = one_of<Event>(nb::cast<std::string>(options["event"]), {"threshold", "always", "smooth"}, "event");
         a.reset_after = nb::cast<bool>(options["reset_after"]);
@@ -200,7 +209,6 @@ struct PyTeam {
         a.h0 = given(h0, batch * H, "h0");
         a.tape = const_cast<Real*>(given(tape, 4 * all, "tape"));
         a.u = const_cast<Real*>(given(u, all, "u"));
-        a.o = const_cast<Real*>(given(o, all, "o"));
         a.y = const_cast<Real*>(given(y, all, "y"));
     }
 
@@ -209,7 +217,8 @@ struct PyTeam {
                       bool every, In<Real> bias_n, In<Real> theta, In<Real> mask, In<Real> y0, In<Real> h0,
                       Out<Real> tape, Out<Real> u, Out<Real> o, Out<Real> y, Out<Real> h) const {
         EgruForwardArgs<Real> a{};
-        fill<Real>(a, options, hidden, blocks, blocks_n, every, theta, mask, y0, h0, tape, u, o, y);
+        fill<Real>(a, options, hidden, blocks, blocks_n, every, theta, mask, y0, h0, tape, u, y);
+        a.o = data(o, static_cast<size_t>(a.steps) * a.batch * a.units, "o");
         a.bias_n = data(bias_n, a.units, "bias_n");
         a.h = given(h, static_cast<size_t>(a.batch) * a.units, "h");
         const nb::gil_scoped_release release;
@@ -219,11 +228,11 @@ struct PyTeam {
     template <class Real>
     void egru_backward(nb::dict options, In<Real> hidden, const Blocks<Real>* blocks, const Blocks<Real>* blocks_n,
                        bool every, In<Real> theta, In<Real> mask, In<Real> y0, In<Real> h0, In<Real> tape, In<Real> u,
-                       In<Real> o, In<Real> y, In<Real> grad_y, In<Real> grad_u, In<Real> grad_o, In<Real> grad_y_n,
+                       In<Real> y, In<Real> grad_y, In<Real> grad_u, In<Real> grad_o, In<Real> grad_y_n,
                        In<Real> grad_h_n, bool wants_y0, Out<Real> gates, Out<Real> dy, Out<Real> dh, Out<Real> dtheta,
                        Out<Real> dbias, Out<uint8_t> wild) const {
         EgruBackwardArgs<Real> a{};
-        fill<Real>(a, options, hidden, blocks, blocks_n, every, theta, mask, y0, h0, tape, u, o, y);
+        fill<Real>(a, options, hidden, blocks, blocks_n, every, theta, mask, y0, h0, tape, u, y);
         const size_t step = static_cast<size_t>(a.batch) * a.units, all = step * a.steps;
         a.grad_y = data(grad_y, all, "grad_y");
         a.grad_u = data(grad_u, all, "grad_u");
@@ -247,10 +256,9 @@ struct PyTeam {
         OuterArgs<Real> a{};
         if (g.ndim() != 2 || out.ndim() != 2 || parts.empty() || parts.size() > 3 || out.shape(0) % parts.size())
             throw std::invalid_argument("an outer product takes rows of one to three gates.");
-        a.rows = size32(g.shape(0), "rows");
+        const uint32_t rows = rows32(g.shape(0)), cols = size32(out.shape(1), "inputs");
         a.gates = static_cast<uint32_t>(parts.size());
         a.units = size32(out.shape(0) / parts.size(), "units");
-        a.cols = size32(out.shape(1), "inputs");
         a.g = g.data();
         a.stride = g.shape(1);
         for (size_t i = 0; i < parts.size(); ++i) {
@@ -260,27 +268,27 @@ struct PyTeam {
         a.out = out.data();
         if (live) {
             const BlockPattern* p = live->pattern.get();
-            if (!p || p->gates != a.gates || p->units != a.units || p->cols != a.cols)
+            if (!p || p->gates != a.gates || p->units != a.units || p->cols != cols)
                 throw std::invalid_argument("these are the blocks of another weight.");
             a.live = p->live.data();
+            a.by_column = live->share() < kFewBlocks;
         }
-        Columns<Real> x{};
-        const size_t above = head.is_valid() ? head.size() / std::max<size_t>(a.cols, 1) : 0;
-        if (above > a.rows) throw std::invalid_argument("an outer product has more rows of x than of gradients.");
+        SiftArgs<Real> x{};
+        const size_t above = head.is_valid() ? head.size() / std::max<size_t>(cols, 1) : 0;
+        if (above > rows) throw std::invalid_argument("an outer product has more rows of x than of gradients.");
         x.head = head.is_valid() ? head.data() : nullptr;
         x.head_rows = static_cast<uint32_t>(above);
-        const size_t below = (a.rows - above) * a.cols;
-        if (!rest.is_valid() || rest.size() < below) throw std::invalid_argument("x has too few rows.");
+        if (!rest.is_valid() || rest.size() < (rows - above) * cols) throw std::invalid_argument("x has too few rows.");
         x.rest = rest.data();
         x.scale = scale.is_valid() ? scale.data() : nullptr;
         if (x.scale) {
-            if (scale.ndim() != 2 || scale.shape(0) != a.rows || scale.shape(1) < a.cols)
+            if (scale.ndim() != 2 || scale.shape(0) != rows || scale.shape(1) < cols)
                 throw std::invalid_argument("the scale of x has other rows.");
             x.scale_stride = scale.shape(1);
         }
-        x.wild = data(wild, a.rows, "wild");
+        x.wild = data(wild, rows, "wild");
         const nb::gil_scoped_release release;
-        sparsefold::outer(*team, kernels(Real()), a, x);
+        sparsefold::outer(*team, kernels(Real()), a, x, rows, cols);
     }
 
     template <class Real>
@@ -402,9 +410,9 @@ void bind_real(nb::class_<PyTeam>& c) {
         .def("input_gradient", &PyTeam::input_gradient<Real>, "blocks"_a, "g"_a, "wild"_a.none(), "out"_a)
         .def("egru_forward", &PyTeam::egru_forward<Real>, "options"_a, "hidden"_a.none(), "blocks"_a.none(),
              "blocks_n"_a.none(), "every"_a, "bias_n"_a.none(), "theta"_a, "mask"_a.none(), "y0"_a, "h0"_a, "tape"_a,
-             "u"_a, "o"_a, "y"_a, "h"_a)
+             "u"_a, "o"_a.none(), "y"_a, "h"_a)
         .def("egru_backward", &PyTeam::egru_backward<Real>, "options"_a, "hidden"_a.none(), "blocks"_a.none(),
-             "blocks_n"_a.none(), "every"_a, "theta"_a, "mask"_a.none(), "y0"_a, "h0"_a, "tape"_a, "u"_a, "o"_a, "y"_a,
+             "blocks_n"_a.none(), "every"_a, "theta"_a, "mask"_a.none(), "y0"_a, "h0"_a, "tape"_a, "u"_a, "y"_a,
              "grad_y"_a.none(), "grad_u"_a.none(), "grad_o"_a.none(), "grad_y_n"_a.none(), "grad_h_n"_a.none(),
              "wants_y0"_a, "gates"_a, "dy"_a, "dh"_a, "dtheta"_a, "dbias"_a, "wild"_a)
         .def("outer", &PyTeam::outer<Real>, "g"_a, "parts"_a, "head"_a.none(), "rest"_a, "scale"_a.none(),

@@ -234,21 +234,49 @@ struct Needed {
     size_t stride;
 };
 
-/// out (rows, stride) = bias + W x of all rows of x, given by what is not zero of it: row r has entries
-/// [start[r], start[r + 1]).
+/// What is not zero of x (rows, cols), part by part of kSegment columns, row by row. Entries of part p begin at p *
+/// stride.
+template <class Real>
+struct Sifted {
+    uint32_t rows, cols;
+    size_t stride;    // sifted_stride(rows)
+    uint32_t* start;  // (parts, rows + 1): where the entries of a row begin in its part
+    uint32_t* lane;   // the column within the part, ascending in a row
+    uint32_t* row;
+    Real* value;
+};
+constexpr size_t sifted_stride(uint32_t rows) { return static_cast<size_t>(rows) * kSegment + kLanes; }
+
+/// x may have its first rows elsewhere and each row scaled by another array's; rows that are wild are taken whole.
+template <class Real>
+struct SiftArgs {
+    Sifted<Real> out;  // lane is not written by column
+    bool by_column;    // each part column by column: start (parts, kSegment + 1)
+    const Real* head;  // (head_rows, cols)
+    uint32_t head_rows;
+    const Real* rest;   // (rows - head_rows, cols)
+    const Real* scale;  // (rows, scale_stride) or null
+    size_t scale_stride;
+    const uint8_t* wild;  // (rows) or null
+    // By column: (members, sifted_stride(rows)) each.
+    uint32_t *room_lane, *room_row;
+    Real* room_value;
+};
+
+/// out (rows, stride) = bias + W x of all rows of x.
 template <class Real>
 struct InputProductArgs {
     Transposed<Real> weight;
     BlockWeight<Real> blocks;  // read in its place where it is given
-    uint32_t rows;
-    const uint32_t* start;  // null: value is x (rows, cols), of which all is read; with blocks alone
-    const uint32_t* index;  // ascending within a row
-    const Real* value;
-    const Real* bias;  // (gates * units)
+    Sifted<Real> x;
+    const Real* dense;  // x (rows, cols), of which all is read; null; with blocks alone
+    const Real* bias;   // (gates * units)
     Real* out;
     size_t stride;
-    Real* room;  // (members, gates * pad(units)) with blocks
+    Real* room;  // (members, product_rows(rows) * gates * kTile); with blocks (members, gates * pad(units))
 };
+constexpr uint32_t kProductRows = 1024;  // whose sums of a tile fit L2
+constexpr uint32_t product_rows(uint32_t rows) { return rows < kProductRows ? rows : kProductRows; }
 
 /// out (rows, cols) = W^T g of all rows of g (rows, stride), whose gates lie one behind the other.
 template <class Real>
@@ -283,11 +311,12 @@ struct EgruArgs {
     const Real *y0, *h0;                 // (batch, units)
     // (steps * batch, 4 * units): r, z, n and what r multiplies. The forward finds W_i x + b there in place of r, z, n.
     Real* tape;
-    Real *u, *o, *y;
+    Real *u, *y;
 };
 
 template <class Real>
 struct EgruForwardArgs : EgruArgs<Real> {
+    Real* o;             // null: u and y are there already, and the tape alone is made again
     const Real* bias_n;  // (units) of what r multiplies; null for none, and where !reset_after
     Real* h;             // (batch, units) out: the state after the last step
     Spoken<Real> spoken[2];
@@ -314,22 +343,21 @@ struct EgruBackwardArgs : EgruArgs<Real> {
     Needed<Real> need;
 };
 
-/// out (gates * units, cols) = sum over rows of g(row) x(row)^T, given what is not zero of x by column.
+/// out (gates * units, cols) = sum over rows of g(row) x(row)^T.
 template <class Real>
 struct OuterArgs {
-    uint32_t rows, units, cols, gates;
+    uint32_t units, gates;
     const Real* g;  // (rows, stride)
     size_t stride;
-    uint32_t part[4];       // where in a row each gate begins, in units
-    const uint32_t* start;  // (cols + 1)
-    const uint32_t* row;    // ascending within a column
-    const Real* value;
-    const uint64_t* live;  // (groups * gates, segments of cols) bits of the blocks to make, zero elsewhere; null: all
+    uint32_t part[4];  // where in a row each gate begins, in units
+    Sifted<Real> x;
+    const uint64_t* live;  // (groups * gates, parts of x) bits of the blocks to make, zero elsewhere; null: all
+    bool by_column;        // how x is sifted: by column where few blocks are live
     Real* out;
-    Real* room;        // (members, outer_chunk(rows), 3 * kTile)
-    uint32_t* cursor;  // (members, cols)
+    Real* room;  // (members, outer_chunk(rows), gates * kPair)
 };
-constexpr uint32_t kOuterRows = 1536;  // whose tile of g fits L2
+constexpr uint32_t kPair = 2 * kLanes;  // units whose sums of a part of x fit L1
+constexpr uint32_t kOuterRows = 2048;   // whose g of these units fits L2
 constexpr uint32_t outer_chunk(uint32_t rows) {
     const uint32_t chunks = (rows + kOuterRows - 1) / kOuterRows;
     return chunks ? (rows + chunks - 1) / chunks : 0;

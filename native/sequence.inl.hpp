@@ -94,6 +94,11 @@ template <class V>
 SF_INLINE uint32_t is_nan(const V& a) {
     return not_le(a, a);
 }
+template <class Real>
+SF_INLINE uint32_t not_zero(const Vec<Real>& x) {
+    const Vec<Real> zero = set1(Real(0));
+    return not_le(x, zero) | not_le(zero, x);
+}
 SF_INLINE uint32_t first_lanes(uint32_t left) { return left < kLanes ? (1u << left) - 1 : 0xffff; }
 
 /// Calls f with the number of vectors in a tile's row as a constant.
@@ -357,12 +362,6 @@ SF_INLINE void append(const Spoken<Real>& s, uint32_t row, uint32_t unit, uint32
     count += compress(bits, lane, x, s.index + at, s.value + at);
 }
 
-template <class Real>
-SF_INLINE uint32_t not_zero(const Vec<Real>& x) {
-    const Vec<Real> zero = set1(Real(0));
-    return not_le(x, zero) | not_le(zero, x);
-}
-
 /// acc (rows, N vectors) += W x of one tile.
 template <uint32_t N, class Real>
 SF_INLINE void add_products(Real* acc, const Real* tile, uint32_t cols, const Spoken<Real>& x, const Real* value) {
@@ -381,13 +380,64 @@ SF_INLINE void add_products(Real* acc, const Real* tile, uint32_t cols, const Sp
 }
 
 template <class Real>
+static void sift(const SiftArgs<Real>& a, const Member& m) {
+    const Sifted<Real>& s = a.out;
+    const Part part(count_of_segments(s.cols), m);
+    for (uint32_t p = part.first; p < part.last; ++p) {
+        const uint32_t col = p * kSegment, cols = s.cols - col < kSegment ? s.cols - col : kSegment;
+        const size_t base = p * s.stride, room = m.number * s.stride;
+        uint32_t* start = s.start + p * (static_cast<size_t>(a.by_column ? kSegment : s.rows) + 1);
+        uint32_t* lane = a.by_column ? a.room_lane + room : s.lane + base;
+        uint32_t* row = a.by_column ? a.room_row + room : s.row + base;
+        Real* value = a.by_column ? a.room_value + room : s.value + base;
+        uint32_t n = 0;
+        for (uint32_t r = 0; r < s.rows; ++r) {
+            if (!a.by_column) start[r] = n;
+            const Real* x = r < a.head_rows ? a.head + static_cast<size_t>(r) * s.cols
+                                            : a.rest + static_cast<size_t>(r - a.head_rows) * s.cols;
+            const bool whole = a.wild && a.wild[r];
+            for (uint32_t c = 0; c < cols; c += kLanes) {
+                Vec<Real> v = load_some(x + col + c, cols - c);
+                const uint32_t bits = (whole ? 0xffff : not_zero<Real>(v)) & first_lanes(cols - c);
+                if (!bits) continue;
+                if (a.scale) v = mul(v, load_some(a.scale + r * a.scale_stride + col + c, cols - c));
+                for (uint32_t i = 0; i < kLanes; ++i) row[n + i] = r;
+                n += compress(bits, c, v, lane + n, value + n);
+            }
+        }
+        if (!a.by_column) {
+            start[s.rows] = n;
+            continue;
+        }
+        uint32_t at[kSegment + 1] = {0};
+        for (uint32_t k = 0; k < n; ++k) ++at[lane[k] + 1];
+        for (uint32_t c = 0; c < kSegment; ++c) at[c + 1] += at[c];
+        for (uint32_t c = 0; c <= kSegment; ++c) start[c] = at[c];
+        for (uint32_t k = 0; k < n; ++k) {
+            const size_t to = base + at[lane[k]]++;
+            s.row[to] = row[k];
+            s.value[to] = value[k];
+        }
+    }
+}
+
+/// f(part, where its entries begin, how many) of a row.
+template <class Real, class F>
+SF_INLINE void each_part(const Sifted<Real>& x, uint32_t row, const F& f) {
+    for (uint32_t p = 0; p < count_of_segments(x.cols); ++p) {
+        const uint32_t* start = x.start + p * (static_cast<size_t>(x.rows) + 1) + row;
+        if (start[1] != start[0]) f(p, p * x.stride + start[0], start[1] - start[0]);
+    }
+}
+
+template <class Real>
 static void input_product_of_blocks(const InputProductArgs<Real>& a, const Member& m) {
     const BlockWeight<Real>& w = a.blocks;
     const Strips part(w.units, w.strips, m);
     const uint32_t groups = count_of_groups(w.units), end = part.last_tile * (kTile / kLanes);
     const uint32_t first = part.first_tile * (kTile / kLanes) * w.gates, last = (end < groups ? end : groups) * w.gates;
     Real* sums = a.room + static_cast<size_t>(m.number) * w.gates * groups * kLanes;
-    for (uint32_t r = 0; r < a.rows; ++r) {
+    for (uint32_t r = 0; r < a.x.rows; ++r) {
         const auto each = [&](auto f) {
             for (uint32_t i = first; i < last; ++i) {
                 const uint32_t unit = i / w.gates * kLanes;
@@ -395,10 +445,14 @@ static void input_product_of_blocks(const InputProductArgs<Real>& a, const Membe
             }
         };
         each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
-        const uint32_t begin = a.start ? a.start[r] : 0, n = a.start ? a.start[r + 1] - begin : w.cols;
-        const Real* value = a.value + (a.start ? begin : static_cast<size_t>(r) * w.cols);
-        for (uint32_t strip = part.first; strip < part.last; ++strip)
-            add_blocks(sums, w, strip, 0, a.start ? a.index + begin : nullptr, value, n);
+        for (uint32_t strip = part.first; strip < part.last; ++strip) {
+            if (a.dense)
+                add_blocks(sums, w, strip, 0, nullptr, a.dense + static_cast<size_t>(r) * w.cols, w.cols);
+            else
+                each_part(a.x, r, [&](uint32_t p, size_t at, uint32_t n) {
+                    add_blocks(sums, w, strip, p * kSegment, a.x.lane + at, a.x.value + at, n);
+                });
+        }
         each([&](Real* from, uint32_t at, uint32_t left) { store_some(a.out + r * a.stride + at, left, load(from)); });
     }
 }
@@ -429,26 +483,37 @@ static void input_product(const InputProductArgs<Real>& a, const Member& m) {
     if (a.blocks.start) return input_product_of_blocks(a, m);
     const Transposed<Real>& w = a.weight;
     const Part part(count_of_tiles(w.units), m);
-    alignas(64) Real acc[3 * kTile];
+    const uint32_t chunk = product_rows(a.x.rows);
+    Real* acc = a.room + static_cast<size_t>(m.number) * chunk * w.gates * kTile;
     for (uint32_t tile = part.first; tile < part.last; ++tile) {
         const uint32_t vectors = tile_vectors(w.units, tile), n = w.gates * vectors;
-        with_width(n, [&](auto width) {
-            for (uint32_t r = 0; r < a.rows; ++r) {
-                const auto each = [&](auto f) {
+        for (uint32_t first = 0; first < a.x.rows; first += chunk) {
+            const uint32_t last = a.x.rows - first < chunk ? a.x.rows : first + chunk;
+            const auto each = [&](auto f) {
+                for (uint32_t r = first; r < last; ++r)
                     for (uint32_t i = 0; i < n; ++i) {
                         const uint32_t unit = tile * kTile + i % vectors * kLanes;
-                        f(acc + i * kLanes, i / vectors * w.units + unit, w.units - unit);
+                        f(acc + (static_cast<size_t>(r - first) * n + i) * kLanes, r, i / vectors * w.units + unit,
+                          w.units - unit);
                     }
-                };
-                each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
-                const uint32_t first = a.start[r];
-                add_rows<decltype(width)::value>(acc, tile_of(w, tile), n, a.index + first, a.value + first,
-                                                 a.start[r + 1] - first);
-                each([&](Real* from, uint32_t at, uint32_t left) {
-                    store_some(a.out + r * a.stride + at, left, load(from));
-                });
-            }
-        });
+            };
+            each([&](Real* to, uint32_t, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
+            with_width(n, [&](auto width) {
+                constexpr uint32_t N = decltype(width)::value;
+                for (uint32_t p = 0; p < count_of_segments(w.cols); ++p)
+                    for (uint32_t r = first; r < last; ++r) {
+                        const uint32_t* start = a.x.start + p * (static_cast<size_t>(a.x.rows) + 1) + r;
+                        const size_t at = p * a.x.stride + start[0];
+                        if (start[1] != start[0])
+                            add_rows<N>(acc + static_cast<size_t>(r - first) * N * kLanes,
+                                        tile_of(w, tile) + static_cast<size_t>(p) * kSegment * N * kLanes, N,
+                                        a.x.lane + at, a.x.value + at, start[1] - start[0]);
+                    }
+            });
+            each([&](Real* from, uint32_t r, uint32_t at, uint32_t left) {
+                store_some(a.out + r * a.stride + at, left, load(from));
+            });
+        }
     }
 }
 
@@ -594,9 +659,11 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
                     u = lerp<Real>(u, h, set1(a.keep));
                 const Vec<Real> o = event(a, sub(u, theta));
                 const Vec<Real> y = fma(o, u, zero);  // + 0: a silent unit says +0.0 where u is negative
-                store_some(a.u + now, left, u);
-                store_some(a.o + now, left, o);
-                store_some(a.y + now, left, y);
+                if (a.o) {
+                    store_some(a.u + now, left, u);
+                    store_some(a.o + now, left, o);
+                    store_some(a.y + now, left, y);
+                }
                 store_some(a.h + at, left, carried(a, u, o, theta));
                 says(next, b, j, left, y);
             });
@@ -621,15 +688,15 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     const auto add_to = [&](Real* p, uint32_t left, const Vec<Real>& x) {
         store_some(p, left, add(load_some(p, left), x));
     };
-    const auto own = [&](auto f) {  // every vector of units of this member, sample by sample within a tile
-        for (uint32_t tile = part.first; tile < part.last; ++tile) {
-            const uint32_t vectors = tile_vectors(H, tile);
-            for (uint32_t b = 0; b < B; ++b)
+    const auto own = [&](auto f) {  // every vector of units of this member, as they lie in memory
+        for (uint32_t b = 0; b < B; ++b)
+            for (uint32_t tile = part.first; tile < part.last; ++tile) {
+                const uint32_t vectors = tile_vectors(H, tile);
                 for (uint32_t v = 0; v < vectors; ++v) {
                     const uint32_t j = tile * kTile + v * kLanes;
                     f(tile, vectors, b, v, j, H - j);
                 }
-        }
+            }
     };
     const uint32_t parts = count_of_near(H), first_part = part.first * (kTile / kNear);
     const uint32_t end = part.last * (kTile / kNear), last_part = end < parts ? end : parts;
@@ -707,15 +774,14 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     });
     for (uint32_t t = a.steps; t-- > 0;) {
         const Real* u_old = t ? a.u + (t - 1) * step : nullptr;
-        const Real* o_old = t ? a.o + (t - 1) * step : nullptr;
         const Real* y_old = t ? a.y + (t - 1) * step : a.y0;
         const size_t row = static_cast<size_t>(t) * B;
         own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
             const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
             const Real* tape = a.tape + (row + b) * 4 * H + j;
             const Vec<Real> r = load_some(tape, left), z = load_some(tape + H, left), n = load_some(tape + 2 * H, left);
-            const Vec<Real> u = load_some(a.u + now, left), o = load_some(a.o + now, left);
             const Vec<Real> theta = load_some(a.theta + j, left), dh = load_some(a.dh + at, left);
+            const Vec<Real> u = load_some(a.u + now, left), o = event(a, sub(u, theta));
             const Vec<Real> dy = add(some(a.grad_y, now, left), load_some(a.dy + at, left));
             Vec<Real> dv = zero;
             if (a.event != Event::always) {
@@ -730,8 +796,8 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 kept = mul(sub(one, fresh), du);
                 du = mul(fresh, du);
             }
-            const Vec<Real> h = u_old ? carried(a, load_some(u_old + at, left), load_some(o_old + at, left), theta)
-                                      : load_some(a.h0 + at, left);
+            Vec<Real> h = load_some((u_old ? u_old : a.h0) + at, left);
+            if (u_old) h = carried(a, h, event(a, sub(h, theta)), theta);
             const Vec<Real> dz = mul(mul(sub(h, n), du), mul(z, sub(one, z)));
             const Vec<Real> dn = mul(mul(sub(one, z), du), fma(sub(zero, n), n, one));
             store_some(a.dh + at, left, fma(z, du, kept));
@@ -768,7 +834,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             if (!a.every && !__atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED)) {
                 if (t) {
                     const Vec<Real> v = sub(load_some(u_old + at, left), load_some(a.theta + j, left));
-                    bits = not_zero<Real>(load_some(o_old + at, left));
+                    bits = not_zero<Real>(event(a, v));
                     if (a.event != Event::always && a.height != 0) {
                         const Vec<Real> size = max(v, sub(zero, v));
                         bits |= ~(not_le(size, set1(a.half_width)) & ~is_nan(size));
@@ -807,67 +873,76 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     }
 }
 
-/// Bits of the vectors of a tile's row (gate by gate) whose gradient against input `col` is made.
-template <class Real>
-SF_INLINE uint32_t live_of_tile(const OuterArgs<Real>& a, uint32_t tile, uint32_t vectors, uint32_t col) {
-    const uint32_t n = a.gates * vectors, segments = count_of_segments(a.cols);
-    if (!a.live) return (1u << n) - 1;
-    uint32_t bits = 0;
-    for (uint32_t i = 0; i < n; ++i) {
-        const size_t row = (tile * (kTile / kLanes) + i % vectors) * a.gates + i / vectors;
-        bits |= static_cast<uint32_t>(a.live[row * segments + col / kSegment] >> col % kSegment & 1) << i;
+/// to[lane[k]] += value[k] * from[row[k] - first], rows of N vectors, for k < n.
+template <uint32_t N, class Real>
+SF_INLINE void add_outer(Real* to, const Real* from, uint32_t first, const uint32_t* lane, const uint32_t* row,
+                         const Real* value, uint32_t n) {
+    for (uint32_t k = 0; k < n; ++k) {
+        Real* sums = to + static_cast<size_t>(lane[k]) * N * kLanes;
+        const Real* g = one_base(from + static_cast<size_t>(row[k] - first) * N * kLanes);
+        const Vec<Real> x = set1(value[k]);
+        for (uint32_t i = 0; i < N; ++i)
+            store(sums + i * kLanes, fma(load(g + i * kLanes), x, load(sums + i * kLanes)));
     }
-    return bits;
 }
 
 template <class Real>
 static void outer(const OuterArgs<Real>& a, const Member& m) {
-    const Part part(count_of_tiles(a.units), m);
-    const uint32_t chunk = outer_chunk(a.rows);
-    Real* g = a.room + static_cast<size_t>(m.number) * chunk * 3 * kTile;
-    uint32_t* cursor = a.cursor + static_cast<size_t>(m.number) * a.cols;
-    for (uint32_t tile = part.first; tile < part.last; ++tile) {
-        const uint32_t vectors = tile_vectors(a.units, tile), n = a.gates * vectors;
-        for (uint32_t c = 0; c < a.cols; ++c) cursor[c] = a.start[c];
-        for (uint32_t first = 0; first < a.rows; first += chunk) {
-            const uint32_t last = a.rows - first < chunk ? a.rows : first + chunk;
+    const Sifted<Real>& x = a.x;
+    const uint32_t groups = count_of_groups(a.units), parts = count_of_segments(x.cols), chunk = outer_chunk(x.rows);
+    const Part part((groups + 1) / 2, m);
+    Real* g = a.room + static_cast<size_t>(m.number) * chunk * a.gates * kPair;
+    alignas(64) Real sums[kSegment * 3 * kPair];
+    for (uint32_t pair = part.first; pair < part.last; ++pair) {
+        const uint32_t vectors = 2 * pair + 1 < groups ? 2 : 1, n = a.gates * vectors;
+        const auto unit_of = [&](uint32_t i) { return pair * kPair + i / a.gates * kLanes; };
+        const auto live = [&](uint32_t i, uint32_t p) {
+            return a.live ? a.live[(static_cast<size_t>(pair) * 2 * a.gates + i) * parts + p] : ~uint64_t{0};
+        };
+        for (uint32_t first = 0; first < x.rows; first += chunk) {
+            const uint32_t last = x.rows - first < chunk ? x.rows : first + chunk;
             for (uint32_t r = first; r < last; ++r)
                 for (uint32_t i = 0; i < n; ++i) {
-                    const uint32_t unit = tile * kTile + i % vectors * kLanes;
-                    store(g + (static_cast<size_t>(r - first) * n + i) * kLanes,
-                          load_some(a.g + r * a.stride + a.part[i / vectors] + unit, a.units - unit));
+                    const size_t to = a.by_column ? static_cast<size_t>(i) * chunk + r - first
+                                                  : static_cast<size_t>(r - first) * n + i;
+                    store(g + to * kLanes,
+                          load_some(a.g + r * a.stride + a.part[i % a.gates] + unit_of(i), a.units - unit_of(i)));
                 }
-            for (uint32_t col = 0; col < a.cols; col += kLanes) {
-                const uint32_t cols = a.cols - col < kLanes ? a.cols - col : kLanes;
-                alignas(64) Real sums[kLanes * 3 * kTile];
-                for (uint32_t c = 0; c < cols; ++c) {
-                    Real* to = sums + static_cast<size_t>(c) * n * kLanes;
-                    for (uint32_t i = 0; i < n; ++i) store(to + i * kLanes, set1(Real(0)));
-                    uint32_t& at = cursor[col + c];
-                    uint32_t end = a.start[col + c + 1];
-                    if (last < a.rows)
-                        for (end = at; end < a.start[col + c + 1] && a.row[end] < last;) ++end;
-                    const Real* rows = g - static_cast<size_t>(first) * n * kLanes;
-                    const uint32_t made = live_of_tile(a, tile, vectors, col + c);
-                    if (2 * static_cast<uint32_t>(__builtin_popcount(made)) > n) {
-                        with_width(n, [&](auto width) {
-                            add_rows<decltype(width)::value>(to, rows, n, a.row + at, a.value + at, end - at);
-                        });
-                        for (uint32_t i = 0; i < n; ++i)
-                            if (!(made >> i & 1)) store(to + i * kLanes, set1(Real(0)));
-                    } else {
-                        for (uint32_t left = made; left; left &= left - 1) {
-                            const uint32_t i = static_cast<uint32_t>(__builtin_ctz(left));
-                            add_rows<1>(to + i * kLanes, rows + i * kLanes, n, a.row + at, a.value + at, end - at);
+            for (uint32_t p = 0; p < parts; ++p) {
+                const uint32_t cols = x.cols - p * kSegment < kSegment ? x.cols - p * kSegment : kSegment;
+                const uint32_t* start = x.start + p * (static_cast<size_t>(a.by_column ? kSegment : x.rows) + 1);
+                const uint32_t* row = x.row + p * x.stride;
+                const Real* value = x.value + p * x.stride;
+                for (uint32_t i = 0; i < cols * n; ++i) store(sums + i * kLanes, set1(Real(0)));
+                if (a.by_column) {
+                    for (uint32_t i = 0; i < n; ++i)
+                        for (uint64_t bits = live(i, p); bits; bits &= bits - 1) {
+                            const uint32_t c = static_cast<uint32_t>(__builtin_ctzll(bits)), end = start[c + 1];
+                            const Real* rows = g + static_cast<size_t>(i) * chunk * kLanes;
+                            Vec<Real> total = set1(Real(0));
+                            for (uint32_t k = start[c]; k < end; ++k)
+                                if (row[k] >= first && row[k] < last)
+                                    total = fma(load(rows + static_cast<size_t>(row[k] - first) * kLanes),
+                                                set1(value[k]), total);
+                            store(sums + (c * n + i) * kLanes, total);
                         }
-                    }
-                    at = end;
+                } else {
+                    const uint32_t at = start[first];
+                    with_width(n, [&](auto width) {
+                        constexpr uint32_t N = decltype(width)::value;
+                        if constexpr (N <= 6)
+                            add_outer<N>(sums, g, first, x.lane + p * x.stride + at, row + at, value + at,
+                                         start[last] - at);
+                    });
+                    for (uint32_t i = 0; a.live && i < n; ++i)
+                        for (uint32_t c = 0; c < cols; ++c)
+                            if (!(live(i, p) >> c & 1)) store(sums + (c * n + i) * kLanes, set1(Real(0)));
                 }
                 for (uint32_t i = 0; i < n; ++i) {
-                    const uint32_t unit = tile * kTile + i % vectors * kLanes;
-                    const uint32_t rows = a.units - unit < kLanes ? a.units - unit : kLanes;
+                    const uint32_t unit = unit_of(i), rows = a.units - unit < kLanes ? a.units - unit : kLanes;
                     for (uint32_t r = 0; r < rows; ++r) {
-                        Real* to = a.out + (static_cast<size_t>(i / vectors) * a.units + unit + r) * a.cols + col;
+                        Real* to =
+                            a.out + (static_cast<size_t>(i % a.gates) * a.units + unit + r) * x.cols + p * kSegment;
                         const Real* from = sums + i * kLanes + r;
                         if (first == 0)
                             for (uint32_t c = 0; c < cols; ++c) to[c] = from[static_cast<size_t>(c) * n * kLanes];

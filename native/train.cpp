@@ -141,21 +141,26 @@ struct Lists {
     }
 };
 
-/// f(row, column, value) of what is not zero in `columns` of x (rows, cols), and of all in rows that are `whole`.
-template <class Real, class Line, class Whole, class F>
-void each_spoken(uint32_t first_row, uint32_t rows, uint32_t first_col, uint32_t cols, const Line& line,
-                 const Whole& whole, const F& f) {
-    for (uint32_t row = first_row; row < rows; ++row) {
-        const Real* x = line(row);
-        const bool all = whole(row);
-        for (uint32_t c = first_col; c < cols; ++c)
-            if (x[c] != 0 || all) f(row, c, x[c]);
+/// The room of what is sifted; pages that nothing falls into are never touched.
+template <class Real>
+struct Sieve {
+    Room<uint32_t> start, lane, row, room_lane, room_row;
+    Room<Real> value, room_value;
+    Sieve(SiftArgs<Real>& a, size_t members, uint32_t rows, uint32_t cols) {
+        const size_t parts = count_of_segments(cols), stride = sifted_stride(rows), room = a.by_column ? members : 0;
+        start = Room<uint32_t>(parts * (size_t{a.by_column ? kSegment : rows} + 1));
+        lane = Room<uint32_t>(a.by_column ? 0 : parts * stride);
+        row = Room<uint32_t>(parts * stride);
+        value = Room<Real>(parts * stride);
+        room_lane = Room<uint32_t>(room * stride);
+        room_row = Room<uint32_t>(room * stride);
+        room_value = Room<Real>(room * stride);
+        a.out = {rows, cols, stride, start.get(), lane.get(), row.get(), value.get()};
+        a.room_lane = room_lane.get();
+        a.room_row = room_row.get();
+        a.room_value = room_value.get();
     }
-}
-
-uint32_t part_of(uint32_t n, uint32_t number, const Member& m) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(n) * number / m.members);
-}
+};
 
 constexpr size_t kTileRoom = 3 * kTile;
 
@@ -251,7 +256,7 @@ Blocks<Real> pack_blocks(Team& team, const SequenceKernels<Real>& k, const Real*
     if (old && (old->gates != gates || old->units != units || old->cols != cols || old->strips != strips))
         old = nullptr;
     const bool was_packed = old && !old->start.empty();
-    if (!kept && !was_packed && guess_share(weight, gates, units, cols) > most + kDoubt) return {};
+    if (!kept && !was_packed && guess_share(weight, gates, units, cols) > most + kDoubt) return {nullptr, Room<Real>()};
     auto found = std::make_shared<BlockPattern>();
     found->gates = gates, found->units = units, found->cols = cols, found->strips = strips;
     if (old)
@@ -277,7 +282,7 @@ Blocks<Real> pack_blocks(Team& team, const SequenceKernels<Real>& k, const Real*
     } else {
         team.run(strips, [&](const Member& m) { k.pack_blocks(args, m); });
     }
-    Blocks<Real> out{found, Room<Real>(0)};
+    Blocks<Real> out{found, Room<Real>()};
     if (any(wild) || out.share() > most) return out;
     find_places(*found, count_live(*found));
     out.values = fill(*found);
@@ -294,36 +299,21 @@ bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> a
 
 template <class Real>
 void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<Real> args, const Real* x,
-                   bool events) {
-    const bool blocks = args.blocks.start;
-    const uint32_t rows = args.rows, cols = blocks ? args.blocks.cols : args.weight.cols;
-    const Room<Real> room(blocks ? team.size() * args.blocks.gates * pad(args.blocks.units) : 0);
+                   uint32_t rows, uint32_t cols) {
+    const size_t sums = args.blocks.start ? size_t{args.blocks.gates} * pad(args.blocks.units)
+                                          : size_t{args.weight.gates} * kTile * product_rows(rows);
+    const Room<Real> room(team.size() * sums);
     args.room = room.get();
-    if (!events) {
-        args.value = x;
-        team.run(team.size(), [&](const Member& m) { k.input_product(args, m); });
-        return;
-    }
-    const auto each = [&](const Member& m, const auto& f) {
-        each_spoken<Real>(
-            part_of(rows, m.number, m), part_of(rows, m.number + 1, m), 0, cols,
-            [&](uint32_t r) { return x + static_cast<size_t>(r) * cols; }, [](uint32_t) { return false; }, f);
-    };
-    std::vector<uint32_t> start(static_cast<size_t>(rows) + 1, 0);
-    team.run(team.size(), [&](const Member& m) { each(m, [&](uint32_t r, uint32_t, Real) { ++start[r + 1]; }); });
-    for (uint32_t r = 0; r < rows; ++r) start[r + 1] += start[r];
-    const Room<uint32_t> index(start[rows]);
-    const Room<Real> value(start[rows]);
-    args.start = start.data();
-    args.index = index.get();
-    args.value = value.get();
+    SiftArgs<Real> from{};
+    from.rest = x;
+    const Sieve<Real> sieve(from, team.size(), args.dense ? 0 : rows, cols);
+    args.x = from.out;
+    args.x.rows = rows;
     team.run(team.size(), [&](const Member& m) {
-        uint32_t at = start[part_of(rows, m.number, m)];
-        each(m, [&](uint32_t, uint32_t c, Real v) {
-            index.get()[at] = c;
-            value.get()[at++] = v;
-        });
-        m.wait(m.team);
+        if (!args.dense) {
+            k.sift(from, m);
+            m.wait(m.team);
+        }
         k.input_product(args, m);
     });
 }
@@ -366,33 +356,15 @@ void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<
 }
 
 template <class Real>
-void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, const Columns<Real>& x) {
-    const uint32_t cols = args.cols;
-    const auto each = [&](const Member& m, const auto& f) {  // of this member's columns, by row
-        each_spoken<Real>(
-            0, args.rows, part_of(cols, m.number, m), part_of(cols, m.number + 1, m),
-            [&](uint32_t r) {
-                return r < x.head_rows ? x.head + static_cast<size_t>(r) * cols
-                                       : x.rest + static_cast<size_t>(r - x.head_rows) * cols;
-            },
-            [&](uint32_t r) { return x.wild && x.wild[r]; }, f);
-    };
-    std::vector<uint32_t> start(static_cast<size_t>(cols) + 1, 0), at;
-    team.run(team.size(), [&](const Member& m) { each(m, [&](uint32_t, uint32_t c, Real) { ++start[c + 1]; }); });
-    for (uint32_t c = 0; c < cols; ++c) start[c + 1] += start[c];
-    at.assign(start.begin(), start.end() - 1);
-    const Room<uint32_t> row(start[cols]), cursor(team.size() * cols);
-    const Room<Real> value(start[cols]), room(team.size() * outer_chunk(args.rows) * kTileRoom);
-    args.start = start.data();
-    args.row = row.get();
-    args.value = value.get();
+void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, SiftArgs<Real> from, uint32_t rows,
+           uint32_t cols) {
+    from.by_column = args.by_column;
+    const Sieve<Real> sieve(from, team.size(), rows, cols);
+    const Room<Real> room(team.size() * outer_chunk(rows) * args.gates * kPair);
+    args.x = from.out;
     args.room = room.get();
-    args.cursor = cursor.get();
     team.run(team.size(), [&](const Member& m) {
-        each(m, [&](uint32_t r, uint32_t c, Real v) {
-            row.get()[at[c]] = r;
-            value.get()[at[c]++] = x.scale ? v * x.scale[r * x.scale_stride + c] : v;
-        });
+        k.sift(from, m);
         m.wait(m.team);
         k.outer(args, m);
     });
@@ -412,16 +384,18 @@ size_t count_spoken(Team& team, const Real* x, size_t n) {
     return total;
 }
 
-#define SPARSEFOLD_FOR(Real)                                                                                           \
-    template struct Blocks<Real>;                                                                                      \
-    template Blocks<Real> pack_blocks<Real>(Team&, const SequenceKernels<Real>&, const Real*, uint32_t, uint32_t,      \
-                                            uint32_t, const uint64_t*, double, const Blocks<Real>*);                   \
-    template bool transpose<Real>(Team&, const SequenceKernels<Real>&, TransposeArgs<Real>);                           \
-    template void input_product<Real>(Team&, const SequenceKernels<Real>&, InputProductArgs<Real>, const Real*, bool); \
-    template void input_gradient<Real>(Team&, const SequenceKernels<Real>&, InputGradientArgs<Real>);                  \
-    template void egru_forward<Real>(Team&, const SequenceKernels<Real>&, EgruForwardArgs<Real>);                      \
-    template void egru_backward<Real>(Team&, const SequenceKernels<Real>&, EgruBackwardArgs<Real>);                    \
-    template void outer<Real>(Team&, const SequenceKernels<Real>&, OuterArgs<Real>, const Columns<Real>&);             \
+#define SPARSEFOLD_FOR(Real)                                                                                      \
+    template struct Blocks<Real>;                                                                                 \
+    template Blocks<Real> pack_blocks<Real>(Team&, const SequenceKernels<Real>&, const Real*, uint32_t, uint32_t, \
+                                            uint32_t, const uint64_t*, double, const Blocks<Real>*);              \
+    template bool transpose<Real>(Team&, const SequenceKernels<Real>&, TransposeArgs<Real>);                      \
+    template void input_product<Real>(Team&, const SequenceKernels<Real>&, InputProductArgs<Real>, const Real*,   \
+                                      uint32_t, uint32_t);                                                        \
+    template void input_gradient<Real>(Team&, const SequenceKernels<Real>&, InputGradientArgs<Real>);             \
+    template void egru_forward<Real>(Team&, const SequenceKernels<Real>&, EgruForwardArgs<Real>);                 \
+    template void egru_backward<Real>(Team&, const SequenceKernels<Real>&, EgruBackwardArgs<Real>);               \
+    template void outer<Real>(Team&, const SequenceKernels<Real>&, OuterArgs<Real>, SiftArgs<Real>, uint32_t,     \
+                              uint32_t);                                                                          \
     template size_t count_spoken<Real>(Team&, const Real*, size_t);
 SPARSEFOLD_FOR(float)
 SPARSEFOLD_FOR(double)

@@ -127,10 +127,11 @@ std::vector<uint64_t> blocks_of(const uint8_t* mask, uint32_t gates, uint32_t un
 template <class Real>
 bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> args);
 
-/// args.out = bias + W x for what is not zero of x (args.rows, cols), or for all of it where it is not `events`, which
-/// takes blocks. The lists and the room of args are filled in here.
+/// args.out = bias + W x for what is not zero of x (rows, cols), or for all of it where args.dense is given. What x
+/// holds and the room of args are filled in here.
 template <class Real>
-void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<Real> args, const Real* x, bool events);
+void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<Real> args, const Real* x,
+                   uint32_t rows, uint32_t cols);
 
 /// The room of args is filled in here.
 template <class Real>
@@ -142,20 +143,11 @@ void egru_forward(Team& team, const SequenceKernels<Real>& k, EgruForwardArgs<Re
 template <class Real>
 void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<Real> args);
 
-/// What an outer product reads of x (rows, cols): its first rows may lie elsewhere, each row may be scaled by another
-/// array's, and rows whose gradient is not finite are read whole.
+/// args.out = sum over rows of g x^T, x as `from` says it; `by_column` where few blocks of args.live are live. What x
+/// holds and the room of args are filled in here.
 template <class Real>
-struct Columns {
-    const Real* head;  // (head_rows, cols)
-    uint32_t head_rows;
-    const Real* rest;   // (rows - head_rows, cols)
-    const Real* scale;  // (rows, scale_stride) or null
-    size_t scale_stride;
-    const uint8_t* wild;  // (rows) or null
-};
-/// args.out = sum over rows of g x^T; the lists and the room of args are filled in here.
-template <class Real>
-void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, const Columns<Real>& x);
+void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, SiftArgs<Real> from, uint32_t rows,
+           uint32_t cols);
 
 /// The pointers of room are filled in here.
 template <class Real>

@@ -311,7 +311,7 @@ class Team:
         h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
         u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
-        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")] | None,
         y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
         h: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
@@ -330,7 +330,7 @@ class Team:
         h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
         u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
-        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")] | None,
         y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
         h: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...
@@ -348,7 +348,6 @@ class Team:
         h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
-        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         grad_y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         grad_u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
@@ -377,7 +376,6 @@ class Team:
         h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
-        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         grad_y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         grad_u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,

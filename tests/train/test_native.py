@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_sequence
 import cases
 from sparsefold import _native
 from sparsefold.nn import EGRU, EGRUCell, EGRUState, Stack, Triangle, native, reference
-from sparsefold.nn.reference import Event, Reset
+from sparsefold.nn.reference import Event, Reset, Tape
 from sparsefold.sparsify import Block, Pruner
 from tolerances import CELL_F64, EPS32, GRADCHECK, GRADIENT_F64, egru_step, gradient_f32
 
@@ -231,6 +231,36 @@ def test_two_windows_are_one_sequence(reset, reset_after):
         close(native_then_reference[k], 2 * v.grad, 64 * GRADIENT_F64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+@pytest.mark.parametrize("event", get_args(Event))
+def test_what_is_computed_again_has_the_same_bits(dtype, reset, reset_after, event):
+    """A tape without gates; blocks, zoneout, windows one after the other."""
+    for density, zoneout in ((1.0, 0.3), (0.2, 0.0)):
+        p = in_blocks(inputs(6, 3, 20, 70, dtype, rate=0.3), density)
+        form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "event": event, "zoneout": zoneout}
+        found = []
+        for tape in get_args(Tape):
+            torch.manual_seed(3)
+            first = native.egru(**p, **form, training=True, tape=tape)
+            second = native.egru(**{**p, "y0": first.y_n, "h0": first.h_n}, **form, tape=tape)
+            weights = cotangents([*first, *second])
+            found.append([*first, *second, *gradients([*first, *second], p, weights).values()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("tape", "per"), [("full", 28), ("recompute", 12)])
+def test_the_tape_is_as_large_as_it_says(tape, per):
+    """Bytes kept for each step, unit and sample: r, z, n, what r multiplies, u; y; and here x of as many features."""
+    T, B, H = 6, 3, 64
+    p = inputs(T, B, H, H, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        native.egru(**p, tape=tape)
+    sequences = {t.data_ptr(): t.nbytes for t in saved if t.numel() >= T * B * H and t.shape != (3 * H, H)}
+    assert sum(sequences.values()) == per * T * B * H
+
+
 def in_blocks(p: dict[str, Tensor], density: float, seed: int = 11) -> dict[str, Tensor]:
     """The same with that share of the blocks of both weights left, drawn one by one."""
     q, g = {k: v.detach().clone() for k, v in p.items()}, torch.Generator().manual_seed(seed)
@@ -428,13 +458,14 @@ def test_an_empty_sequence_and_absent_biases():
 def test_torch_s_own_check_of_the_operators():
     p = inputs(3, 2, 3, 5)
     kept = torch.rand(15, 3) < 0.5, torch.rand(15, 5) < 0.5
-    args = (*(p[n] for n in NAMES), None, *kept, "threshold", True, "threshold", 0.5, 0.5, 0.0)
+    args = (*(p[n] for n in NAMES), None, *kept, "threshold", True, "threshold", 0.5, 0.5, 0.0, True)
+    torch.library.opcheck(torch.ops.sparsefold.egru.default, (*args[:-1], False))
     torch.library.opcheck(torch.ops.sparsefold.egru.default, args)
-    y, u, o, _, _, tape = (t.detach() for t in torch.ops.sparsefold.egru(*args))
-    plain = [p[n].detach() for n in ("x", "y0", "h0", "weight_ih", "weight_hh", "threshold")]
+    y, u, _, _, _, tape = (t.detach() for t in torch.ops.sparsefold.egru(*args))
+    plain = [p[n].detach() for n in ("x", "y0", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "threshold")]
     torch.library.opcheck(
         torch.ops.sparsefold.egru_backward.default,
-        ([torch.ones_like(y), None, None, None, None], *plain, None, *kept, tape, y, u, o, *args[11:], [True] * 8),
+        ([torch.ones_like(y), None, None, None, None], *plain, None, *kept, tape, y, u, *args[11:], [True] * 8),
     )
 
 
@@ -460,6 +491,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"recurrent_dropout": 0.4, "learn_threshold": True, "reset": "output"},
     {"zoneout": 0.3, "reset_after": False, "output": "state"},
     {"bias": False, "event": "always", "reset": "none"},
+    {"num_layers": 2, "tape": "recompute", "recurrent_dropout": 0.2},
 ]
 
 

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .events import Triangle
 from .kept import kept, live
-from .reference import EGRUTrace, Event, LSTMTrace, Nonlinearity, Reset
+from .reference import EGRUTrace, Event, LSTMTrace, Nonlinearity, Reset, Tape
 
 try:
     from sparsefold import _native
@@ -67,11 +67,16 @@ def egru(
     event: Event = "threshold",
     zoneout: float = 0.0,
     training: bool = False,
+    tape: Tape = "full",
 ) -> EGRUTrace:
     """`reference.egru`, whose equations hold here: per step only rows of weight_hh whose unit spoke are read.
 
     Backward: the gradient of a message is made only where o = 1 or surrogate(u − θ) ≠ 0 (elsewhere it would be multiplied
     by zero), that of a weight only from units that spoke; x counts as events where at most 40 % of it is not zero.
+    Beside x and y, backward needs u, and with tape="full" r, z, n and W_hn y + b_hn: 20 bytes for each step, unit and sample in
+    float32, 40 in float64. With tape="recompute" it keeps u alone, 4 or 8 bytes, and the forward's work is done once more, with
+    the same bits. While backward runs, the gates' gradients take 16 or 32 bytes more (with reset_after=True and "recompute" in
+    place of what is computed again). Events follow from u, and are kept by nobody.
     Tensors are float32 or float64, on the processor, all of one dtype; ValueError otherwise. Not twice differentiable.
     """
     B, H, I = x.shape[-2] if x.dim() > 1 else 0, threshold.numel(), x.shape[-1]  # noqa: E741
@@ -116,6 +121,7 @@ def egru(
         surrogate.height,
         surrogate.half_width,
         keep,
+        tape == "full",
     )
     return EGRUTrace(y, u, o, y_n, h_n)
 
@@ -169,14 +175,41 @@ def _egru(
     height: float,
     half_width: float,
     keep: float,
+    full: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y, u, o, y_n, h_n, tape); the tape holds r, z, n and what r multiplies, (T·B, 4H)."""
+    """(y, u, o, y_n, h_n, tape); the tape holds r, z, n and what r multiplies, (T·B, 4H), or nothing unless it is `full`."""
     team = _team()
     (T, B, _), H = x.shape, y0.shape[1]
     x, y0, h0, theta = (t.detach().contiguous() for t in (x, y0, h0, theta))
     mask = _plain(mask)
     y, u, o = (_empty(team, x, T, B, H) for _ in range(3))
     h_n = torch.empty_like(h0)
+    options = _options(reset, reset_after, event, height, half_width, keep)
+    w = _packed(team, weight_hh, kept_hh, _parts(reset_after), fresh=True)
+    w_i = _input_weight(team, x, weight_ih, kept_ih, fresh=True)
+    gates = _forward(team, options, x, w_i, w, bias_ih, bias_hh, theta, mask, y0, h0, u, o, y, h_n)
+    return y, u, o, y[-1].clone(), h_n, gates if full else x.new_empty(0)
+
+
+def _forward(
+    team: Any,
+    options: dict[str, Any],
+    x: Tensor,
+    weight_ih: tuple[Tensor, _Packed, bool],
+    w: _Packed,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    theta: Tensor,
+    mask: Tensor | None,
+    y0: Tensor,
+    h0: Tensor,
+    u: Tensor,
+    o: Tensor | None,
+    y: Tensor,
+    h_n: Tensor,
+) -> Tensor:
+    """r, z, n and what r multiplies, (T·B, 4H); fills u, o, y and h_n, or reads u and y of a forward that was, without o."""
+    (T, B, I), H, reset_after = x.shape, y0.shape[1], options["reset_after"]  # noqa: E741
     gates = _empty(team, x, T * B, 4 * H)
     bias = x.new_zeros(3 * H) if bias_ih is None else bias_ih.detach().clone()
     bias_n = None
@@ -184,13 +217,9 @@ def _egru(
         inside = 2 * H if reset_after else 3 * H
         bias[:inside] += bias_hh.detach()[:inside]
         bias_n = bias_hh.detach()[2 * H :].contiguous() if reset_after else None
-    _input_product(team, x.view(T * B, -1), weight_ih, kept_ih, bias, gates)
-    w = _packed(team, weight_hh, kept_hh, _parts(reset_after), fresh=True)
-    options = _options(reset, reset_after, event, height, half_width, keep)
-    team.egru_forward(
-        options, w.turned, *w.product, w.wild, bias_n, theta, mask, y0, h0, gates, u, o, y, h_n
-    )  # fmt: skip
-    return y, u, o, y[-1].clone(), h_n, gates
+    _input_product(team, x.view(T * B, I), *weight_ih, bias, gates)
+    team.egru_forward(options, w.turned, *w.product, w.wild, bias_n, theta, mask, y0, h0, gates, u, o, y, h_n)
+    return gates
 
 
 class _Packed(NamedTuple):
@@ -300,25 +329,29 @@ def _is_events(team: Any, x: Tensor) -> bool:
     return bool(team.count(x) <= _SPARSE_INPUT * x.numel())
 
 
-def _input_product(
-    team: Any, x: Tensor, weight: Tensor, mask: Tensor | None, bias: Tensor, gates: Tensor, number: int = 3
-) -> None:
-    """W_i x + b into the first `number` · H of each row of `gates`."""
-    events = number == 3 and _is_events(team, x)
-    w = _packed(team, weight, mask, (number,), fresh=True, turn=events)
+def _input_weight(
+    team: Any, x: Tensor, weight: Tensor, mask: Tensor | None, *, fresh: bool, gates: int = 3
+) -> tuple[Tensor, _Packed, bool]:
+    """The weight, the same packed, and whether x counts as events."""
+    events = gates == 3 and _is_events(team, x)
+    return weight.detach(), _packed(team, weight, mask, (gates,), fresh=fresh, turn=events), events
+
+
+def _input_product(team: Any, x: Tensor, weight: Tensor, w: _Packed, events: bool, bias: Tensor, gates: Tensor) -> None:
+    """W_i x + b into the first columns of each row of `gates`."""
     if w.sparse and (events or w.share <= _SPARSE_BLOCKS_DENSE):
         team.input_product(None, w.blocks[0], bias, x, events, gates)
     elif events and not w.wild:
         team.input_product(w.turned, None, bias, x, events, gates)
     else:
-        torch.addmm(bias, x, weight.detach().t(), out=gates[:, : len(weight)])
+        torch.addmm(bias, x, weight.t(), out=gates[:, : len(weight)])
 
 
 @_egru.register_fake
 def _(x: Tensor, y0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    (T, B, _), H = x.shape, y0.shape[1]
+    (T, B, _), H, full = x.shape, y0.shape[1], rest[-1]
     sequence = [x.new_empty(T, B, H) for _ in range(3)]
-    return *sequence, x.new_empty(B, H), x.new_empty(B, H), x.new_empty(T * B, 4 * H)
+    return *sequence, x.new_empty(B, H), x.new_empty(B, H), x.new_empty((T * B, 4 * H) if full else 0)
 
 
 @torch.library.custom_op("sparsefold::egru_backward", mutates_args=())
@@ -329,6 +362,8 @@ def _egru_backward(
     h0: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     theta: Tensor,
     mask: Tensor | None,
     kept_ih: Tensor | None,
@@ -336,54 +371,58 @@ def _egru_backward(
     tape: Tensor,
     y: Tensor,
     u: Tensor,
-    o: Tensor,
     reset: str,
     reset_after: bool,
     event: str,
     height: float,
     half_width: float,
     keep: float,
+    full: bool,
     wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, y0, h0, weight_ih, weight_hh, bias_ih, bias_hh and theta, empty where `wants` has none."""
     team = _team()
     (T, B, I), H = x.shape, y0.shape[1]  # noqa: E741
     x, y0, h0, theta = (t.detach().contiguous() for t in (x, y0, h0, theta))
+    y, u, mask = y.detach(), u.detach(), _plain(mask)
+    wants_x, wants_y0, _, wants_w_i, wants_w_h = wants[:5]
+    options = _options(reset, reset_after, event, height, half_width, keep)
+    w = _packed(team, weight_hh, kept_hh, _parts(reset_after))
+    w_i = _input_weight(team, x, weight_ih, kept_ih, fresh=False)
     rows = tape.detach()
-    y, u, o = y.detach(), u.detach(), o.detach()
-    gates = _empty(team, x, T * B, 4 * H)
+    if not full:
+        rows = _forward(
+            team, options, x, w_i, w, bias_ih, bias_hh, theta, mask, y0, h0, u, None, y, torch.empty_like(h0)
+        )  # fmt: skip
+    # What was computed again is read by nobody else; where r scales y, the outer product below reads it.
+    gates = _empty(team, x, T * B, 4 * H) if full or not reset_after else rows
     dy, dh, dtheta, dbias = (x.new_empty(n) for n in ((B, H), (B, H), (H,), (4 * H,)))
     wild = torch.zeros(T * B, dtype=torch.uint8)
-    options = _options(reset, reset_after, event, height, half_width, keep)
     grads = [_plain(g) for g in grads]
-    wants_x, wants_y0, _, wants_w_i, wants_w_h = wants[:5]
-    w = _packed(team, weight_hh, kept_hh, _parts(reset_after))
     team.egru_backward(
-        options, w.turned, *w.product, w.wild, theta, _plain(mask), y0, h0, rows, u, o, y,
+        options, w.turned, *w.product, w.wild, theta, mask, y0, h0, rows, u, y,
         grads[0], grads[1], grads[2], grads[3], grads[4], wants_y0, gates, dy, dh, dtheta, dbias, wild,
     )  # fmt: skip
     none = x.new_empty(0)
     flat = x.view(T * B, I)
     dx = dw_i = dw_h = none
-    if wants_x or wants_w_i:
-        w_i = _packed(team, weight_ih, kept_ih, (3,), turn=False)
-        few = w_i.sparse and w_i.share <= _SPARSE_BLOCKS_DENSE
+    weight, packed, events = w_i
+    few = packed.sparse and packed.share <= _SPARSE_BLOCKS_DENSE
     if wants_x:
+        dx = torch.empty_like(flat)
         if few:
-            dx = torch.empty_like(flat)
-            team.input_gradient(w_i.blocks[0], gates, wild, dx)
+            team.input_gradient(packed.blocks[0], gates, wild, dx)
         else:
-            dx = gates[:, : 3 * H] @ weight_ih.detach()
+            torch.mm(gates[:, : 3 * H], weight, out=dx)
         dx = dx.view(T, B, I)
-    if wants_w_i:
-        held = kept_ih is not None
-        if (held and few) or _is_events(team, flat):
-            dw_i = _empty(team, x, 3 * H, I)
-            team.outer(gates, [0, H, 2 * H], None, flat, None, wild, w_i.blocks[0] if held else None, dw_i)
-        else:
-            dw_i = gates[:, : 3 * H].t() @ flat
-            if kept_ih is not None:
-                dw_i.masked_fill_(~live(weight_ih, kept_ih, 3), 0)
+    if wants_w_i and (events or (few and kept_ih is not None)):
+        dw_i = _empty(team, x, 3 * H, I)
+        held = packed.blocks[0] if kept_ih is not None else None
+        team.outer(gates, [0, H, 2 * H], None, flat, None, wild, held, dw_i)
+    elif wants_w_i:
+        dw_i = gates[:, : 3 * H].t() @ flat
+        if kept_ih is not None:
+            dw_i.masked_fill_(~live(weight, kept_ih, 3), 0)
     if wants_w_h:
         dw_h = _empty(team, x, 3 * H, H)
         of = w.blocks if kept_hh is not None else [None, None]
@@ -408,10 +447,14 @@ def _(grads: Any, x: Tensor, y0: Tensor, h0: Tensor, weight_ih: Tensor, *rest: A
     )  # fmt: skip
 
 
+_TENSORS = 11  # of the operator's inputs
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, y0, h0, weight_ih, weight_hh, _, _, theta, mask, kept_ih, kept_hh, *options = inputs
+    *saved, full = inputs
     y, u, o, _, _, tape = output
-    ctx.save_for_backward(x, y0, h0, weight_ih, weight_hh, theta, mask, kept_ih, kept_hh, tape, y, u, o)
+    ctx.save_for_backward(*saved[:_TENSORS], tape, y, u)
+    options = [*saved[_TENSORS:], full]
     # Where every unit always speaks there is no step to differentiate, as in the reference.
     ctx.mark_non_differentiable(*((tape, o) if options[2] == "always" else (tape,)))
     ctx.set_materialize_grads(False)
@@ -421,7 +464,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     wants = [bool(w) for w in ctx.needs_input_grad[:8]]
     g = _egru_backward(list(grads[:5]), *ctx.saved_tensors, *ctx.options, wants)
-    return (*(each if wanted else None for each, wanted in zip(g, wants, strict=True)), *[None] * 9)
+    return (*(each if wanted else None for each, wanted in zip(g, wants, strict=True)), *[None] * 10)
 
 
 _egru.register_autograd(_backward, setup_context=_setup)
@@ -603,7 +646,9 @@ def _gated(
         outside = 2 * H if kind == "gru" else rows
         bias[:outside] += bias_hh.detach()[:outside]
         bias_n = bias_hh.detach()[2 * H :].contiguous() if kind == "gru" else None
-    _input_product(team, x.view(T * B, x.shape[2]), weight_ih, kept_ih, bias, tape, _GATES[kind])
+    flat = x.view(T * B, x.shape[2])
+    w_i = _input_weight(team, flat, weight_ih, kept_ih, fresh=True, gates=_GATES[kind])
+    _input_product(team, flat, *w_i, bias, tape)
     blocks = _packed(team, weight_hh, kept_hh, _products(kind), fresh=True, turn=False).product
     masks = _plain(mask_h), _plain(mask_c)
     team.gated_forward(

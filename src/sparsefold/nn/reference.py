@@ -18,6 +18,7 @@ from .kept import without_gradient
 Reset = Literal["threshold", "output", "none"]
 Event = Literal["threshold", "always", "smooth"]
 Nonlinearity = Literal["tanh", "relu"]
+Tape = Literal["full", "recompute"]
 
 
 class EGRUTrace(NamedTuple):
@@ -96,6 +97,7 @@ def egru(
     event: Event = "threshold",
     zoneout: float = 0.0,
     training: bool = False,
+    tape: Tape = "full",
 ) -> EGRUTrace:
     """Event-based gated recurrent unit over a sequence x (T, B, I), from the state y0, h0 (B, H).
 
@@ -114,7 +116,8 @@ def egru(
     evaluation u is the mean of that. weight_ih (3H, I), weight_hh (3H, H), bias_ih and bias_hh (3H,) or None,
     threshold (H,). T = 0 returns the state unchanged. A sequence run in parts with its state carried takes
     the same steps, up to the rounding of W x, which is one product over all rows that come. Blocks of a weight that a
-    sparsifier holds at zero (`kept.py`) get the gradient 0.
+    sparsifier holds at zero (`kept.py`) get the gradient 0. `tape` says what the kernels keep for the backward
+    (`native.egru`), and nothing here.
 
     Source: Subramoney et al. (2023), arXiv 2206.06178 (reset="output", reset_after=False); the other form is that of
     the authors' code. Krueger et al. (2017) for zoneout.
