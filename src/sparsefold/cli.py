@@ -217,7 +217,7 @@ def _train(args: argparse.Namespace) -> None:
 def _compile(args: argparse.Namespace) -> None:
     _need_torch()
     from sparsefold.lowering import compile_model
-    from sparsefold.recipes._loop import read_checkpoint
+    from sparsefold.recipes._checkpoint import read_checkpoint
 
     best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     _, facts = read_checkpoint(best)

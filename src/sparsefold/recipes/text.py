@@ -16,8 +16,10 @@ import torch
 
 from sparsefold.data import ByteCorpus, load_text
 from sparsefold.nn import EGRU, Stack, anneal, param_groups
+from sparsefold.recipes._checkpoint import read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict
-from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, read_checkpoint, train
+from sparsefold.recipes._loop import Trainer, train
+from sparsefold.recipes._windows import Windows, bits_per_char
 from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner
 
 
