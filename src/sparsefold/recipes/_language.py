@@ -1,0 +1,145 @@
+"""What a language model is made of while it is trained, beside its recurrent layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsefold.nn import Stack
+
+
+class WordEmbedding(torch.nn.Embedding):
+    """torch.nn.Embedding that in training drops whole words, the same ones in a whole window, with probability ``drop``.
+
+    Source: Gal and Ghahramani (2016), arXiv 1512.05287.
+    """
+
+    def __init__(self, words: int, size: int, drop: float = 0.0) -> None:
+        super().__init__(words, size)
+        self.drop = drop
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (T, B) -> (T, B, size)."""
+        vectors = super().forward(tokens)
+        if not (self.training and self.drop):
+            return vectors
+        kept = torch.full((self.num_embeddings,), 1 - self.drop, device=tokens.device).bernoulli() / (1 - self.drop)
+        return vectors * kept[tokens][..., None].to(vectors.dtype)
+
+
+class LockedDropout(torch.nn.Module):
+    """Dropout of (T, B, F) whose mask is the same at every step of time.
+
+    Source: Gal and Ghahramani (2016), arXiv 1512.05287.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, B, F) -> the same shape."""
+        if not (self.training and self.p):
+            return x
+        return x * F.dropout(x.new_ones(1, *x.shape[1:]), self.p)
+
+    def extra_repr(self) -> str:
+        """For print."""
+        return f"{self.p}"
+
+
+class SampledLinear(torch.nn.Linear):
+    """A decoder that in training may compare each target with a sample of the words in place of all.
+
+    Words stand in the sample that are a target of the window, and each other with probability ``samples`` / words. The sum over
+    words in the softmax becomes that over the sample, each term divided by the probability that its word stands there: for a
+    word of frequency p in the text and n targets 1 − (1 − p)ⁿ (1 − samples / words). The sum is then right on average
+    (Horvitz and Thompson, 1952), and the loss nearly so. In evaluation all words are read.
+
+    Args:
+        inputs: features that it reads.
+        words: outputs.
+        samples: words drawn for each window on average; 0: all stand there.
+        share: (words,) how often each word is met in the text.
+    """
+
+    share: Tensor
+    _drawn: tuple[Tensor, Tensor, Tensor] | None
+
+    def __init__(self, inputs: int, words: int, samples: int = 0, share: Tensor | None = None) -> None:
+        super().__init__(inputs, words)
+        self.samples = samples
+        self.register_buffer("share", share, persistent=False)
+        self._drawn = None
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Draw the sample for a window's targets (T, B); returns their places among what ``forward`` then gives."""
+        if not (self.training and self.samples):
+            return y
+        rate = self.samples / self.out_features
+        drawn = torch.rand(self.out_features, device=y.device) < rate
+        drawn[y.flatten()] = True
+        words = drawn.nonzero()[:, 0]
+        chance = 1 - (1 - self.share[words]) ** y.numel() * (1 - rate)
+        wanted = (drawn.cumsum(0) - 1)[y]
+        self._drawn = words, chance.log().to(self.bias.dtype), wanted
+        return wanted
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, B, inputs) -> (T, B, words), or (T, B, drawn words)."""
+        if not (self.training and self.samples and self._drawn):
+            return super().forward(x)
+        words, chance, wanted = self._drawn
+        logits = F.linear(x, self.weight[words]).to(self.bias.dtype) + (self.bias[words] - chance)
+        return logits.scatter_add(-1, wanted[..., None], chance[wanted][..., None])  # a target stands there for sure
+
+
+class Smoothness:
+    """Scalar α · mean(h²) + β · mean((u_t − u_(t−1))²) of the last layer's outputs u (T, B, H), h being what dropout left of them.
+
+    Source: Merity, McCann and Socher (2017), arXiv 1708.01009.
+    """
+
+    def __init__(self, model: Stack, alpha: float, beta: float) -> None:
+        self.alpha, self.beta = alpha, beta
+        self._raw: Tensor | None = None
+        self._dropped: Tensor | None = None
+        if alpha or beta:
+            layer, dropout = model[-3], model[-2]
+            layer.register_forward_hook(self._saw_raw)
+            dropout.register_forward_hook(self._saw_dropped)
+
+    def _saw_raw(self, module: Any, inputs: Any, output: Any) -> None:
+        self._raw = output[0]
+
+    def _saw_dropped(self, module: Any, inputs: Any, output: Tensor) -> None:
+        self._dropped = output
+
+    def __call__(self) -> Tensor | float:
+        """Of the forward pass before."""
+        if self._raw is None or self._dropped is None:
+            return 0.0
+        raw, dropped = self._raw.float(), self._dropped.float()
+        slow = (raw[1:] - raw[:-1]).square().mean() if len(raw) > 1 else 0.0
+        return self.alpha * dropped.square().mean() + self.beta * slow
+
+
+def plain(model: Stack) -> Stack:
+    """The same network without what only training needs: Embedding, recurrent layers and Linear, which compile and play.
+
+    Weights are shared with ``model``.
+    """
+    members: list[torch.nn.Module] = []
+    for module in model:
+        if isinstance(module, WordEmbedding):
+            members.append(torch.nn.Embedding.from_pretrained(module.weight.detach(), freeze=False))
+        elif isinstance(module, SampledLinear):
+            decoder = torch.nn.utils.skip_init(torch.nn.Linear, module.in_features, module.out_features)
+            decoder.weight, decoder.bias = torch.nn.Parameter(module.weight.detach()), module.bias
+            members.append(decoder)
+        elif not isinstance(module, LockedDropout):
+            members.append(module)
+    return Stack(*members).train(model.training)
