@@ -29,6 +29,7 @@ RUNTIME = [
         "_figures",
         "_summary",
         "progress",
+        "vocabulary",
         "cli",
     )
     if find_spec(f"sparsefold.{name}")
