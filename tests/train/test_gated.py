@@ -1,0 +1,364 @@
+"""GRU, LSTM and RNN: the definition against torch, the native cells against the definition, the modules on either."""
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import sparsefold as sf
+from sparsefold.nn import GRU, LSTM, RNN, Stack, native, reference
+from tolerances import CELL_F64, EPS32, FREE_RUNNING_F32, GRADIENT_F64
+
+torch.set_num_threads(2)
+
+# cell, its options, the torch cell it is, gates
+KINDS: dict[str, tuple[str, dict[str, Any], Any, int]] = {
+    "gru": ("gru", {}, torch.nn.GRUCell, 3),
+    "lstm": ("lstm", {}, torch.nn.LSTMCell, 4),
+    "tanh": ("rnn", {"nonlinearity": "tanh"}, torch.nn.RNNCell, 1),
+    "relu": ("rnn", {"nonlinearity": "relu"}, lambda *a, **k: torch.nn.RNNCell(*a, nonlinearity="relu", **k), 1),
+}
+MODULES = [
+    (GRU, torch.nn.GRU, {}),
+    (LSTM, torch.nn.LSTM, {}),
+    (RNN, torch.nn.RNN, {}),
+    (RNN, torch.nn.RNN, {"nonlinearity": "relu"}),
+]
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def inputs(kind: str, T=5, B=3, I=4, H=6, dtype=torch.float64, seed=0) -> dict[str, Tensor]:  # noqa: E741
+    """Leaves, in the order of the cell's arguments."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    gates = KINDS[kind][3]
+    p = {"x": draw(T, B, I), "h0": draw(B, H) / 2}
+    if kind == "lstm":
+        p["c0"] = draw(B, H)
+    p |= {
+        "weight_ih": draw(gates * H, I) / I**0.5,
+        "weight_hh": draw(gates * H, H) / H**0.5,
+        "bias_ih": draw(gates * H) / 4,
+        "bias_hh": draw(gates * H) / 4,
+    }
+    return {k: v.to(dtype).requires_grad_() for k, v in p.items()}
+
+
+def call(cells: Any, kind: str, p: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    name, form, _, _ = KINDS[kind]
+    torch.manual_seed(3)
+    return tuple(getattr(cells, name)(**p, **form, **options))
+
+
+def cotangents(trace: Any, seed: int = 7) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(t.shape, generator=g, dtype=torch.float64).to(t.dtype) for t in trace]
+
+
+def gradients(trace: Any, leaves: dict[str, Any], weights: list[Tensor]) -> dict[str, Tensor]:
+    """Of every leaf, zeros where nothing reaches it."""
+    used = [(t, c) for t, c in zip(trace, weights, strict=True) if t.requires_grad]
+    real = {k: v for k, v in leaves.items() if v is not None and v.requires_grad}
+    found = torch.autograd.grad(
+        [t for t, _ in used], list(real.values()), [c for _, c in used], allow_unused=True, retain_graph=True
+    )
+    return {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(real.items(), found, strict=True)}
+
+
+def close(a: Tensor, b: Tensor, atol: float = CELL_F64) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=atol, equal_nan=True)
+
+
+# --- the definition --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("zoneout", [0.0, 0.3, 1.0])
+def test_the_reference_is_torch_s_cell_step_by_step(kind, training, zoneout):
+    p = inputs(kind)
+    _, _, make, _ = KINDS[kind]
+    cell = make(4, 6).double()
+    with torch.no_grad():
+        for name in WEIGHTS:
+            getattr(cell, name).copy_(p[name])
+    keep = {"zoneout": zoneout} | ({"zoneout_cell": zoneout / 2} if kind == "lstm" else {})
+    trace = call(reference, kind, p, training=training, **keep)
+    torch.manual_seed(3)
+    state = [p["h0"], p["c0"]] if kind == "lstm" else [p["h0"]]
+    for t, x in enumerate(p["x"]):
+        # h is made from the whole new c, before c's own zoneout: Krueger et al., equation 5.
+        new = cell(x, tuple(state) if kind == "lstm" else state[0])
+        for i, (fresh, q) in enumerate(zip(new if kind == "lstm" else (new,), keep.values(), strict=True)):
+            drawn = torch.empty_like(fresh).bernoulli_(1 - q) if q else torch.ones_like(fresh)
+            part = drawn if training else 1 - q
+            state[i] = part * fresh + (1 - part) * state[i]
+            close(trace[i][t], state[i])
+    for last, s in zip(trace[-len(state) :], state, strict=True):
+        close(last, s)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_at_its_end_keeps_its_state(kind):
+    p = inputs(kind)
+    lengths = torch.tensor([5, 3, 1])
+    trace = call(reference, kind, p, lengths=lengths)
+    half = len(trace) // 2
+    for b, n in enumerate(lengths.tolist()):
+        own = {k: v[:n, b : b + 1] if k == "x" else v[b : b + 1] if k in ("h0", "c0") else v for k, v in p.items()}
+        alone = call(reference, kind, own)
+        for i in range(half):
+            close(trace[i][:n, b], alone[i][:, 0])
+            close(trace[i][n:, b], alone[half + i].expand(5 - n, -1))
+            close(trace[half + i][b], alone[half + i][0])
+
+
+# --- the modules -----------------------------------------------------------------------------------------------------
+
+BACKENDS = ["reference", "native"]
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 2, "batch_first": True},
+    {"num_layers": 2, "bidirectional": True},
+    {"bias": False},
+]
+
+
+def pair(kind: tuple[Any, Any, dict[str, Any]], **options: Any) -> tuple[Any, Any]:
+    """Ours and torch's with the same weights, in float64."""
+    ours, theirs, form = kind
+    torchs = {k: v for k, v in options.items() if k not in ("backend", "zoneout", "zoneout_cell", "recurrent_dropout")}
+    layer, other = ours(7, 20, **form, **options).double(), theirs(7, 20, **form, **torchs).double()
+    layer.load_state_dict(other.state_dict())
+    return layer, other
+
+
+def flat(state: Any) -> list[Tensor]:
+    return list(state) if isinstance(state, tuple) else [state]
+
+
+def found(layer: Any, x: list[Tensor], ragged: bool, state: Any) -> list[Tensor]:
+    """Output, state, and gradients of all that has one."""
+    leaves = [v.clone().requires_grad_() for v in x]
+    start = None if state is None else [s.clone().requires_grad_() for s in state]
+    torch.manual_seed(5)
+    batch = pack_sequence(leaves, enforce_sorted=False) if ragged else torch.stack(leaves, int(not layer.batch_first))
+    hx = start if start is None else tuple(start) if isinstance(layer, torch.nn.LSTM) else start[0]
+    layer.zero_grad()
+    output, end = layer(batch, hx)
+    if ragged:
+        assert isinstance(output, PackedSequence)
+    data = output.data if ragged else output
+    total = (data * torch.linspace(-1, 1, data.numel(), dtype=data.dtype).view_as(data)).sum()
+    (total + sum(s.square().sum() for s in flat(end))).backward()
+    grads = [v.grad for v in (*layer.parameters(), *leaves, *(start or []))]
+    assert all(g is not None for g in grads)
+    return [t.clone() for t in (data, *flat(end), *grads)]
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=str)
+@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_module_is_torch_s(kind, options, ragged, backend):
+    layer, other = pair(kind, backend=backend, **options)
+    assert isinstance(layer, type(other))
+    x = [torch.randn(n, 7, dtype=torch.float64) for n in ((3, 6, 5) if ragged else (6, 6, 6))]
+    directions = layer.num_layers * (1 + layer.bidirectional)
+    state = [torch.randn(directions, 3, 20, dtype=torch.float64) for _ in range(1 + (kind[0] is LSTM))]
+    for start in (None, state):
+        for a, b in zip(found(layer, x, ragged, start), found(other, x, ragged, start), strict=True):
+            close(a, b, GRADIENT_F64)
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_a_batch(kind, backend):
+    layer, other = pair(kind, backend=backend, num_layers=2)
+    x = torch.randn(5, 7, dtype=torch.float64)
+    (a, end), (b, wanted) = layer(x), other(x)
+    for got, want in zip((a, *flat(end)), (b, *flat(wanted)), strict=True):
+        assert got.shape == want.shape
+        close(got, want)
+    again, expected = layer(x, end), other(x, wanted)
+    for got, want in zip((again[0], *flat(again[1])), (expected[0], *flat(expected[1])), strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=str)
+def test_auto_is_torch_s_where_the_kernels_cannot(kind, monkeypatch):
+    called = []
+    for cells, name in itertools.product((native, reference), ("gru", "lstm", "rnn")):
+        monkeypatch.setattr(cells, name, lambda *a, cells=cells, **k: called.append(cells) or 1 / 0)
+
+    def takes(layer: Any, x: Tensor) -> Any:
+        called.clear()
+        try:
+            layer(x)
+        except ZeroDivisionError:
+            return called[0]
+        return torch
+
+    ours, _, form = kind
+    x = torch.zeros(6, 2, 3)
+    assert takes(ours(3, 5, **form), x) is native
+    assert takes(ours(3, 5, **form).double(), x.double()) is native
+    assert takes(ours(3, 5, **form), x[:1]) is torch
+    assert takes(ours(3, 5, **form, zoneout=0.1), x[:1]) is reference
+    assert takes(ours(3, 5, **form, backend="native"), x[:1]) is native
+    assert takes(ours(3, 5, **form, backend="reference"), x) is reference
+    assert takes(ours(3, 5, **form).bfloat16(), x.bfloat16()) is torch
+    assert takes(ours(3, 5, **form, recurrent_dropout=0.5).bfloat16(), x.bfloat16()) is reference
+    monkeypatch.setattr(native, "_native", None)
+    assert takes(ours(3, 5, **form), x) is torch
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+def test_projections_are_torch_s():
+    layer = LSTM(3, 6, proj_size=2)
+    other = torch.nn.LSTM(3, 6, proj_size=2)
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 2, 3)
+    assert torch.equal(layer(x)[0], other(x)[0])
+    for options in ({"zoneout": 0.1}, {"zoneout_cell": 0.1}, {"recurrent_dropout": 0.1}, {"backend": "native"}):
+        with pytest.raises(ValueError, match=r"an LSTM with projections \(proj_size=2\) is torch's own"):
+            LSTM(3, 6, proj_size=2, **options)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"recurrent_dropout": 0.4},
+    {"zoneout": 0.3},
+    {"num_layers": 2, "bidirectional": True, "dropout": 0.3, "zoneout": 0.2, "recurrent_dropout": 0.1},
+]
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_option_gives_the_same_on_either_backend(kind, options, ragged, training):
+    if kind[0] is LSTM and "zoneout" in options:
+        options = options | {"zoneout_cell": 0.5}
+    layer, _ = pair(kind, backend="reference", **options)
+    other, _ = pair(kind, backend="native", **options)
+    other.load_state_dict(layer.state_dict())
+    x = [torch.randn(n, 7, dtype=torch.float64) for n in ((3, 6, 5) if ragged else (6, 6, 6))]
+    one, two = (found(each.train(training), x, ragged, None) for each in (layer, other))
+    for a, b in zip(one, two, strict=True):
+        close(b, a, GRADIENT_F64)
+    torchs = {k: v for k, v in options.items() if "zoneout" not in k and k != "recurrent_dropout"}
+    plain, _ = pair(kind, backend="reference", **torchs)
+    plain.load_state_dict(layer.state_dict())
+    differs = not torch.equal(found(plain.eval(), x, ragged, None)[0], one[0])
+    assert differs == (training or "zoneout" in options)
+
+
+@pytest.mark.parametrize("ours", [GRU, LSTM, RNN])
+def test_errors_of_a_module_say_what_came(ours):
+    layer = ours(3, 5, backend="native")
+    x, one = torch.zeros(6, 2, 3), torch.zeros(1, 2, 5)
+    state = (one, one) if ours is LSTM else one
+    with pytest.raises(ValueError, match=r"input has 4 features, this .* reads 3"):
+        layer(torch.zeros(6, 2, 4))
+    with pytest.raises(ValueError, match=r"input has 3 axes \(time, batch, feature\), or 2 without a batch"):
+        layer(torch.zeros(6, 2, 4, 1))
+    with pytest.raises(ValueError, match=r"input is torch\.float64, this .* is torch\.float32"):
+        layer(x.double())
+    with pytest.raises(ValueError, match=r"state has shape \(1, 3, 5\).*got \(1, 2, 5\)"):
+        layer(torch.zeros(6, 3, 3), state)
+    with pytest.raises(ValueError, match=r"state is torch\.float64"):
+        layer(x, (one.double(),) * 2 if ours is LSTM else one.double())
+    with pytest.raises(ValueError, match=r"the state of .* is .*, got"):
+        layer(x, one if ours is LSTM else (one, one))
+    with pytest.raises(ValueError, match="backend is one of 'auto', 'native', 'reference', got 'fast'"):
+        ours(3, 5, backend="fast")
+    with pytest.raises(ValueError, match="zoneout is a probability"):
+        ours(3, 5, zoneout=1.5)
+    with pytest.raises(ValueError, match="recurrent_dropout is a probability"):
+        ours(3, 5, recurrent_dropout=-1)
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=str)
+def test_copies_print_and_no_grad(kind):
+    ours, _, form = kind
+    options = {"zoneout_cell": 0.25} if ours is LSTM else {}
+    layer = ours(7, 20, 2, **form, backend="native", zoneout=0.125, **options).eval()
+    x = torch.randn(6, 2, 7)
+    wanted = layer(x)[0].detach()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert (other.backend, other.zoneout) == ("native", 0.125)
+        assert torch.equal(other(x)[0], wanted)
+    assert "7, 20, num_layers=2" in repr(layer)
+    assert "zoneout=0.125" in repr(layer)
+    assert "backend='native'" in repr(layer)
+    assert "recurrent_dropout" not in repr(layer)
+    with torch.no_grad():
+        output, _ = layer(x)
+        assert not output.requires_grad
+        assert torch.equal(output, wanted)
+    with torch.inference_mode():
+        assert torch.equal(layer(x)[0], wanted)
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_it_compiles_to_what_torch_s_compiles_to(kind, options):
+    ours, theirs, form = kind
+    layer, other = ours(7, 20, **form, **options), theirs(7, 20, **form, **options)
+    layer.load_state_dict(other.state_dict())
+    width = 20 * (1 + layer.bidirectional)
+    read = torch.nn.Linear(width, 3)
+    x = torch.randn(9, 7).numpy()
+    one, two = (sf.Engine(sf.compile_model(Stack(m, read))).stream().run(x) for m in (layer, other))
+    assert (one == two).all()
+    with torch.no_grad():
+        wanted = read(layer(torch.from_numpy(x))[0])
+    torch.testing.assert_close(torch.from_numpy(one), wanted, rtol=0, atol=FREE_RUNNING_F32)
+
+
+def test_zoneout_compiles_where_the_engine_has_it():
+    x = torch.randn(9, 7)
+    for options in ({}, {"num_layers": 2}, {"bidirectional": True}):
+        layer = GRU(7, 20, zoneout=0.25, **options).eval()
+        got = sf.Engine(sf.compile_model(layer)).stream().run(x.numpy())
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(got), layer(x)[0], rtol=0, atol=FREE_RUNNING_F32)
+    for layer in (LSTM(7, 20, zoneout=0.1), LSTM(7, 20, zoneout_cell=0.1), RNN(7, 20, zoneout=0.1)):
+        with pytest.raises(
+            ValueError, match=r"keeps a part of its state by zoneout, which the engine has for GRU and EGRU"
+        ):
+            sf.compile_model(layer)
+    with pytest.raises(ValueError, match=r"Supported: .*GRU, LSTM, RNN") as error:
+        sf.compile_model(torch.nn.Softmax())
+    assert str(error.value).count(" GRU,") == 1
+
+
+# Torch's compiler breaks its graph at every RNNBase, and looks at what comes from before the break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("ours", [GRU, LSTM, RNN])
+def test_a_model_around_it_can_be_compiled_and_carries_its_state(ours):
+    model = Stack(torch.nn.Embedding(9, 7), ours(7, 20, backend="native"), torch.nn.Linear(20, 9))
+    x = torch.randint(9, (6, 2))
+    results = []
+    for run in (model, torch.compile(model, backend="aot_eager")):
+        model.zero_grad()
+        logits, state, _ = run(x)
+        more, _, _ = run(x, state.detach())
+        (logits.square().mean() + more.sum()).backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+    torch._dynamo.reset()  # what it remembers of Stack
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=64 * EPS32, atol=64 * EPS32)
