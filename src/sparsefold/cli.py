@@ -202,14 +202,19 @@ def _train(args: argparse.Namespace) -> None:
     config = override(recipe.Config(), args.overrides)
     if args.list:
         for key, value in asdict(config).items():
-            print(f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            joint = "," if isinstance(value, tuple) and any(isinstance(v, float) for v in value) else "x"
+            print(f"{key}={joint.join(map(str, value)) if isinstance(value, tuple) else value}")
         return
     folder = _train_folder(args)
     summary = recipe.run(config, folder, args.recipe)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first has written and says so
+        return
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    quality = f"perplexity {summary.get('valid_perplexity', 0):.2f}"
+    if "valid_bits_per_char" in summary:
+        quality = f"{summary['valid_bits_per_char']:.4f} bits per character"
     print(
-        f"{summary['valid_bits_per_char']:.4f} bits per character on the validation split "
-        f"(step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
+        f"{quality} on the validation split (step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
         f"Compile it: sparsefold compile {folder} -o {args.recipe}.sfold"
     )
 

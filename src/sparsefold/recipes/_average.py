@@ -64,11 +64,17 @@ class Average:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a resume needs; nothing before it is active."""
-        return {"steps": torch.tensor(self.steps), **{f"mean.{k}": v for k, v in self._mean.items()}} if self.active else {}
+        return (
+            {"steps": torch.tensor(self.steps), **{f"mean.{k}": v for k, v in self._mean.items()}}
+            if self.active
+            else {}
+        )
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what ``tensors`` gave."""
         self.active = "steps" in tensors
         self.steps = int(tensors["steps"]) if self.active else 0
         own = dict(self._model.named_parameters())
-        self._mean = {k[len("mean.") :]: v.to(own[k[len("mean.") :]].device) for k, v in tensors.items() if k.startswith("mean.")}
+        self._mean = {
+            k[len("mean.") :]: v.to(own[k[len("mean.") :]].device) for k, v in tensors.items() if k.startswith("mean.")
+        }

@@ -23,7 +23,7 @@ def count() -> int:
 
 @contextmanager
 def joined(device: str | torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started, and leave them in the end; does nothing for one alone or one that has joined."""
+    """Join the processes that ``torchrun`` started, and leave them in the end. Nothing for one alone, or one that has joined."""
     if count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
         yield
         return
@@ -47,7 +47,7 @@ def own_device(name: str) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device={name} was asked for, but torch finds no GPU. Use device=cpu.")
-        if device.index is None:
+        if ":" not in name:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     return device

@@ -1,4 +1,4 @@
-"""What a language model is made of while it is trained, beside its recurrent layers."""
+"""A language model while it is trained, and what it is made of beside its recurrent layers."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefold.nn import Stack
+from sparsefold.nn import EGRU, GRU, LSTM, Stack, Triangle
+from sparsefold.recipes._lm_config import Config
+from sparsefold.recipes.text import initialise_like_egru
 
 
 class WordEmbedding(torch.nn.Embedding):
-    """torch.nn.Embedding that in training drops whole words, the same ones in a whole window, with probability ``drop``.
+    """torch.nn.Embedding times ``scale``, that in training drops whole words, the same ones in a window, with probability ``drop``.
+
+    A decoder that shares the weights wants them small, and layers that are to speak from the start want inputs that are not.
 
     Source: Gal and Ghahramani (2016), arXiv 1512.05287.
     """
 
-    def __init__(self, words: int, size: int, drop: float = 0.0) -> None:
+    def __init__(self, words: int, size: int, drop: float = 0.0, scale: float = 1.0) -> None:
         super().__init__(words, size)
-        self.drop = drop
+        self.drop, self.scale = drop, scale
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (T, B) -> (T, B, size)."""
         vectors = super().forward(tokens)
+        vectors = vectors if self.scale == 1 else vectors * self.scale
         if not (self.training and self.drop):
             return vectors
         kept = torch.full((self.num_embeddings,), 1 - self.drop, device=tokens.device).bernoulli() / (1 - self.drop)
@@ -41,7 +46,7 @@ class LockedDropout(torch.nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, B, F) -> the same shape."""
+        """Input (T, B, F) -> the same shape."""
         if not (self.training and self.p):
             return x
         return x * F.dropout(x.new_ones(1, *x.shape[1:]), self.p)
@@ -89,7 +94,7 @@ class SampledLinear(torch.nn.Linear):
         return wanted
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (T, B, inputs) -> (T, B, words), or (T, B, drawn words)."""
+        """Input (T, B, inputs) -> (T, B, words), or (T, B, drawn words)."""
         if not (self.training and self.samples and self._drawn):
             return super().forward(x)
         words, chance, wanted = self._drawn
@@ -98,7 +103,7 @@ class SampledLinear(torch.nn.Linear):
 
 
 class Smoothness:
-    """Scalar α · mean(h²) + β · mean((u_t − u_(t−1))²) of the last layer's outputs u (T, B, H), h being what dropout left of them.
+    """Scalar α · mean(h²) + β · mean((u_t − u_(t−1))²) of the last layer's outputs u (T, B, H), h what dropout left of them.
 
     Source: Merity, McCann and Socher (2017), arXiv 1708.01009.
     """
@@ -130,16 +135,62 @@ class Smoothness:
 def plain(model: Stack) -> Stack:
     """The same network without what only training needs: Embedding, recurrent layers and Linear, which compile and play.
 
-    Weights are shared with ``model``.
+    Weights but the embedding's are shared with ``model``.
     """
     members: list[torch.nn.Module] = []
     for module in model:
         if isinstance(module, WordEmbedding):
-            members.append(torch.nn.Embedding.from_pretrained(module.weight.detach(), freeze=False))
+            members.append(
+                torch.nn.Embedding(module.num_embeddings, module.embedding_dim, _weight=module.weight.detach())
+            )
         elif isinstance(module, SampledLinear):
-            decoder = torch.nn.utils.skip_init(torch.nn.Linear, module.in_features, module.out_features)
+            decoder = torch.nn.Linear(module.in_features, module.out_features, device="meta")
             decoder.weight, decoder.bias = torch.nn.Parameter(module.weight.detach()), module.bias
             members.append(decoder)
         elif not isinstance(module, LockedDropout):
             members.append(module)
     return Stack(*members).train(model.training)
+
+
+def build(config: Config, words: int, share: torch.Tensor | None = None) -> Stack:
+    """The untrained model of a resolved config: embedding, layers, decoder, a dropout before each layer and the decoder. Seeded.
+
+    Member 2 k + 2 is layer k. ``share`` is how often each word is met, for ``samples``.
+    """
+    c: Any = config  # what may be none is said by now
+    torch.manual_seed(c.seed)
+    widths = (c.embedding, *c.hidden)
+    embedding = WordEmbedding(words, widths[0], c.drop_word, c.embedding_scale)
+    members: list[torch.nn.Module] = [embedding, LockedDropout(c.drop_input)]
+    for k in range(len(c.hidden)):
+        last = k == len(c.hidden) - 1
+        members.append(_layer(c, widths[k], widths[k + 1], c.output if last else "events"))
+        members.append(LockedDropout(c.drop_output if last else c.drop_hidden))
+    decoder = SampledLinear(widths[-1], words, c.samples, share)
+    with torch.no_grad():
+        for weight in (embedding.weight, decoder.weight):
+            weight.uniform_(-0.1, 0.1)
+        decoder.bias.zero_()
+    if c.tied:
+        decoder.weight = embedding.weight
+    return Stack(*members, decoder)
+
+
+def _layer(c: Any, inputs: int, units: int, output: Any) -> torch.nn.Module:
+    options: Any = {"recurrent_dropout": c.drop_connect}
+    with torch.no_grad():
+        if c.cell == "egru":
+            options |= {"threshold": c.threshold, "reset": c.reset, "output": output}
+            egru = EGRU(inputs, units, surrogate=Triangle(c.surrogate, c.surrogate_width), **options)
+            if c.spread_thresholds and c.threshold:
+                a = torch.tensor(3 * c.threshold / (1 - c.threshold))
+                spread = torch.distributions.Beta(a, torch.tensor(3.0))
+                egru.get_parameter("threshold_l0").copy_(spread.sample((units,)))
+            return egru
+        if c.cell == "gru":
+            gru = GRU(inputs, units, **options)
+            initialise_like_egru(gru)
+            return gru
+        lstm = LSTM(inputs, units, **options)
+        lstm.get_parameter("bias_ih_l0")[units : 2 * units] = 1  # forget gates open at the start
+        return lstm

@@ -53,7 +53,9 @@ class Trainer:
     about: dict[str, Any] = field(default_factory=dict)  # recipe, config, corpus: goes into every checkpoint
     unit: Unit = "bits_per_char"  # what is logged and told
     checkpoint_minutes: float = math.inf  # a checkpoint is due after so long, too
-    targets: Callable[[Tensor], Tensor] = lambda y: y  # what the model's outputs are compared with, told before they are made
+    targets: Callable[[Tensor], Tensor] = lambda y: (
+        y
+    )  # what the model's outputs are compared with, told before they are made
     average: Average | None = None
     snapshots: Mapping[int, str] = field(default_factory=dict)  # after these steps the model is kept under a name
     best_from: int = 0  # no evaluation before this step is the best: the network is not yet as sparse as it is to be
@@ -124,11 +126,15 @@ def _advance(
     loss = cross_entropy(logits.flatten(0, 1), y.flatten())
     total: Any = loss + trainer.penalty(activity, step)
     total.backward()
-    norm = float(torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], trainer.clip))
+    norm = float(
+        torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], trainer.clip)
+    )
     bits = float(loss.detach()) / math.log(2)
     if math.isfinite(bits + norm):
         trainer.optimizer.step()
-        drawn = trainer.pruner is not None and trainer.pruner.step()  # before the gradients go: weights may return by them
+        drawn = (
+            trainer.pruner is not None and trainer.pruner.step()
+        )  # before the gradients go: weights may return by them
         trainer.optimizer.zero_grad()
         if trainer.average:
             if drawn:
@@ -270,13 +276,13 @@ class _Run:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboard=true needs it: pip install 'sparsefold[tensorboard]'.") from error
-        with SummaryWriter(self.folder / "tensorboard", purge_step=self.at.step + 1) as writer:  # type: ignore[no-untyped-call]
+        with SummaryWriter(self.folder / "tensorboard", purge_step=self.at.step + 1) as writer:
 
             def show(line: Mapping[str, Any]) -> None:
                 for name, value in line.items():
                     for inner, number in value.items() if isinstance(value, dict) else [("", value)]:
-                        writer.add_scalar(f"{name}/{inner}".rstrip("/"), number, line["step"])  # type: ignore[no-untyped-call]
-                writer.flush()  # type: ignore[no-untyped-call]
+                        writer.add_scalar(f"{name}/{inner}".rstrip("/"), number, line["step"])
+                writer.flush()
 
             yield show
 

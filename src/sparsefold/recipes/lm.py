@@ -1,204 +1,222 @@
 """Language model of words or bytes: ``sparsefold train ptb cell=egru minutes=15``, also ``wikitext2``, ``lm corpus=FILE``.
 
-An embedding, event-based GRU, GRU or LSTM layers, and a decoder that may share the embedding's weights, regularised as AWD-LSTM is.
-``cell=lstm size=paper`` is AWD-LSTM itself, ``cell=egru size=paper`` the network of the papers on activity and weight sparsity.
-Of ``epochs``, ``steps`` and ``minutes`` one says how long. Minutes become a number of steps when training starts, by the time that
-some of them take: schedules are functions of the step alone, so that a resumed run has the same bits (docs/decisions/0010).
+An embedding, layers of event-based GRU, GRU or LSTM, and a decoder that may share the embedding's weights, regularised as
+AWD-LSTM is. ``cell=lstm size=paper`` is AWD-LSTM itself, ``cell=egru size=paper`` the network of the papers on activity and
+weight sparsity. Of ``epochs``, ``steps`` and ``minutes`` one says how long. Minutes become a number of steps when training
+starts, by the time that some of them take: schedules are functions of the step alone, so that a resumed run has the same bits.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from sparsefold.data import Corpus, load_corpus
-from sparsefold.nn import EGRU, Stack, Triangle, anneal, param_groups
+from sparsefold.nn import Stack, anneal, param_groups
 from sparsefold.recipes import _distributed as processes
 from sparsefold.recipes._average import Average
 from sparsefold.recipes._checkpoint import part, read_checkpoint, whole
-from sparsefold.recipes._config import check_ranges, from_dict
-from sparsefold.recipes._language import LockedDropout, SampledLinear, Smoothness, WordEmbedding, plain
+from sparsefold.recipes._config import from_dict
+from sparsefold.recipes._language import Smoothness, build, plain
+from sparsefold.recipes._lm_config import Config, resolved
 from sparsefold.recipes._loop import Trainer, pace, train
 from sparsefold.recipes._windows import RandomWindows, Windows, stream_bits
-from sparsefold.recipes.text import initialise_like_egru, one_cycle
+from sparsefold.recipes.text import one_cycle
 from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner, Staircase
 
 _EVALUATIONS = 10
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings of the recipe ``lm``. What is none takes the default of the size; fractions are shares of the steps."""
-
-    corpus: str = "ptb"  # ptb, wikitext-2, or a text file or folder
-    level: Literal["word", "byte"] = "word"
-    data_dir: str = ""  # where corpora lie; empty: SPARSEFOLD_DATA
-    cell: Literal["egru", "gru", "lstm"] = "egru"
-    size: Literal["small", "medium", "paper"] = "small"
-    hidden: tuple[int, ...] | None = None  # units of each layer, 1350x1350x750
-    embedding: int | None = None
-    tied: bool = True  # decoder and embedding are one matrix
-    # training
-    epochs: float | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    batch: int | None = None  # parallel streams, of all processes together
-    bptt: int = 70  # steps of truncated back-propagation
-    random_bptt: bool = True
-    optimizer: Literal["adamw", "sgd"] | None = None
-    lr: float | None = None  # peak
-    beta1: float | None = None  # of AdamW
-    schedule: Literal["one_cycle", "cosine", "constant"] | None = None  # cosine: constant, then a cosine down to 0
-    warmup: float = 0.1  # of one_cycle
-    constant_until: float | None = None  # of cosine
-    weight_decay: float | None = None
-    recurrent_decay: float | None = None  # of EGRU's matrices; none: the same
-    average_patience: int = 5  # of sgd: averaging begins when validation has not improved for so long (NT-ASGD); 0: never
-    clip: float | None = None
-    samples: int = 0  # words that the softmax of a window is estimated from in training; 0: all
-    precision: Literal["float32", "bfloat16"] = "float32"  # of products in training, but for EGRU's own
-    device: str = "cpu"
-    seed: int = 0
-    threads: int = 1
-    eval_every: int | None = None  # none: a tenth of the steps, at most a pass
-    patience: int = 0  # evaluations without a new best before stopping; 0: never
-    checkpoint_every: int = 500
-    checkpoint_minutes: float = 5.0
-    tensorboard: bool = False
-    # dropout
-    drop_word: float | None = None  # whole words of the embedding
-    drop_input: float | None = None
-    drop_hidden: float | None = None  # between layers
-    drop_output: float | None = None
-    drop_connect: float | None = None  # recurrent weights
-    alpha: float | None = None  # price of the last layer's outputs (AR)
-    beta: float | None = None  # and of their change from step to step (TAR)
-    # events
-    threshold: float | None = None
-    spread_thresholds: bool | None = None  # drawn from Beta(3 m / (1 - m), 3) of mean m = threshold
-    surrogate: float | None = None  # height of the triangle
-    surrogate_width: float | None = None  # half of its base
-    reset: Literal["threshold", "output", "none"] | None = None
-    output: Literal["events", "state"] = "events"  # what the decoder reads
-    target_rate: float | None = 0.10  # none: no penalty
-    rate_weight: float = 1000.0
-    rate_start: float = 0.45
-    rate_until: float = 0.15  # the target has fallen from rate_start to target_rate by then
-    # weights
-    density: float = 1.0  # of recurrent and input matrices
-    input_density: float | None = None  # of the first layer's input matrix; none: density
-    embedding_density: float = 1.0  # single weights; not where it is tied
-    decoder_density: float = 1.0
-    block: tuple[int, int] = (16, 1)  # 1x1: unstructured
-    scope: Literal["gate", "matrix"] = "matrix"
-    prune_begin: float = 0.1
-    prune_until: float = 0.6
-    prune_every: int = 10
-    snapshots: tuple[float, ...] = ()  # densities 1,0.25,0.1 reached one after the other, each held and kept in a file
-    snapshot_first: float = 0.4  # share of the steps until the first; the others have equal shares of the rest
-    restart: float = 0.5  # peak of the learning rate after a snapshot, as a share of the first
-
-    def __post_init__(self) -> None:
-        drops = ("drop_word", "drop_input", "drop_hidden", "drop_output", "drop_connect")
-        shares = ("density", "input_density", "embedding_density", "decoder_density", "warmup", "target_rate", "rate_start",
-                  "rate_until", "constant_until", "snapshot_first", "restart")  # fmt: skip
-        counts = ("steps", "batch", "bptt", "eval_every", "checkpoint_every", "prune_every")
-        amounts = ("weight_decay", "recurrent_decay", "clip", "alpha", "beta", "threshold", "rate_weight", "surrogate",
-                   "patience", "average_patience", "samples", "checkpoint_minutes")  # fmt: skip
-        check_ranges(
-            self,
-            {
-                **dict.fromkeys(counts, (1, math.inf)),
-                **dict.fromkeys(amounts, (0, math.inf)),
-                **dict.fromkeys(shares, (0, 1)),
-                **dict.fromkeys(drops, (0, 0.99)),
-                **{"embedding": (1, 2**14), "threads": (1, 256), "seed": (0, 2**63 - 1), "beta1": (0, 0.9999)},
-            },
-        )
-        for key in ("lr", "minutes", "epochs", "surrogate_width"):
-            value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{key} is positive and finite, got {value}.")
-        if self.hidden is not None and not (self.hidden and all(1 <= n <= 2**14 for n in self.hidden)):
-            raise ValueError(f"hidden is the units of each layer, in [1, {2**14}], got {self.hidden}.")
-        if not 0 <= self.prune_begin <= self.prune_until <= 1:
-            raise ValueError("0 <= prune_begin <= prune_until <= 1 must hold.")
-        falling = all(a > b for a, b in zip((1.1, *self.snapshots), (*self.snapshots, 0), strict=True))
-        if not falling or (self.snapshots and max(self.snapshots) > 1):
-            raise ValueError(f"snapshots are densities in (0, 1] that fall, got {self.snapshots}.")
-        if self.snapshots and self.density != 1:
-            raise ValueError("snapshots name the densities; leave density out.")
-        if self.epochs is not None and (self.steps is not None or self.minutes is not None):
-            raise ValueError("epochs, steps and minutes each say how long: give one of them.")
+def run(config: Config, folder: Path, label: str = "lm") -> dict[str, Any]:
+    """Train in ``folder``, or resume there; then read valid and test with the best model, each as one stream."""
+    config = resolved(config)
+    device = processes.own_device(config.device)
+    torch.set_num_threads(config.threads)
+    corpus = load_corpus(config.corpus, config.level, config.data_dir or None)
+    with processes.joined(device):
+        config = planned(config, corpus, folder, device)
+        summary = train(trainer_of(config, corpus, device), folder, label)
+        found: dict[str, Any] = {}
+        if processes.rank() == 0:
+            model = load(folder)[0].to(device)
+            for split in ("valid", "test"):
+                bits, rates = stream_bits(model, getattr(corpus, split))
+                found |= {f"{split}_perplexity": 2.0**bits, f"{split}_bits": bits, f"{split}_event_rates": rates}
+    return {"recipe": "lm", "config": asdict(config), "corpus": corpus.to_dict(), **summary, **found}
 
 
-_AWD = {
-    "optimizer": "sgd", "lr": 30.0, "schedule": "constant", "batch": 20, "clip": 0.25, "weight_decay": 1.2e-6,
-    "drop_word": 0.1, "drop_input": 0.4, "drop_hidden": 0.25, "drop_output": 0.4, "drop_connect": 0.5,
-    "alpha": 2.0, "beta": 1.0,
-}  # fmt: skip
-_EGRU = {
-    "lr": 1.2e-3, "beta1": 0.0, "schedule": "cosine", "constant_until": 0.7, "batch": 64, "clip": 0.1, "weight_decay": 0.1,
-    "drop_word": 0.1, "drop_input": 0.6, "drop_hidden": 0.25, "drop_output": 0.5, "drop_connect": 0.7,
-    "threshold": 0.01, "spread_thresholds": True, "surrogate": 3.6, "surrogate_width": 1 / 3.6, "reset": "threshold",
-}  # fmt: skip
-_PAPER = {
-    # AWD-LSTM: Merity, Keskar and Socher (2017), arXiv 1708.02182. EGRU: Mukherji et al. (2023), arXiv 2311.07625.
-    ("lstm", "ptb"): {**_AWD, "hidden": (1150, 1150, 400), "epochs": 500.0},
-    ("lstm", "wikitext-2"): {
-        **_AWD, "hidden": (1150, 1150, 400), "epochs": 750.0, "batch": 80, "drop_input": 0.65, "drop_hidden": 0.2,
-    },
-    ("egru", "ptb"): {**_EGRU, "hidden": (1350, 1350, 750), "epochs": 1000.0},
-    ("egru", "wikitext-2"): {
-        **_EGRU, "hidden": (1350, 1350, 750), "epochs": 800.0, "batch": 128, "lr": 1e-3, "weight_decay": 0.12,
-        "drop_input": 0.7, "constant_until": 0.5,
-    },
-}  # fmt: skip
-_DEFAULTS: dict[str, Any] = {
-    "optimizer": "adamw", "beta1": 0.9, "schedule": "one_cycle", "constant_until": 0.7, "clip": 0.5, "weight_decay": 0.01,
-    "drop_word": 0.0, "drop_input": 0.2, "drop_hidden": 0.2, "drop_output": 0.3, "drop_connect": 0.0,
-    "alpha": 0.0, "beta": 0.0, "threshold": 0.05, "spread_thresholds": False, "surrogate": 0.5, "surrogate_width": 0.5,
-    "reset": "none", "batch": 20,
-}  # fmt: skip
-_SIZES: dict[str, dict[str, Any]] = {
-    "small": {"hidden": (512,), "epochs": 8.0},
-    "medium": {"hidden": (650, 650), "epochs": 20.0, "drop_word": 0.1, "drop_input": 0.4, "drop_output": 0.4},
-}
-BEST_LR = {"lstm": 4e-3, "gru": 3e-3, "egru": 5e-3}
-
-
-def resolved(config: Config) -> Config:
-    """Every setting said: those that are none take the default of size, cell and corpus."""
-    found = {**_DEFAULTS, "lr": BEST_LR[config.cell], **_SIZES.get(config.size, {})}
-    if config.size == "paper":
-        corpus = config.corpus if config.corpus == "wikitext-2" else "ptb"
-        found |= _PAPER["lstm" if config.cell == "lstm" else "egru", corpus]
-    hidden = config.hidden or found["hidden"]
-    found["embedding"] = hidden[-1]
-    if config.steps is not None or config.minutes is not None:
-        del found["epochs"]
-    said = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}
-    config = replace(config, **{k: v for k, v in found.items() if k not in said})
-    if config.tied and config.embedding != hidden[-1]:
-        raise ValueError(
-            f"a tied decoder reads the last layer's {hidden[-1]} units with the embedding's {config.embedding} numbers of a word; "
-            "these must be equal. Give embedding the size of the last layer, or tied=false."
-        )
-    if config.tied and config.embedding_density != 1:
-        raise ValueError("embedding and decoder are tied and pruned together, by decoder_density. Or give tied=false.")
+def planned(config: Config, corpus: Corpus, folder: Path, device: torch.device) -> Config:
+    """The config with a number of steps and of steps between evaluations: those of the run that ``folder`` holds, if any."""
+    last = folder / "last.safetensors"
+    if config.steps is None and config.minutes is not None:
+        if last.exists():
+            steps = read_checkpoint(last)[1]["about"].get("config", {}).get("steps")
+        else:
+            # Untrained units speak more often than later, and evaluations are counted in: seldom is more time needed.
+            window, evaluation = pace(trainer_of(replace(config, steps=10**9), corpus, device))
+            left = 60 * config.minutes - _EVALUATIONS * evaluation
+            steps = max(1, round(processes.from_first(device, max(left, 12 * config.minutes) / window)))
+        config = replace(config, steps=steps)
+    windows = _windows(config, corpus)
+    if config.steps is None:
+        config = replace(config, steps=windows.count(config.epochs or 1))
+    if config.eval_every is None:
+        config = replace(config, eval_every=max(1, min(windows.per_pass, -(-(config.steps or 1) // _EVALUATIONS))))
     return config
 
 
-def build(config: Config, words: int, share: torch.Tensor | None = None) -> Stack:
-    """The untrained model of a resolved config: embedding, and before each layer and the decoder a dropout. Seeded."""
-    torch.manual_seed(config.seed)
-    assert_ = config.hidden
-    widths = (config.embedding, *(assert_ or ()))
-    embedding = WordEmbedding(words, config.embedding, config.drop_word)
-    decoder = SampledLinear(widths[-1], words, config.samples, share)
-    return Stack(embedding, decoder)
+def _windows(config: Config, corpus: Corpus) -> Windows:
+    batch: Any = config.batch
+    if config.random_bptt:
+        return RandomWindows(corpus.train, batch, config.bptt, config.seed)
+    return Windows(corpus.train, batch, config.bptt)
+
+
+def segments(config: Config) -> list[tuple[int, int]]:
+    """First and last + 1 of the steps until each snapshot; without snapshots all steps."""
+    steps: Any = config.steps
+    rest = len(config.snapshots) - 1
+    if rest < 1:
+        return [(0, steps)]
+    edges = [
+        0,
+        *(round(steps * (config.snapshot_first + (1 - config.snapshot_first) * i / rest)) for i in range(rest + 1)),
+    ]
+    return list(pairwise(edges))
+
+
+def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
+    """Model, optimiser and schedules of a resolved config that says its steps."""
+    steps: Any = config.steps
+    peak: Any = config.lr
+    share = torch.from_numpy(np.bincount(corpus.train, minlength=corpus.tokens) / len(corpus.train)).float()
+    model = build(config, corpus.tokens, share if config.samples else None).to(device)
+    decoder: Any = model[-1]
+    groups = param_groups(model, config.weight_decay or 0.0, config.recurrent_decay)
+    optimizer: torch.optim.Optimizer
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=peak)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=peak, betas=(config.beta1 or 0.0, 0.999), fused=True)
+    pruner, pruned_at = pruner_of(config, model)
+    parts, windows = segments(config), _windows(config, corpus)
+    rate_until = round(config.rate_until * parts[0][1])
+    target = None if config.target_rate is None else anneal(config.rate_start, config.target_rate, 0, rate_until)
+    smoothness = Smoothness(model, config.alpha or 0.0, config.beta or 0.0)
+
+    def penalty(activity: Any, step: int) -> Any:
+        events = activity.penalty(target(step), config.rate_weight) if target and activity.rates else 0.0
+        return events + smoothness()
+
+    def lr(step: int) -> float:
+        first, last = next(part for part in parts if step < part[1])
+        progress = (step - first) / (last - first)
+        rate = peak * (config.restart if first else 1.0) * shape(config, progress)
+        begin, end = windows.span(step)  # a longer window moves the weights further (AWD-LSTM)
+        return float(rate * (end - begin) / windows.length)
+
+    return Trainer(
+        model=model,
+        optimizer=optimizer,
+        windows=windows,
+        steps=steps,
+        lr=lr,
+        penalty=penalty,
+        evaluate=lambda: stream_bits(model, corpus.valid, streams=32)[0],
+        clip=config.clip or math.inf,
+        pruner=pruner,
+        eval_every=config.eval_every or steps,
+        patience=config.patience,
+        checkpoint_every=config.checkpoint_every,
+        checkpoint_minutes=config.checkpoint_minutes,
+        about={"recipe": "lm", "config": asdict(config), **corpus.metadata()},
+        unit="perplexity" if config.level == "word" else "bits_per_char",
+        targets=decoder.targets,
+        average=Average(model, config.average_patience)
+        if config.optimizer == "sgd" and config.average_patience
+        else None,
+        snapshots={last: f"snapshot-{d:g}" for (_, last), d in zip(parts, config.snapshots, strict=False)},
+        best_from=max(pruned_at, rate_until if target and config.cell == "egru" else 0),
+        autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        tensorboard=config.tensorboard,
+    )
+
+
+def shape(config: Config, progress: float) -> float:
+    """Share of the peak learning rate at ``progress`` in [0, 1) of a schedule."""
+    until: Any = config.constant_until
+    if config.schedule == "one_cycle":
+        return one_cycle(progress, config.warmup)
+    if config.schedule == "constant" or progress <= until:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (progress - until) / (1 - until)))
+
+
+def pruner_of(config: Config, model: Stack) -> tuple[Pruner | None, int]:
+    """Rules and schedule, and the step from which the network is as sparse as it is to be."""
+
+    def rule(density: float) -> Magnitude | Block:
+        if config.block == (1, 1):
+            return Magnitude(density, scope=config.scope)
+        return Block(density, config.block, scope=config.scope)
+
+    parts, hidden = segments(config), config.hidden or ()
+    density = config.snapshots[-1] if config.snapshots else config.density
+    densities: dict[str, float] = {}
+    for k in range(len(hidden)):
+        first = density if config.input_density is None or k else config.input_density
+        densities |= {f"{2 * k + 2}.weight_hh_l0": density, f"{2 * k + 2}.weight_ih_l0": first}
+    decoder = "0.weight" if config.tied else f"{len(model) - 1}.weight"
+    rules: dict[str, Any] = {name: rule(d) for name, d in densities.items() if d < 1}
+    if config.decoder_density < 1:
+        rules[decoder] = rule(config.decoder_density)
+    if config.embedding_density < 1:
+        rules["0.weight"] = Magnitude(config.embedding_density, scope="matrix")
+    if not rules:
+        return None, 0
+    if not config.snapshots:
+        steps = parts[0][1]
+        cubic = Cubic(round(config.prune_begin * steps), max(1, round(config.prune_until * steps)), config.prune_every)
+        return Pruner(model, rules, cubic), cubic.end
+    stairs = []
+    for (first_step, last_step), d in zip(parts, config.snapshots, strict=True):
+        begin = first_step + round((config.prune_begin if first_step == 0 else 0) * (last_step - first_step))
+        until = max(1, first_step + round(config.prune_until * (last_step - first_step)))
+        if d < 1:
+            stairs.append((d, Cubic(begin, until, config.prune_every)))
+    schedule = Staircase(*zip(*stairs, strict=True))
+    return Pruner(model, rules, schedule), schedule.end
+
+
+def load(path: Path) -> tuple[Stack, dict[str, Any]]:
+    """The trained model of a checkpoint (a run's folder means its best), ready to compile, and the facts kept with it.
+
+    Of a run that averages, the last checkpoint means the average.
+    """
+    tensors, facts = read_checkpoint(path / "best.safetensors" if path.is_dir() else path)
+    config = from_dict(Config, facts["about"]["config"])
+    words = len(facts["about"]["vocabulary"]) + (config.level == "byte")
+    model = build(replace(config, samples=0), words)
+    mean = part(tensors, "average.mean.")
+    model.load_state_dict(whole({**part(tensors, "model."), **mean}, model))
+    return plain(model.eval()), facts
+
+
+class _WikiText2:
+    """Language model of WikiText-2: the recipe ``lm`` with its other corpus."""
+
+    run, load = staticmethod(run), staticmethod(load)
+
+    @staticmethod
+    def Config() -> Config:  # noqa: N802 - as a recipe's config is named
+        """Settings, of which the corpus is another."""
+        return Config(corpus="wikitext2")
+
+
+WIKITEXT2 = _WikiText2

@@ -85,10 +85,10 @@ class Cubic(Schedule):
 
 @dataclass(frozen=True)
 class Staircase(Schedule):
-    """Densities reached one after the other: `stairs[i]` falls from what was held before it to `densities[i]`, which is then held.
+    """Densities reached one after the other: `stairs[i]` falls from what was held before it to `densities[i]`, then held.
 
-    The fall of a stair is that of `Cubic`, with its begin, end and every. A rule whose final density is higher stops there. A model
-    kept before each next stair begins gives one network for each density, from one training.
+    The fall of a stair is that of `Cubic`, with its begin, end and every. A rule whose final density is higher stops there.
+    A model kept before each next stair begins gives one network for each density, from one training.
     """
 
     densities: tuple[float, ...]
