@@ -14,7 +14,7 @@ from sparsefold.recipes.text import initialise_like_egru
 
 
 class WordEmbedding(torch.nn.Embedding):
-    """torch.nn.Embedding times ``scale``, that in training drops whole words, the same ones in a window, with probability ``drop``.
+    """torch.nn.Embedding times ``scale``, that in training drops whole words, with probability ``drop``.
 
     A decoder that shares the weights wants them small, and layers that are to speak from the start want inputs that are not.
 
@@ -155,7 +155,7 @@ def plain(model: Stack) -> Stack:
 def build(config: Config, words: int, share: torch.Tensor | None = None) -> Stack:
     """The untrained model of a resolved config: embedding, layers, decoder, a dropout before each layer and the decoder. Seeded.
 
-    Member 2 k + 2 is layer k. ``share`` is how often each word is met, for ``samples``.
+    Member 2 k + 2 is layer k. ``share`` is how often each word is met: the decoder's start.
     """
     c: Any = config  # what may be none is said by now
     torch.manual_seed(c.seed)
@@ -170,7 +170,10 @@ def build(config: Config, words: int, share: torch.Tensor | None = None) -> Stac
     with torch.no_grad():
         for weight in (embedding.weight, decoder.weight):
             weight.uniform_(-0.1, 0.1)
-        decoder.bias.zero_()
+        if share is None:
+            decoder.bias.zero_()
+        else:  # how often words are met need not be learned
+            decoder.bias.copy_(share.clamp(min=1e-8).log())
     if c.tied:
         decoder.weight = embedding.weight
     return Stack(*members, decoder)

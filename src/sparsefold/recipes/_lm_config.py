@@ -126,7 +126,8 @@ _AWD = {
 _EGRU = {
     "lr": 1.2e-3, "beta1": 0.0, "schedule": "cosine", "constant_until": 0.7, "batch": 64, "clip": 0.1, "weight_decay": 0.1,
     "drop_word": 0.1, "drop_input": 0.6, "drop_hidden": 0.25, "drop_output": 0.5, "drop_connect": 0.7,
-    "threshold": 0.01, "spread_thresholds": True, "surrogate": 3.6, "surrogate_width": 1 / 3.6, "reset": "threshold", "embedding_scale": 1.0,
+    "threshold": 0.01, "spread_thresholds": True, "surrogate": 3.6, "surrogate_width": 1 / 3.6, "reset": "threshold",
+    "embedding_scale": 1.0,
 }  # fmt: skip
 _PAPER = {
     # AWD-LSTM: Merity, Keskar and Socher (2017), arXiv 1708.02182. EGRU: Mukherji et al. (2023), arXiv 2311.07625.

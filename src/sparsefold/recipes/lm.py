@@ -96,7 +96,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
     steps: Any = config.steps
     peak: Any = config.lr
     share = torch.from_numpy(np.bincount(corpus.train, minlength=corpus.tokens) / len(corpus.train)).float()
-    model = build(config, corpus.tokens, share if config.samples else None).to(device)
+    model = build(config, corpus.tokens, share).to(device)
     decoder: Any = model[-1]
     groups = param_groups(model, config.weight_decay or 0.0, config.recurrent_decay)
     optimizer: torch.optim.Optimizer
