@@ -80,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(resume=lambda a: ["sparsefold", "train", a.recipe, *a.overrides, "--out", str(_train_folder(a))])
 
+    sweep = add("sweep", _sweep, "Search over a recipe's settings on Optuna: sparsefold sweep ptb grid.toml")
+    sweep.add_argument("recipe")
+    sweep.add_argument("space", type=Path, metavar="FILE", help="TOML: for each setting a value, a list, or a range")
+    sweep.add_argument("--out", type=Path, default=None, help="folder of the trials (default: runs/sweep-RECIPE)")
+    sweep.add_argument("--storage", default="", help="file or URL that all workers share (default: a journal in --out)")
+    sweep.add_argument("--trials", type=int, default=None, help="of all workers (default: the whole grid, or 20)")
+    sweep.set_defaults(
+        resume=lambda a: [
+            "sparsefold", "sweep", a.recipe, str(a.space), "--out", str(a.out or f"runs/sweep-{a.recipe}"),
+            *(["--storage", a.storage] if a.storage else []), *(["--trials", str(a.trials)] if a.trials else []),
+        ]
+    )  # fmt: skip
+
     compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
     compile_.add_argument("checkpoint", type=Path)
     compile_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
@@ -217,6 +230,15 @@ def _train(args: argparse.Namespace) -> None:
         f"{quality} on the validation split (step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
         f"Compile it: sparsefold compile {folder} -o {args.recipe}.sfold"
     )
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    _need_torch()
+    from sparsefold.recipes.sweep import read_space, sweep, table
+
+    folder = args.out or Path("runs") / f"sweep-{args.recipe}"
+    print(table(sweep(args.recipe, read_space(args.space), folder, args.storage, args.trials)))
+    print(f"All trials: {folder / 'sweep.json'}")
 
 
 def _compile(args: argparse.Namespace) -> None:

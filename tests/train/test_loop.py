@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import types
@@ -459,65 +461,89 @@ def test_devices_that_are_not_there_get_a_sentence():
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
-SEVERAL = """
-import json, os, signal, sys
+TORCHRUN = """
+import sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from test_loop import trainer
-from sparsefold.progress import Progress
 from sparsefold.recipes._loop import train
-stop = {stop}
-if stop and os.environ["RANK"] == "1":
-    Progress.update = lambda self, done, note="": done == stop and signal.raise_signal(signal.SIGINT)
-try:
-    train(trainer(20, pruned=True, average=True), Path({folder!r}), "t")
-except KeyboardInterrupt as stopped:
-    print(stopped)
+train(trainer(20, pruned=True, average=True), Path({folder!r}), "t")
 """
 
 
-def together(folder: Path, processes: int, stop: int = 0) -> None:
-    script = SEVERAL.format(tests=str(Path(__file__).parent), stop=stop, folder=str(folder))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port"]
-    port = str(29_500 + os.getpid() % 2000)
-    program = folder.parent / f"{folder.name}.py"
-    program.write_text(script)
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def together(folder: Path, stop: int = 0) -> list[str]:
+    """What two forked processes, told what torchrun tells its own, say in the end; one meets Ctrl-C after step ``stop``."""
+    context = multiprocessing.get_context("fork")
+    said = context.SimpleQueue()
+    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+
+    def work(rank: int) -> None:
+        os.environ.update(told, RANK=str(rank), LOCAL_RANK=str(rank))
+        if stop and rank:
+            Progress.update = lambda self, done, note="": done == stop and signal.raise_signal(signal.SIGINT)
+        try:
+            train(trainer(20, pruned=True, average=True), folder, "t")
+            said.put("done")
+        except BaseException as error:
+            said.put(f"{type(error).__name__}: {error}")
+
+    workers = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    return [said.get() for _ in workers]
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory):
+    """The folder of a run by two processes that torchrun started."""
+    folder = tmp_path_factory.mktemp("two")
+    program = folder / "program.py"
+    program.write_text(TORCHRUN.format(tests=str(Path(__file__).parent), folder=str(folder / "run")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, port, str(program)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([*command, str(program)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+    return folder / "run"
 
 
-def test_two_processes_with_half_the_batch_equal_one_with_the_whole(tmp_path):
-    train(trainer(20, pruned=True, average=True), tmp_path / "one", "t")
-    together(tmp_path / "two", 2)
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+def test_two_processes_with_half_the_batch_equal_one_with_the_whole(torchrun, tmp_path):
+    train(trainer(20, pruned=True, average=True), tmp_path, "t")
+    one, two = tensors(tmp_path), tensors(torchrun)
     for name in one:
         if name.startswith(("model.", "average.")):
             torch.testing.assert_close(two[name], one[name], rtol=1e-9, atol=1e-12)
     assert two["state.1.0"].shape[1] == two["process.1.state.1.0"].shape[1] == one["state.1.0"].shape[1] // 2
     both = torch.cat([two["state.1.1"], two["process.1.state.1.1"]], 1)
     torch.testing.assert_close(both, one["state.1.1"], rtol=1e-9, atol=1e-12)
-    lines = [
-        [json.loads(line) for line in (tmp_path / f / "log.jsonl").read_text().splitlines()] for f in ("one", "two")
-    ]
+    lines = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in (tmp_path, torchrun)]
     for a, b in zip(*lines, strict=True):
-        assert b["train_bits_per_char"] == pytest.approx(a["train_bits_per_char"], rel=1e-9)
-        assert b["valid_bits_per_char"] == pytest.approx(a["valid_bits_per_char"], rel=1e-9)
-        assert b["event_rate"] == pytest.approx(a["event_rate"], rel=1e-9), "the rate of all streams"
+        for what in ("train_bits_per_char", "valid_bits_per_char", "event_rate"):  # the rate of all streams
+            assert b[what] == pytest.approx(a[what], rel=1e-9)
 
 
-def test_a_signal_that_one_of_two_processes_gets_stops_both_and_they_resume_with_the_same_bits(tmp_path):
-    together(tmp_path / "whole", 2)
-    together(tmp_path / "parts", 2, stop=9)
-    assert read_checkpoint(tmp_path / "parts" / "last.safetensors")[1]["progress"]["step"] == 10
-    together(tmp_path / "parts", 2)
-    whole, parts = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
+def test_a_signal_that_one_of_two_processes_gets_stops_both_and_they_resume_with_the_same_bits(torchrun, tmp_path):
+    assert (
+        together(tmp_path, stop=9)
+        == [f"KeyboardInterrupt: stopped after step 10; everything is saved in {tmp_path}."] * 2
+    )
+    assert read_checkpoint(tmp_path / "last.safetensors")[1]["progress"]["step"] == 10
+    assert together(tmp_path) == ["done"] * 2
+    whole, parts = tensors(torchrun), tensors(tmp_path)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
     with pytest.raises(ValueError, match=r"holds a run with another processes"):
-        train(trainer(20, pruned=True, average=True), tmp_path / "whole", "t")
+        train(trainer(20, pruned=True, average=True), tmp_path, "t")
 
 
 def test_streams_that_processes_cannot_share_are_refused(tmp_path, monkeypatch):
