@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -24,11 +25,15 @@ class Average:
     weights that were pruned since is not zero.
     """
 
-    def __init__(self, model: torch.nn.Module, patience: int = 5) -> None:
-        self.patience = patience
+    def __init__(self, model: torch.nn.Module, patience: int = 5, begin: float = math.inf) -> None:
+        self.patience, self.begin = patience, begin
         self.active, self.steps = False, 0
         self._model = model
         self._mean: dict[str, Tensor] = {}
+
+    def consider(self, step: int, earlier: Sequence[float], value: float) -> None:
+        """Begin after an evaluation that the trigger answers to, or the first at or after the step ``begin``."""
+        self.active = self.active or step >= self.begin or non_monotonic(earlier, value, self.patience)
 
     @torch.no_grad()
     def update(self) -> None:

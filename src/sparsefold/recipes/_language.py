@@ -140,9 +140,8 @@ def plain(model: Stack) -> Stack:
     members: list[torch.nn.Module] = []
     for module in model:
         if isinstance(module, WordEmbedding):
-            members.append(
-                torch.nn.Embedding(module.num_embeddings, module.embedding_dim, _weight=module.weight.detach())
-            )
+            weight = module.weight.detach() * module.scale
+            members.append(torch.nn.Embedding(module.num_embeddings, module.embedding_dim, _weight=weight))
         elif isinstance(module, SampledLinear):
             decoder = torch.nn.Linear(module.in_features, module.out_features, device="meta")
             decoder.weight, decoder.bias = torch.nn.Parameter(module.weight.detach()), module.bias

@@ -40,6 +40,7 @@ class Config:
     average_patience: int = (
         5  # of sgd: averaging begins when validation has not improved for so long (NT-ASGD); 0: never
     )
+    average_from: float | None = None  # whatever validation says, averaging begins after this share of the steps
     clip: float | None = None
     samples: int = 0  # words that the softmax of a window is estimated from in training; 0: all
     precision: Literal["float32", "bfloat16"] = "float32"  # of products in training, but for EGRU's own
@@ -67,9 +68,9 @@ class Config:
     reset: Literal["threshold", "output", "none"] | None = None
     output: Literal["events", "state"] = "events"  # what the decoder reads
     target_rate: float | None = 0.10  # none: no penalty
-    rate_weight: float = 1000.0
+    rate_weight: float = 100.0
     rate_start: float = 0.45
-    rate_until: float = 0.15  # the target has fallen from rate_start to target_rate by then
+    rate_until: float = 0.4  # the target has fallen from rate_start to target_rate by then
     # weights
     density: float = 1.0  # of recurrent and input matrices
     input_density: float | None = None  # of the first layer's input matrix; none: density
@@ -87,7 +88,7 @@ class Config:
     def __post_init__(self) -> None:
         drops = ("drop_word", "drop_input", "drop_hidden", "drop_output", "drop_connect")
         shares = ("density", "input_density", "embedding_density", "decoder_density", "warmup", "target_rate", "rate_start",
-                  "rate_until", "constant_until", "snapshot_first", "restart")  # fmt: skip
+                  "rate_until", "constant_until", "snapshot_first", "restart", "average_from")  # fmt: skip
         counts = ("steps", "batch", "bptt", "eval_every", "checkpoint_every", "prune_every")
         amounts = ("weight_decay", "recurrent_decay", "clip", "alpha", "beta", "threshold", "rate_weight", "surrogate",
                    "patience", "average_patience", "samples", "checkpoint_minutes")  # fmt: skip
@@ -145,18 +146,22 @@ _DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw", "beta1": 0.9, "schedule": "one_cycle", "constant_until": 0.7, "clip": 0.5, "weight_decay": 0.01,
     "drop_word": 0.0, "drop_input": 0.2, "drop_hidden": 0.2, "drop_output": 0.3, "drop_connect": 0.0,
     "alpha": 0.0, "beta": 0.0, "threshold": 0.05, "spread_thresholds": False, "surrogate": 0.5, "surrogate_width": 0.5,
-    "reset": "none", "batch": 20, "embedding_scale": 8.0,
+    "reset": "none", "batch": 20,
 }  # fmt: skip
 _SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": (512,), "epochs": 8.0},
     "medium": {"hidden": (650, 650), "epochs": 20.0, "drop_word": 0.1, "drop_input": 0.4, "drop_output": 0.4},
 }
-BEST_LR = {"lstm": 4e-3, "gru": 3e-3, "egru": 5e-3}
+_CELLS: dict[str, dict[str, Any]] = {
+    "lstm": {"lr": 4e-3, "embedding_scale": 8.0},
+    "gru": {"lr": 3e-3, "embedding_scale": 8.0},
+    "egru": {"lr": 8e-3, "embedding_scale": 16.0},
+}
 
 
 def resolved(config: Config) -> Config:
     """Every setting said: those that are none take the default of size, cell and corpus."""
-    found = {**_DEFAULTS, "lr": BEST_LR[config.cell], **_SIZES.get(config.size, {})}
+    found = {**_DEFAULTS, **_CELLS[config.cell], **_SIZES.get(config.size, {})}
     if config.size == "paper":
         corpus = config.corpus if config.corpus == "wikitext2" else "ptb"
         found |= _PAPER["lstm" if config.cell == "lstm" else "egru", corpus]

@@ -26,7 +26,7 @@ from sparsefold.nn import Stack, StackState
 from sparsefold.program import write_atomically
 from sparsefold.progress import Progress
 from sparsefold.recipes import _distributed as processes
-from sparsefold.recipes._average import Average, non_monotonic
+from sparsefold.recipes._average import Average
 from sparsefold.recipes._checkpoint import Progressed, make_folder, model_tensors, resume, save_checkpoint, tensors_of
 from sparsefold.recipes._windows import Windows
 from sparsefold.sparsify import Pruner
@@ -232,8 +232,8 @@ class _Run:
             if at.step in trainer.snapshots:
                 name = f"{trainer.snapshots[at.step]}.safetensors"
                 self._keep(self.folder / name, model_tensors(trainer.model), {"valid": valid})
-        if trainer.average and not trainer.average.active:
-            trainer.average.active = non_monotonic(at.valid, valid, trainer.average.patience)
+        if trainer.average:
+            trainer.average.consider(at.step, at.valid, valid)
         at.valid.append(valid)
         at.seconds = time.monotonic() - self.began
         line: dict[str, Any] = {

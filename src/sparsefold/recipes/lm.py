@@ -9,6 +9,7 @@ starts, by the time that some of them take: schedules are functions of the step 
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -138,14 +139,20 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
         about={"recipe": "lm", "config": asdict(config), **corpus.metadata()},
         unit="perplexity" if config.level == "word" else "bits_per_char",
         targets=decoder.targets,
-        average=Average(model, config.average_patience)
-        if config.optimizer == "sgd" and config.average_patience
-        else None,
+        average=_average(config, model),
         snapshots={last: f"snapshot-{d:g}" for (_, last), d in zip(parts, config.snapshots, strict=False)},
         best_from=max(pruned_at, rate_until if target and config.cell == "egru" else 0),
         autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
         tensorboard=config.tensorboard,
     )
+
+
+def _average(config: Config, model: Stack) -> Average | None:
+    triggered = config.optimizer == "sgd" and config.average_patience > 0
+    if config.average_from is None and not triggered:
+        return None
+    begin = math.inf if config.average_from is None else config.average_from * (config.steps or 1)
+    return Average(model, config.average_patience if triggered else sys.maxsize, begin)
 
 
 def shape(config: Config, progress: float) -> float:
