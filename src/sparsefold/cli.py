@@ -223,6 +223,9 @@ def _train(args: argparse.Namespace) -> None:
     if os.environ.get("RANK", "0") != "0":  # of several processes the first has written and says so
         return
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    if hasattr(recipe, "told"):
+        print(recipe.told(summary))
+        return
     quality = f"perplexity {summary.get('valid_perplexity', 0):.2f}"
     if "valid_bits_per_char" in summary:
         quality = f"{summary['valid_bits_per_char']:.4f} bits per character"

@@ -287,7 +287,7 @@ def measure(
     players: dict[str, Any] = {}
     for key, program in programs.items():
         engine = Engine(program)
-        worst = _teacher_forced(models[key], engine, check)
+        worst = teacher_forced(models[key], engine, check)
         rows.append(_row(key, "sparsefold", False, worst, bits[key], _settings(engine)))
         players[f"{key}/sparsefold"] = engine.stream().step
     for rival in opponents:
@@ -330,7 +330,7 @@ def _torch_logits(model: Stack, tokens: NDArray[np.int64]) -> NDArray[np.float32
 
 
 @torch.no_grad()
-def _teacher_forced(model: Stack, engine: Engine, tokens: list[int]) -> float:
+def teacher_forced(model: Stack, engine: Engine, tokens: list[int]) -> float:
     """Largest difference of a logit, the engine's state set to torch's before every byte."""
     stream, state, worst = engine.stream(), None, 0.0
     for token in tokens:
@@ -345,6 +345,8 @@ def _engine_state(state: StackState) -> dict[str, NDArray[np.float32]]:
     layer = state[1]
     if isinstance(layer, EGRUState):
         return {"1.h": layer.h[0, 0].numpy(), "1.y": layer.y[0, 0].numpy()}
+    if isinstance(layer, tuple):  # an LSTM's
+        return {"1.h": layer[0][0, 0].numpy(), "1.c": layer[1][0, 0].numpy()}
     return {"1.h": layer[0, 0].numpy()}
 
 
