@@ -68,6 +68,13 @@ class Vocabulary:
         ids[ids < 0] = self.unknown
         return ids
 
+    def strangers(self, text: bytes) -> list[str]:
+        """The different words, or bytes, of a text that are not in the vocabulary, in the order of the text."""
+        if self.level == "byte":
+            return [f"byte 0x{b:02x}" for b in dict.fromkeys(text) if self._index[b] < 0]
+        words = dict.fromkeys(word for words in split_words(text) for word in words)
+        return [repr(word.decode()) for word in words if word not in self._index]
+
     def decode(self, ids: Iterable[int]) -> Any:
         """The text of token ids: bytes, with ``?`` for the unknown one, or a string of words with a space between them."""
         if self.level == "byte":
@@ -81,8 +88,8 @@ class Vocabulary:
         return {**({"level": "word"} if self.level == "word" else {}), "vocabulary": list(self.values)}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any], tokens: int) -> Vocabulary:
-        """The vocabulary that a program of ``tokens`` token ids carries. It is untrusted input.
+    def from_metadata(cls, metadata: Mapping[str, Any], tokens: int | None = None) -> Vocabulary:
+        """The vocabulary that a program of ``tokens`` token ids (any number, when left out) carries. It is untrusted input.
 
         Raises:
             ValueError: there is none, or it does not fit.
@@ -90,7 +97,7 @@ class Vocabulary:
         level, values = metadata.get("level", "byte"), metadata.get("vocabulary")
         if level not in ("byte", "word"):
             raise ValueError("its metadata names a level that is neither byte nor word.")
-        if not isinstance(values, list) or len(values) + (level == "byte") != tokens:
+        if not isinstance(values, list) or tokens not in (None, len(values) + (level == "byte")):
             raise ValueError("its metadata names no vocabulary that fits its sizes.")
         if level == "byte":
             sound = all(type(b) is int and 0 <= b < 256 for b in values)

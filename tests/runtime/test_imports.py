@@ -30,6 +30,7 @@ RUNTIME = [
         "_summary",
         "progress",
         "vocabulary",
+        "language",
         "cli",
     )
     if find_spec(f"sparsefold.{name}")

@@ -41,13 +41,15 @@ class Published:
     types: int
     licence: str
 
-    def load(self, level: Level = "word", data_dir: str | os.PathLike[str] | None = None) -> Corpus:
+    def load(
+        self, level: Level = "word", data_dir: str | os.PathLike[str] | None = None, download: bool = True
+    ) -> Corpus:
         """Read it from ``data_dir``, else ``SPARSEFOLD_DATA``, else the user's cache; where it is missing, download it there.
 
         Raises:
             ValueError: it is neither there nor to be had, or it is not this corpus: words or types were counted differently.
         """
-        raws = [path.read_bytes() for path in self._paths(data_dir)]
+        raws = [path.read_bytes() for path in self._paths(data_dir, download)]
         corpus = build(raws, level, self.name)
         if level == "word":
             found = tuple(len(split) for split in (corpus.train, corpus.valid, corpus.test))
@@ -59,7 +61,7 @@ class Published:
                 )
         return corpus
 
-    def _paths(self, data_dir: str | os.PathLike[str] | None) -> list[Path]:
+    def _paths(self, data_dir: str | os.PathLike[str] | None, download: bool) -> list[Path]:
         named = data_dir or os.environ.get("SPARSEFOLD_DATA")
         root = Path(named) if named else _cache()
         if named and not root.is_dir():
@@ -71,6 +73,11 @@ class Published:
             if all(path.is_file() for path in paths):
                 return paths
         folder = root / self.folder
+        if not download:
+            raise ValueError(
+                f"{self.name} is not in {root}. Put {_names(self.files)} there, or name their folder with --data-dir or "
+                "SPARSEFOLD_DATA."
+            )
         print(f"{self.name} is not in {root}; downloading it. {self.licence}", file=sys.stderr)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,9 @@ class Published:
                     raw += piece
                     progress.update(len(raw), "bytes")
         except (OSError, HTTPException) as error:  # of urllib and of the socket
-            reason = getattr(error, "reason", None) or error
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
+            reason = error.reason if type(error) is urllib.error.URLError else error
             raise ValueError(
                 f"cannot download {file.url}: {reason}. Where there is no network, put {_names(self.files)} into {folder}, "
                 f"or into a folder that --data-dir or SPARSEFOLD_DATA names."

@@ -19,10 +19,10 @@ import torch
 
 from sparsefold import report
 from sparsefold.bench import provenance
-from sparsefold.cli import evaluate, generate
 from sparsefold.data import ByteCorpus, load_text
 from sparsefold.data.text import decode
 from sparsefold.engine import Engine
+from sparsefold.language import evaluate, generate
 from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack
 from sparsefold.program import Program, write_atomically
