@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "train.hpp"
@@ -207,6 +208,70 @@ struct PyTeam {
         const nb::gil_scoped_release release;
         sparsefold::outer(*team, kernels(Real()), a, x);
     }
+
+    /// What both directions of a cell with a dense state share.
+    template <class Real, class Tape>
+    void fill(GatedArgs<Real>& a, const std::string& kind, double keep_h, double keep_c, const In<Real>& weight,
+              const In<Real>& mask_h, const In<Real>& mask_c, const In<Real>& h0, const In<Real>& c0,
+              const In<int32_t>& live, const Tape& tape, const Tape& out, const Tape& cells) const {
+        const char* const kinds[] = {"gru", "gru_before", "lstm", "tanh", "relu"};
+        const auto* const found = std::find(std::begin(kinds), std::end(kinds), kind);
+        if (found == std::end(kinds)) throw std::invalid_argument("'" + kind + "' is no kind of cell.");
+        if (out.ndim() != 3) throw std::invalid_argument("a sequence has three axes (time, batch, unit).");
+        a.kind = static_cast<Gated>(found - std::begin(kinds));
+        const size_t steps = out.shape(0), batch = out.shape(1), H = out.shape(2), all = steps * batch * H;
+        const bool pair = a.kind == Gated::lstm;
+        a.steps = size32(steps, "time");
+        a.batch = size32(batch, "batch");
+        a.units = size32(H, "units");
+        size32(steps * batch, "time x batch");
+        size32(4 * H, "gates x units");
+        a.keep_h = static_cast<Real>(keep_h);
+        a.keep_c = static_cast<Real>(keep_c);
+        a.weight = given(weight, gates_of(a.kind) * H * H, "weight_hh");
+        a.mask_h = data(mask_h, all, "mask_h");
+        a.mask_c = data(mask_c, all, "mask_c");
+        a.h0 = given(h0, batch * H, "h0");
+        a.c0 = pair ? given(c0, batch * H, "c0") : nullptr;
+        a.live = data(live, steps, "live");
+        for (size_t t = 0; a.live && t < steps; ++t)
+            if (a.live[t] < 0 || static_cast<size_t>(a.live[t]) > batch)
+                throw std::invalid_argument("live samples are between none and all.");
+        a.tape = const_cast<Real*>(given(tape, tape_of(a.kind) * all, "tape"));
+        a.out = const_cast<Real*>(given(out, all, "out"));
+        a.cells = const_cast<Real*>(pair ? given(cells, all, "cells") : nullptr);
+    }
+
+    template <class Real>
+    void gated_forward(const std::string& kind, double keep_h, double keep_c, In<Real> weight, In<Real> bias_n,
+                       In<Real> mask_h, In<Real> mask_c, In<Real> h0, In<Real> c0, In<int32_t> live, Out<Real> tape,
+                       Out<Real> out, Out<Real> cells) const {
+        GatedForwardArgs<Real> a{};
+        fill<Real>(a, kind, keep_h, keep_c, weight, mask_h, mask_c, h0, c0, live, tape, out, cells);
+        a.bias_n = data(bias_n, a.units, "bias_n");
+        const nb::gil_scoped_release release;
+        sparsefold::gated_forward(*team, kernels(Real()), a);
+    }
+
+    template <class Real>
+    void gated_backward(const std::string& kind, double keep_h, double keep_c, In<Real> weight, In<Real> mask_h,
+                        In<Real> mask_c, In<Real> h0, In<Real> c0, In<int32_t> live, In<Real> tape, In<Real> out,
+                        In<Real> cells, In<Real> grad_out, In<Real> grad_cells, In<Real> grad_h_n, In<Real> grad_c_n,
+                        Out<Real> gates, Out<Real> dh, Out<Real> dc, Out<Real> dbias) const {
+        GatedBackwardArgs<Real> a{};
+        fill<Real>(a, kind, keep_h, keep_c, weight, mask_h, mask_c, h0, c0, live, tape, out, cells);
+        const size_t step = static_cast<size_t>(a.batch) * a.units, all = step * a.steps;
+        a.grad_out = data(grad_out, all, "grad_out");
+        a.grad_cells = data(grad_cells, all, "grad_cells");
+        a.grad_h_n = data(grad_h_n, step, "grad_h_n");
+        a.grad_c_n = data(grad_c_n, step, "grad_c_n");
+        a.gates = given(gates, tape_of(a.kind) * all, "gates");
+        a.dh = given(dh, step, "dh");
+        a.dc = a.kind == Gated::lstm ? given(dc, step, "dc") : nullptr;
+        a.dbias = given(dbias, size_t{tape_of(a.kind)} * a.units, "dbias");
+        const nb::gil_scoped_release release;
+        sparsefold::gated_backward(*team, kernels(Real()), a);
+    }
 };
 
 template <class Real>
@@ -222,7 +287,14 @@ void bind_real(nb::class_<PyTeam>& c) {
              "grad_o"_a.none(), "grad_y_n"_a.none(), "grad_h_n"_a.none(), "wants_y0"_a, "gates"_a, "dy"_a, "dh"_a,
              "dtheta"_a, "dbias"_a, "wild"_a)
         .def("outer", &PyTeam::outer<Real>, "g"_a, "parts"_a, "head"_a.none(), "rest"_a, "scale"_a.none(),
-             "wild"_a.none(), "out"_a);
+             "wild"_a.none(), "out"_a)
+        .def("gated_forward", &PyTeam::gated_forward<Real>, "kind"_a, "keep_h"_a, "keep_c"_a, "weight"_a,
+             "bias_n"_a.none(), "mask_h"_a.none(), "mask_c"_a.none(), "h0"_a, "c0"_a.none(), "live"_a.none(), "tape"_a,
+             "out"_a, "cells"_a.none())
+        .def("gated_backward", &PyTeam::gated_backward<Real>, "kind"_a, "keep_h"_a, "keep_c"_a, "weight"_a,
+             "mask_h"_a.none(), "mask_c"_a.none(), "h0"_a, "c0"_a.none(), "live"_a.none(), "tape"_a, "out"_a,
+             "cells"_a.none(), "grad_out"_a.none(), "grad_cells"_a.none(), "grad_h_n"_a.none(), "grad_c_n"_a.none(),
+             "gates"_a, "dh"_a, "dc"_a.none(), "dbias"_a);
 }
 
 }  // namespace

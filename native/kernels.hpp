@@ -290,6 +290,8 @@ constexpr uint32_t outer_chunk(uint32_t rows) {
     return chunks ? (rows + chunks - 1) / chunks : 0;
 }
 
+#include "gated.hpp"
+
 struct Kernels {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y); \

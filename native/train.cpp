@@ -276,4 +276,80 @@ size_t count_spoken(Team& team, const Real* x, size_t n) {
 SPARSEFOLD_FOR(float)
 SPARSEFOLD_FOR(double)
 
+namespace {
+
+/// Panels of a matrix with the room for its values: fresh pages, large ones where the system has them. Memory that was
+/// given back before lies on small ones, whose list no processor holds for all of a large weight.
+template <class Real>
+class PanelRoom {
+  public:
+    PanelRoom(uint32_t gates, uint32_t vectors, uint32_t units, uint32_t depth)
+        : view{nullptr, gates, vectors, units, depth} {
+        const size_t n = static_cast<size_t>(count_of_panels(units, vectors)) * gates * vectors * kLanes * depth;
+        if (n * sizeof(Real) < kLarge) {
+            small_ = Room<Real>(n);
+            view.values = small_.get();
+            return;
+        }
+        bytes_ = n * sizeof(Real) + kLarge;
+        pages_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (pages_ == MAP_FAILED) throw std::bad_alloc();
+        const uintptr_t first = (reinterpret_cast<uintptr_t>(pages_) + kLarge - 1) / kLarge * kLarge;
+        advise_large_pages(reinterpret_cast<void*>(first), n * sizeof(Real) + kLarge - 1);
+        view.values = reinterpret_cast<Real*>(first);
+    }
+    PanelRoom(const PanelRoom&) = delete;
+    ~PanelRoom() {
+        if (pages_) munmap(pages_, bytes_);
+    }
+    Panels<Real> view;
+
+  private:
+    static constexpr size_t kLarge = 2u << 20;
+    Room<Real> small_;
+    void* pages_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+}  // namespace
+
+template <class Real>
+void gated_forward(Team& team, const SequenceKernels<Real>& k, GatedForwardArgs<Real> args) {
+    const uint32_t H = args.units, gates = gates_of(args.kind);
+    const size_t step = static_cast<size_t>(args.batch) * H;
+    const bool before = args.kind == Gated::gru_before;
+    const PanelRoom<Real> panels(before ? 2 : gates, before ? 2 : gates == 1 ? kPanelVectors : 1, H, H);
+    const PanelRoom<Real> panels_n(before ? 1 : 0, kPanelVectors, H, H);
+    const Room<Real> state(2 * step), scaled(before ? step : 0);
+    const Room<Real> room(team.size() * args.batch * kPanelVectors * kLanes);
+    args.panels = panels.view;
+    args.panels_n = panels_n.view;
+    args.state[0] = state.get();
+    args.state[1] = state.get() + step;
+    args.scaled = scaled.get();
+    args.room = room.get();
+    team.run(count_of_panels(H, before ? kPanelVectors : panels.view.vectors),
+             [&](const Member& m) { k.gated_forward(args, m); });
+}
+
+template <class Real>
+void gated_backward(Team& team, const SequenceKernels<Real>& k, GatedBackwardArgs<Real> args) {
+    const uint32_t H = args.units, gates = gates_of(args.kind);
+    const size_t step = static_cast<size_t>(args.batch) * H;
+    const PanelRoom<Real> panels(1, kPanelVectors, H, gates * H);
+    const Room<Real> sent(2 * gates * step), back(args.kind == Gated::gru_before ? step : 0);
+    const Room<Real> room(team.size() * args.batch * kPanelVectors * kLanes);
+    args.panels = panels.view;
+    args.sent[0] = sent.get();
+    args.sent[1] = sent.get() + gates * step;
+    args.back = back.get();
+    args.room = room.get();
+    team.run(count_of_panels(H, kPanelVectors), [&](const Member& m) { k.gated_backward(args, m); });
+}
+
+template void gated_forward<float>(Team&, const SequenceKernels<float>&, GatedForwardArgs<float>);
+template void gated_forward<double>(Team&, const SequenceKernels<double>&, GatedForwardArgs<double>);
+template void gated_backward<float>(Team&, const SequenceKernels<float>&, GatedBackwardArgs<float>);
+template void gated_backward<double>(Team&, const SequenceKernels<double>&, GatedBackwardArgs<double>);
+
 }  // namespace sparsefold

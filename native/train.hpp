@@ -124,6 +124,12 @@ struct Columns {
 template <class Real>
 void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, const Columns<Real>& x);
 
+/// The pointers of room are filled in here.
+template <class Real>
+void gated_forward(Team& team, const SequenceKernels<Real>& k, GatedForwardArgs<Real> args);
+template <class Real>
+void gated_backward(Team& team, const SequenceKernels<Real>& k, GatedBackwardArgs<Real> args);
+
 /// Elements that are not zero.
 template <class Real>
 size_t count_spoken(Team& team, const Real* x, size_t n);

@@ -1,6 +1,7 @@
 """GRU, LSTM and RNN: the definition against torch, the native cells against the definition, the modules on either."""
 
 import copy
+import inspect
 import itertools
 import pickle
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import sparsefold as sf
+from sparsefold import _native
 from sparsefold.nn import GRU, LSTM, RNN, Stack, native, reference
-from tolerances import CELL_F64, EPS32, FREE_RUNNING_F32, GRADIENT_F64
+from tolerances import CELL_F64, EPS32, FREE_RUNNING_F32, GRADCHECK, GRADIENT_F64, gradient_f32
 
 torch.set_num_threads(2)
 
@@ -126,10 +128,250 @@ def test_a_sample_at_its_end_keeps_its_state(kind):
             close(trace[half + i][b], alone[half + i][0])
 
 
+# --- the native cells ------------------------------------------------------------------------------------------------
+
+# steps, batch, inputs, units: one of everything, below and above a vector, a panel and a block of samples
+SHAPES = [(1, 1, 1, 1), (5, 3, 4, 6), (3, 2, 17, 33), (4, 9, 16, 64), (3, 19, 33, 130), (4, 1, 5, 100)]
+FORMS: list[tuple[str, dict[str, Any]]] = [*((kind, {}) for kind in KINDS), ("gru", {"reset_after": False})]
+
+
+def options_of(kind: str) -> list[dict[str, Any]]:
+    plain: list[dict[str, Any]] = [{}, {"zoneout": 0.3, "training": True}, {"zoneout": 0.3}]
+    return plain + [o | {"zoneout_cell": 0.6} for o in plain] if kind == "lstm" else plain
+
+
+def compare_f64(kind: str, p: dict[str, Any], cells: Any = native, **options: Any) -> None:
+    wanted, got = call(reference, kind, p, **options), call(cells, kind, p, **options)
+    assert [t.requires_grad for t in got] == [t.requires_grad for t in wanted]
+    for a, b in zip(wanted, got, strict=True):
+        close(b, a)
+    weights = cotangents(wanted)
+    mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+    size = sum(p[n].numel() for n in ("x", "h0")) / 16 + 8  # more than the 64 pairs of GRADIENT_F64
+    for name, g in theirs.items():
+        close(mine[name], g, GRADIENT_F64 * size)
+
+
+def compare_f32(kind: str, p: dict[str, Tensor], **options: Any) -> None:
+    """A float32 run against float64 on the same numbers."""
+    q = {k: v.detach().double().requires_grad_() for k, v in p.items()}
+    got, wanted = call(native, kind, p, **options), call(reference, kind, q, **options)
+    T, B, _ = p["x"].shape
+    H = p["h0"].shape[1]
+    for a, b in zip(got, wanted, strict=True):
+        close(a.double(), b, gradient_f32(T, B, H, float(b.detach().abs().max())))
+    weights = cotangents(got)
+    mine, theirs = gradients(got, p, weights), gradients(wanted, q, [w.double() for w in weights])
+    for name, g in theirs.items():
+        close(mine[name].double(), g, gradient_f32(T, B, H, float(g.abs().max())))
+
+
+def test_signatures_are_the_reference_s():
+    for name in ("gru", "lstm", "rnn"):
+        assert inspect.signature(getattr(native, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_every_form_in_float64(shape, kind, form):
+    for options in options_of(kind):
+        compare_f64(kind, inputs(kind, *shape), **form, **options)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_every_form_in_float32(shape, kind, form):
+    for options in options_of(kind):
+        if not options.get("training"):  # draws of another precision are others
+            compare_f32(kind, inputs(kind, *shape, torch.float32), **form, **options)
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_instruction_set(isa, monkeypatch, kind, form, dtype):
+    team = _native.Team(2, isa)
+    monkeypatch.setattr(native, "_team", lambda: team)
+    for batch in (1, 2, 3, 4, 5, 6, 7, 8, 17):  # every block of samples
+        p = inputs(kind, 3, batch, 5, 150, dtype)
+        (compare_f64 if dtype == torch.float64 else compare_f32)(kind, p, **form)
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_it_passes_finite_differences(kind, form):
+    for options in options_of(kind):
+        p = inputs(kind, 3, 2, 2, 3)
+
+        def run(*values, p=p, options=options):
+            return call(native, kind, dict(zip(p, values, strict=True)), **form, **options)
+
+        assert torch.autograd.gradcheck(run, tuple(p.values()), **GRADCHECK)
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+@pytest.mark.parametrize("lengths", [[5, 3, 3, 1], [5, 5, 5, 5], [2, 1, 0, 0], [9, 5, 5, 4]], ids=str)
+def test_samples_of_their_own_length(kind, form, lengths):
+    for options in options_of(kind):
+        compare_f64(kind, inputs(kind, 5, 4, 3, 20), **form, **options, lengths=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, kind, form):
+    p = inputs(kind, 6, 7, 20, 330, dtype)
+    found = []
+    for threads in (1, 2, 3, 4):
+        team = _native.Team(threads)
+        monkeypatch.setattr(native, "_team", lambda team=team: team)
+        trace = call(native, kind, p, **form)
+        found.append([*trace, *gradients(trace, p, cotangents(trace)).values()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_two_windows_are_one_sequence(dtype, kind, form):
+    p = inputs(kind, 8, 3, 20, 70, dtype)
+    whole = call(native, kind, p, **form)
+    half = len(whole) // 2
+    first = call(native, kind, {**p, "x": p["x"][:4]}, **form)
+    carried = dict(zip(("h0", "c0"), first[half:], strict=False))
+    second = call(native, kind, {**p, "x": p["x"][4:], **carried}, **form)
+    parts = [torch.cat([a, b]) for a, b in zip(first[:half], second[:half], strict=True)] + list(second[half:])
+    bound = gradient_f32(8, 3, 70, 1.0) if dtype == torch.float32 else CELL_F64  # of the input product, over other rows
+    for a, b in zip(parts, whole, strict=True):
+        close(a, b, bound)
+    weights = cotangents(whole)
+    mine, theirs = gradients(parts, p, weights), gradients(whole, p, weights)
+    for name, g in theirs.items():
+        largest = float(g.abs().max())
+        close(mine[name], g, gradient_f32(8, 3, 70, largest) if dtype == torch.float32 else 64 * GRADIENT_F64)
+
+
+NOT_NUMBERS = [float("nan"), float("inf"), float("-inf")]
+
+
+def spoiled(t: Tensor, bad: float) -> None:
+    with torch.no_grad():
+        t.view(-1)[t.numel() // 2] = bad
+
+
+@pytest.mark.parametrize("bad", NOT_NUMBERS)
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, kind, form):
+    for name in inputs(kind):
+        p = inputs(kind, 5, 3, 20, 40)
+        spoiled(p[name], bad)
+        wanted, got = call(reference, kind, p, **form), call(native, kind, p, **form)
+        for a, b in zip(wanted, got, strict=True):
+            close(b, a, 16 * CELL_F64)
+        weights = cotangents(wanted)
+        mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+        for n, g in theirs.items():
+            close(mine[n], g, 64 * GRADIENT_F64)
+
+
+@pytest.mark.parametrize("bad", NOT_NUMBERS)
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_so_does_what_comes_from_above(bad, kind, form):
+    p = inputs(kind, 5, 3, 20, 40)
+    wanted, got = call(reference, kind, p, **form), call(native, kind, p, **form)
+    for at in range(len(wanted)):
+        weights = cotangents(wanted)
+        spoiled(weights[at], bad)
+        mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+        for n, g in theirs.items():
+            close(mine[n], g, 64 * GRADIENT_F64)
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_nothing_at_all_and_absent_biases(kind, form):
+    for T, B in ((0, 3), (5, 0), (0, 0)):
+        p = inputs(kind, T, B)
+        trace = call(native, kind, p, **form)
+        assert [t.shape for t in trace] == [t.shape for t in call(reference, kind, p, **form)]
+        assert not any(g.any() for g in gradients(trace, p, [torch.zeros_like(t) for t in trace]).values())
+    p = inputs(kind)
+    for names in (("bias_ih",), ("bias_hh",), ("bias_ih", "bias_hh")):
+        compare_f64(kind, p | dict.fromkeys(names), **form)
+
+
+def test_only_what_is_asked_for_is_made():
+    p = inputs("gru", 3, 2, 4, 20)
+    frozen = {k: v.detach() if k in ("x", "weight_ih", "weight_hh") else v for k, v in p.items()}
+    compare_f64("gru", frozen)
+    plain = {k: v.detach() for k, v in p.items()}
+    assert not call(native, "gru", plain)[0].requires_grad
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
+def test_torch_s_own_check_of_the_operators(kind, form):
+    p = inputs(kind, 3, 2, 3, 5)
+    name = "gru_before" if form else kind
+    args = (p["x"], p["h0"], p.get("c0"), *(p[n] for n in WEIGHTS), None, None, None, name, 0.25, 0.0)
+    torch.library.opcheck(torch.ops.sparsefold.gated.default, args)
+    h, c, _, _, tape = (t.detach() for t in torch.ops.sparsefold.gated(*args))
+    plain = [None if t is None else t.detach() for t in args[:5]]
+    grads = [torch.ones_like(h), None, None, None]
+    torch.library.opcheck(
+        torch.ops.sparsefold.gated_backward.default,
+        (grads, *plain, None, None, None, tape, h, c, *args[10:], [True, True, kind == "lstm", True, True, True, True]),
+    )
+
+
+def test_errors_of_a_cell_say_what_came():
+    p = inputs("lstm")
+    with pytest.raises(ValueError, match=r"float32 and float64 on the processor, got torch\.float16 on cpu"):
+        native.lstm(**{k: v.half() for k, v in p.items()})
+    with pytest.raises(ValueError, match=r"x is torch\.float64 on cpu, another input torch\.float32"):
+        native.lstm(**{**p, "weight_hh": p["weight_hh"].float()})
+    with pytest.raises(ValueError, match=r"weight_hh is \(24, 6\) for 6 units and x of 4 features, got \(24, 5\)"):
+        native.lstm(**{**p, "weight_hh": p["weight_hh"][:, :5]})
+    with pytest.raises(ValueError, match=r"c0 is \(3, 6\)"):
+        native.lstm(**{**p, "c0": p["c0"][:2]})
+    with pytest.raises(ValueError, match=r"x has 3 axes \(time, batch, feature\)"):
+        native.gru(p["x"][0], *(p[n] for n in ("h0", *WEIGHTS)))
+    for lengths in ([1, 2, 3], [3, 2]):
+        with pytest.raises(ValueError, match=r"lengths are one for each of 3 samples, longest first"):
+            native.lstm(**p, lengths=torch.tensor(lengths))
+
+
+def test_what_was_saved_may_not_be_changed():
+    p = inputs("gru")
+    output, _ = call(native, "gru", p)
+    with torch.no_grad():
+        p["weight_hh"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_one_module_twice_in_one_graph_and_a_graph_twice():
+    grads = []
+    for layer in pair((LSTM, torch.nn.LSTM, {}), backend="native"):
+        x = torch.randn(5, 2, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        first, state = layer(x)
+        second, _ = layer(x.flip(0), state)
+        loss = (first.square() + second).sum()
+        loss.backward(retain_graph=True)
+        once = layer.weight_hh_l0.grad.clone()
+        loss.backward()
+        close(layer.weight_hh_l0.grad, 2 * once)
+        grads.append([p.grad for p in layer.parameters()] + [x.grad])
+    for a, b in zip(*grads, strict=True):
+        close(b, a, GRADIENT_F64)
+
+
+def test_a_second_derivative_is_refused():
+    p = inputs("gru")
+    (g,) = torch.autograd.grad(native.gru(**p)[0].sum(), [p["h0"]], create_graph=True)
+    with pytest.raises(RuntimeError):
+        g.sum().backward()
+
+
 # --- the modules -----------------------------------------------------------------------------------------------------
 
 BACKENDS = ["reference", "native"]
-SHAPES: list[dict[str, Any]] = [
+LAYERS: list[dict[str, Any]] = [
     {},
     {"num_layers": 2, "batch_first": True},
     {"num_layers": 2, "bidirectional": True},
@@ -170,7 +412,7 @@ def found(layer: Any, x: list[Tensor], ragged: bool, state: Any) -> list[Tensor]
 
 
 @pytest.mark.parametrize("kind", MODULES, ids=str)
-@pytest.mark.parametrize("options", SHAPES, ids=str)
+@pytest.mark.parametrize("options", LAYERS, ids=str)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_module_is_torch_s(kind, options, ragged, backend):

@@ -57,8 +57,8 @@ def compile_model(
 
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, GRU, LSTM, RNN (also
-            torch's), CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and
-            Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
+            torch's), CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into one beside it), Dropout
+            and Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
             Identity: its outputs are those of the causal convolution from the step on at which all of its taps have an input.
             Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).

@@ -58,9 +58,8 @@ class _Gated(nn.RNNBase):
         if not packed and data.dim() not in (2, 3):
             raise ValueError(f"input has 3 axes (time, batch, feature), or 2 without a batch, got {tuple(data.shape)}.")
         steps = len(input.batch_sizes) if packed else data.shape[self.batch_first and data.dim() == 3]
-        fast = hasattr(native, "gru") and (
-            self.backend == "native"
-            or (self.backend == "auto" and not self.proj_size and native.available(data) and steps >= _FEW_STEPS)
+        fast = self.backend == "native" or (
+            self.backend == "auto" and not self.proj_size and native.available(data) and steps >= _FEW_STEPS
         )
         if self.backend == "auto" and not fast and not self._optional():
             return super().forward(input, hx)  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .events import Triangle
-from .reference import EGRUTrace, Event, Reset
+from .reference import EGRUTrace, Event, LSTMTrace, Nonlinearity, Reset
 
 try:
     from sparsefold import _native
@@ -334,3 +334,257 @@ def _check(x: Tensor, h0: Tensor, shapes: dict[str, tuple[Tensor | None, tuple[i
             raise ValueError(
                 f"{name} is {shape} for {h0.shape[1]} units and x of {x.shape[2]} features, got {tuple(t.shape)}."
             )
+
+
+# --- cells whose state is dense (native/gated.inl.hpp): the products over all steps are torch's, the loop is ours ---------------
+
+
+def gru(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    *,
+    reset_after: bool = True,
+    zoneout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.gru`, whose equations hold here. `lengths` descend. Not twice differentiable.
+
+    Tensors are float32 or float64, on the processor, all of one dtype; ValueError otherwise.
+    """
+    kind = "gru" if reset_after else "gru_before"
+    h, _, h_n, _ = _sequence(kind, x, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, zoneout, 0.0, training, lengths)
+    return h, h_n
+
+
+def lstm(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    *,
+    zoneout: float = 0.0,
+    zoneout_cell: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+) -> LSTMTrace:
+    """`reference.lstm`, whose equations hold here; what `gru` asks of its inputs holds here too."""
+    return LSTMTrace(
+        *_sequence("lstm", x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, zoneout, zoneout_cell, training, lengths)
+    )
+
+
+def rnn(
+    x: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    *,
+    nonlinearity: Nonlinearity = "tanh",
+    zoneout: float = 0.0,
+    training: bool = False,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`reference.rnn`, whose equation holds here; what `gru` asks of its inputs holds here too."""
+    h, _, h_n, _ = _sequence(
+        nonlinearity, x, h0, None, weight_ih, weight_hh, bias_ih, bias_hh, zoneout, 0.0, training, lengths
+    )
+    return h, h_n
+
+
+_GATES = {"gru": 3, "gru_before": 3, "lstm": 4, "tanh": 1, "relu": 1}
+_TAPE = _GATES | {"gru": 4}  # values a step leaves for each unit and sample: a gru's fourth is what r multiplies
+
+
+def _sequence(
+    kind: str,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    zoneout: float,
+    zoneout_cell: float,
+    training: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h, c (T, B, H) and both after the last step; those of c are empty but for an LSTM."""
+    B, I = x.shape[-2] if x.dim() > 1 else 0, x.shape[-1] if x.dim() else 0  # noqa: E741
+    H = h0.shape[-1] if h0.dim() else 0
+    rows, state = _GATES[kind] * H, (B, H)
+    _check(
+        x,
+        h0,
+        {
+            "h0": (h0, state),
+            "c0": (c0, state),
+            "weight_ih": (weight_ih, (rows, I)),
+            "weight_hh": (weight_hh, (rows, H)),
+            "bias_ih": (bias_ih, (rows,)),
+            "bias_hh": (bias_hh, (rows,)),
+        },
+    )
+    live = None
+    if lengths is not None:
+        if lengths.shape != (B,) or (lengths.diff() > 0).any():
+            raise ValueError(
+                f"lengths are one for each of {B} samples, longest first, got {lengths.tolist()}. Sort the samples by length."
+            )
+        live = (lengths > torch.arange(len(x))[:, None]).sum(1, dtype=torch.int32)
+    if not len(x):
+        empty = h0.new_empty(0, *h0.shape)
+        return empty, empty, h0, h0 if c0 is None else c0
+    shares = (zoneout, zoneout_cell)
+    masks: list[Tensor | None] = [
+        torch.empty(len(x), *state, dtype=x.dtype) if q and training else None for q in shares
+    ]
+    for t in range(len(x)):  # the draws of a step together, as the reference draws
+        for mask, q in zip(masks, shares, strict=True):
+            if mask is not None:
+                mask[t].bernoulli_(1 - q)
+    keep = (0.0, 0.0) if training else shares
+    h, c, h_n, c_n, _ = _gated(x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, *masks, live, kind, *keep)
+    return h, c, h_n, c_n
+
+
+@torch.library.custom_op("sparsefold::gated", mutates_args=())
+def _gated(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    mask_h: Tensor | None,
+    mask_c: Tensor | None,
+    live: Tensor | None,
+    kind: str,
+    keep_h: float,
+    keep_c: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(h, c, h_n, c_n, tape); the tape is (T·B, values · H), and c empty but for an LSTM."""
+    team = _team()
+    (T, B, _), H, rows = x.shape, h0.shape[1], weight_ih.shape[0]
+    x, h0, w_i, w_h = (t.detach().contiguous() for t in (x, h0, weight_ih, weight_hh))
+    tape, out = _empty(team, x, T * B, _TAPE[kind] * H), _empty(team, x, T, B, H)
+    cells = None if c0 is None else _empty(team, x, T, B, H)
+    bias, bias_n = w_i.new_zeros(rows) if bias_ih is None else bias_ih.detach().clone(), None
+    if bias_hh is not None:
+        outside = 2 * H if kind == "gru" else rows
+        bias[:outside] += bias_hh.detach()[:outside]
+        bias_n = bias_hh.detach()[2 * H :].contiguous() if kind == "gru" else None
+    torch.addmm(bias, x.view(T * B, x.shape[2]), w_i.t(), out=tape[:, :rows])
+    masks = _plain(mask_h), _plain(mask_c)
+    team.gated_forward(kind, keep_h, keep_c, w_h, bias_n, *masks, h0, _plain(c0), live, tape, out, cells)
+    if cells is None:
+        return out, x.new_empty(0), out[-1].clone(), x.new_empty(0), tape
+    return out, cells, out[-1].clone(), cells[-1].clone(), tape
+
+
+@_gated.register_fake
+def _(x: Tensor, h0: Tensor, c0: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    (T, B, _), H, kind = x.shape, h0.shape[1], rest[-3]
+    tape = x.new_empty(T * B, _TAPE[kind] * H)
+    if c0 is None:
+        return x.new_empty(T, B, H), x.new_empty(0), x.new_empty(B, H), x.new_empty(0), tape
+    return x.new_empty(T, B, H), x.new_empty(T, B, H), x.new_empty(B, H), x.new_empty(B, H), tape
+
+
+@torch.library.custom_op("sparsefold::gated_backward", mutates_args=())
+def _gated_backward(
+    grads: list[Tensor | None],
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    mask_h: Tensor | None,
+    mask_c: Tensor | None,
+    live: Tensor | None,
+    tape: Tensor,
+    h: Tensor,
+    c: Tensor,
+    kind: str,
+    keep_h: float,
+    keep_c: float,
+    wants: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, h0, c0, weight_ih, weight_hh, bias_ih and bias_hh, empty where `wants` has none."""
+    team = _team()
+    (T, B, I), H, rows = x.shape, h0.shape[1], weight_ih.shape[0]  # noqa: E741
+    x, h0, w_i, w_h = (t.detach().contiguous() for t in (x, h0, weight_ih, weight_hh))
+    tape, h = tape.detach(), h.detach()
+    gates = _empty(team, x, T * B, _TAPE[kind] * H)
+    dx, dc, dw_i, dw_h = (x.new_empty(0) for _ in range(4))
+    dh, dbias = torch.empty_like(h0), x.new_empty(_TAPE[kind] * H)
+    if c0 is not None:
+        dc = torch.empty_like(h0)
+    above = [_plain(g) for g in grads]
+    masks, cells = (_plain(mask_h), _plain(mask_c)), None if c0 is None else c.detach()
+    team.gated_backward(
+        kind, keep_h, keep_c, w_h, *masks, h0, _plain(c0), live, tape, h, cells,
+        *above, gates, dh, None if c0 is None else dc, dbias,
+    )  # fmt: skip
+    outer = gates[:, :rows]
+    if wants[0]:
+        dx = (outer @ w_i).view(T, B, I)
+    if wants[3]:
+        dw_i = outer.t() @ x.view(T * B, I)
+    if wants[4]:
+        dw_h = _empty(team, x, rows, H)
+        cut = rows if kind in ("lstm", "tanh", "relu") else 2 * H
+        _weight_gradient(gates[:, :cut], h0, h, dw_h[:cut])
+        if kind == "gru":
+            _weight_gradient(gates[:, 3 * H :], h0, h, dw_h[cut:])
+        elif kind == "gru_before":
+            r = tape[:, :H].view(T, B, H)
+            _weight_gradient(gates[:, cut:], r[0] * h0, r[1:] * h[:-1], dw_h[cut:])
+    outside = dbias[:rows].clone()
+    inside = torch.cat([dbias[: 2 * H], dbias[3 * H :]]) if kind == "gru" else outside.clone()
+    return dx, dh, dc, dw_i, dw_h, outside, inside
+
+
+def _weight_gradient(g: Tensor, first: Tensor, rest: Tensor, out: Tensor) -> None:
+    """Fills out with gᵀ times what its first B rows read, `first` (B, H), and the others, the steps of `rest` but the last."""
+    B, steps = len(first), rest[: len(g) // max(len(first), 1) - 1]
+    torch.mm(g[B:].t(), steps.reshape(-1, first.shape[1]), out=out)
+    out.addmm_(g[:B].t(), first)
+
+
+@_gated_backward.register_fake
+def _(grads: Any, x: Tensor, h0: Tensor, c0: Any, weight_ih: Tensor, weight_hh: Tensor, *rest: Any) -> Any:
+    wants, none = rest[-1], x.new_empty(0)
+    wanted = ((x, wants[0]), (h0, True), (h0, c0 is not None), (weight_ih, wants[3]), (weight_hh, wants[4]))
+    bias = [x.new_empty(len(weight_ih)) for _ in range(2)]
+    return *(torch.empty_like(t) if w else none.clone() for t, w in wanted), *bias
+
+
+def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, h0, c0, weight_ih, weight_hh, _, _, mask_h, mask_c, live, *options = inputs
+    h, c, _, c_n, tape = output
+    ctx.save_for_backward(x, h0, c0, weight_ih, weight_hh, mask_h, mask_c, live, tape, h, c)
+    ctx.mark_non_differentiable(*((tape,) if c0 is not None else (tape, c, c_n)))
+    ctx.set_materialize_grads(False)
+    ctx.options = options
+
+
+def _backward_gated(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    wants = [bool(w) for w in ctx.needs_input_grad[:7]]
+    h, c, h_n, c_n, _ = grads
+    g = _gated_backward([h, c, h_n, c_n], *ctx.saved_tensors, *ctx.options, wants)
+    return (*(each if wanted else None for each, wanted in zip(g, wants, strict=True)), *[None] * 6)
+
+
+_gated.register_autograd(_backward_gated, setup_context=_setup_gated)
