@@ -110,8 +110,9 @@ def test_nothing_that_disagrees_with_torch_is_timed(small, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rates": ()}, "rates and densities"), ({"densities": (0.0,)}, "rates and densities"), 
-        ({"lstm": (), "gru": ()}, "dense"), ({"calls": 3}, "calls"), ({"all": "lrr=3"}, "unknown key 'lrr'"), ({"densities": (0.1, 0.5)}, "snapshots"),
+        ({"rates": ()}, "rates and densities"), ({"densities": (0.0,)}, "rates and densities"), ({"calls": 3}, "calls"),
+        ({"lstm": (), "gru": ()}, "dense"), ({"all": "lrr=3"}, "unknown key 'lrr'"),
+        ({"densities": (0.1, 0.5)}, "snapshots"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_before_any_training(changes, sentence):
