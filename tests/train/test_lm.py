@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -312,6 +313,37 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(run, conf
         for f in (tmp_path, expected)
     ]
     assert logs[0] == logs[1]
+
+
+def test_two_processes_train_what_one_does(config, tmp_path):
+    """Without anything random, as float32 allows: sums of gradients are in another order."""
+    quiet = {"drop_word": 0.0, "drop_input": 0.0, "drop_hidden": 0.0, "drop_output": 0.0, "samples": 0, "steps": 8}
+    settings = config("gru", precision="float32", **quiet)
+    one = lm.run(settings, tmp_path / "one")
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+
+    def work(rank: int) -> None:
+        os.environ.update(
+            WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+        )
+        found = lm.run(settings, tmp_path / "two")
+        assert ("test_perplexity" in found) == (rank == 0)
+
+    workers = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+        assert worker.exitcode == 0
+    two, wanted = (load_file(tmp_path / f / "best.safetensors") for f in ("two", "one"))
+    for key in wanted:
+        torch.testing.assert_close(two[key], wanted[key], rtol=1e-3, atol=1e-4)
+    log = [json.loads((tmp_path / f / "log.jsonl").read_text().splitlines()[-1]) for f in ("one", "two")]
+    assert log[1]["valid_perplexity"] == pytest.approx(log[0]["valid_perplexity"], rel=1e-3)
+    assert one["best_step"] > 0
 
 
 def test_snapshots_are_as_dense_as_their_names_and_the_best_is_as_sparse_as_the_last(uninterrupted):
