@@ -126,15 +126,13 @@ def _advance(
     loss = cross_entropy(logits.flatten(0, 1), y.flatten())
     total: Any = loss + trainer.penalty(activity, step)
     total.backward()
-    norm = float(
-        torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.requires_grad], trainer.clip)
-    )
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    norm = float(torch.nn.utils.clip_grad_norm_(trained, trainer.clip))
     bits = float(loss.detach()) / math.log(2)
     if math.isfinite(bits + norm):
         trainer.optimizer.step()
-        drawn = (
-            trainer.pruner is not None and trainer.pruner.step()
-        )  # before the gradients go: weights may return by them
+        # Before the gradients go: weights may return by them.
+        drawn = trainer.pruner is not None and trainer.pruner.step()
         trainer.optimizer.zero_grad()
         if trainer.average:
             if drawn:
