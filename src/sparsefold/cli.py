@@ -36,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except KeyboardInterrupt as stop:
-        print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
-        if resume := getattr(args, "resume", None):
-            print(f"Run the same command again to go on: {shlex.join(resume(args))}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+            print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
+            if resume := getattr(args, "resume", None):
+                print(
+                    f"Run the same command again to go on: {_started_by()}{shlex.join(resume(args))}", file=sys.stderr
+                )
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
@@ -51,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsefold: {f'{name}: ' if name else ''}{error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
+
+
+def _started_by() -> str:
+    """What stands before our own command where torchrun has started it."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return f"torchrun --nproc-per-node {count} --no-python " if count > 1 else ""
 
 
 def _parser() -> argparse.ArgumentParser:
