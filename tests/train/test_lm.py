@@ -30,6 +30,9 @@ from sparsefold.recipes._language import LockedDropout, SampledLinear, Smoothnes
 from sparsefold.recipes._lm_config import Config, resolved
 from sparsefold.recipes._windows import stream_bits
 
+# Of a process with threads; those that are forked here find one thread each, and nothing that another holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

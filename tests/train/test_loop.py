@@ -28,6 +28,9 @@ from sparsefold.recipes._loop import Trainer, train
 from sparsefold.recipes._windows import GRAIN, LONGEST, SHORTEST, RandomWindows, Windows, stream_bits
 from sparsefold.sparsify import Cubic, Magnitude, Pruner, Staircase
 
+# Of a process with threads; those that are forked here find one thread each, and nothing that another holds.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
