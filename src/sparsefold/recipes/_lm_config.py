@@ -68,7 +68,7 @@ class Config:
     reset: Literal["threshold", "output", "none"] | None = None
     output: Literal["events", "state"] | None = None  # what the decoder reads
     target_rate: float | None = 0.10  # none: no penalty
-    rate_weight: float = 100.0
+    rate_weight: float | None = None  # 0: no penalty
     rate_start: float = 0.45
     rate_until: float = 0.4  # the target has fallen from rate_start to target_rate by then
     # weights
@@ -128,7 +128,7 @@ _EGRU = {
     "lr": 1.2e-3, "beta1": 0.0, "schedule": "cosine", "constant_until": 0.7, "batch": 64, "clip": 0.1, "weight_decay": 0.1,
     "drop_word": 0.1, "drop_input": 0.6, "drop_hidden": 0.25, "drop_output": 0.5, "drop_connect": 0.7,
     "threshold": 0.01, "spread_thresholds": True, "surrogate": 3.6, "surrogate_width": 1 / 3.6, "reset": "threshold",
-    "output": "events", "embedding_scale": 1.0,
+    "output": "events", "embedding_scale": 1.0, "rate_weight": 0.0,
 }  # fmt: skip
 _PAPER = {
     # AWD-LSTM: Merity, Keskar and Socher (2017), arXiv 1708.02182. EGRU: Mukherji et al. (2023), arXiv 2311.07625.
@@ -146,7 +146,7 @@ _DEFAULTS: dict[str, Any] = {
     "optimizer": "adamw", "beta1": 0.9, "schedule": "one_cycle", "constant_until": 0.7, "clip": 0.5, "weight_decay": 0.01,
     "drop_word": 0.0, "drop_input": 0.2, "drop_hidden": 0.2, "drop_output": 0.3, "drop_connect": 0.0,
     "alpha": 0.0, "beta": 0.0, "threshold": 0.05, "spread_thresholds": False, "surrogate": 0.5, "surrogate_width": 0.5,
-    "reset": "none", "output": "state", "batch": 20,
+    "reset": "none", "output": "state", "rate_weight": 200.0, "batch": 20,
 }  # fmt: skip
 _SIZES: dict[str, dict[str, Any]] = {
     "small": {"hidden": (512,), "epochs": 8.0},

@@ -108,11 +108,13 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
     pruner, pruned_at = pruner_of(config, model)
     parts, windows = segments(config), _windows(config, corpus)
     rate_until = round(config.rate_until * parts[0][1])
-    target = None if config.target_rate is None else anneal(config.rate_start, config.target_rate, 0, rate_until)
+    weight, target = config.rate_weight or 0.0, None
+    if config.target_rate is not None and weight:
+        target = anneal(config.rate_start, config.target_rate, 0, rate_until)
     smoothness = Smoothness(model, config.alpha or 0.0, config.beta or 0.0)
 
     def penalty(activity: Any, step: int) -> Any:
-        events = activity.penalty(target(step), config.rate_weight) if target and activity.rates else 0.0
+        events = activity.penalty(target(step), weight) if target and activity.rates else 0.0
         return events + smoothness()
 
     def lr(step: int) -> float:
