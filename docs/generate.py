@@ -333,8 +333,8 @@ def _multiplied() -> list[dict[str, Any]]:
         rows.append(
             {
                 "name": name, "cell": point["cell"], "valid": point["valid_perplexity"], "test": point["test_perplexity"],
-                "events": point["event_rate"], "units": point["hidden"], "rate": point["rate"],
-                "density": point["density"]["1.weight_hh_l0"], "decoder": point["density"]["2.weight"],
+                "events": point["event_rate"], "units": point["hidden"], "layers": point["layers"], "rate": point["rate"],
+                "density": point["density"]["1.weight_hh_l0"], "decoder": list(point["density"].values())[-1],
                 "macs": point["macs"]["macs_effective" if point["cell"] == "egru" else "macs_dense"],
                 "macs_decoder": sum(
                     part["macs_effective"] for part in point["macs"]["parts"] if part["role"] == "decoder"
@@ -345,6 +345,10 @@ def _multiplied() -> list[dict[str, Any]]:
             }
         )  # fmt: skip
     return rows
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    return f"{row['layers']} x {row['units']}" if row["layers"] > 1 else str(row["units"])
 
 
 def _alike(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -370,7 +374,7 @@ def multiplied() -> str:
         own = f"{r['float']:.0f} | {r['int8']:.0f}" if r["cell"] != "egru" else " | "
         events = f"{r['events']:.1%}" if r["cell"] == "egru" else ""
         lines.append(
-            f"| {r['cell']} {r['units']} | {r['density']:.0%} | {r['decoder']:.0%} | {events} "
+            f"| {r['cell']} {_sizes(r)} | {r['density']:.0%} | {r['decoder']:.0%} | {events} "
             f"| {r['valid']:.1f} | {r['test']:.1f} "
             f"| {r['macs']:,.0f} | {r['macs_decoder']:,.0f} | {best['macs'] / r['macs']:.1f}x | {r['us']:.1f} | {own} "
             f"| {best['float'] / r['us']:.1f}x | {best['int8'] / r['us']:.1f}x | {smallest} |"
@@ -388,7 +392,7 @@ def multiply_svg() -> str:
     """Test perplexity against microseconds of a word, ours on every network and the fastest rival on the dense ones."""
     points = []
     for r in _multiplied():
-        name = f"{r['cell']} {r['units']}"
+        name = f"{r['cell']} {_sizes(r)}"
         name += f", {r['events']:.0%} events, {r['density']:.0%}" if r["cell"] == "egru" else ""
         points.append((r["us"], r["test"], _CELLS[r["cell"]], name))
         if r["cell"] != "egru":

@@ -122,7 +122,7 @@ def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
     def point(cell: str, units: int, test: float, macs: int, density: float = 1.0) -> dict[str, object]:
         parts = [{"role": "decoder", "macs_effective": macs / 2}, {"role": "recurrent", "macs_effective": macs / 2}]
         return {
-            "cell": cell, "hidden": units, "rate": 0.1, "test_perplexity": test, "valid_perplexity": test + 1,
+            "cell": cell, "hidden": units, "layers": 1, "rate": 0.1, "test_perplexity": test, "valid_perplexity": test + 1,
             "event_rate": 0.08, "density": {"1.weight_hh_l0": density, "2.weight": 0.25},
             "macs": {"macs_effective": macs, "macs_dense": 8_000_000, "parts": parts},
         }  # fmt: skip

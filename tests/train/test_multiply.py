@@ -10,6 +10,8 @@ import torch
 
 from sparsefold.cli import main
 from sparsefold.data import load_corpus, load_text
+from sparsefold.lowering import compile_model
+from sparsefold.nn import EGRU, GRU, LSTM, Stack
 from sparsefold.recipes import lm, multiply, rivals
 from sparsefold.recipes._windows import stream_bits
 
@@ -105,6 +107,22 @@ def test_nothing_that_disagrees_with_torch_is_timed(small, monkeypatch):
     monkeypatch.setattr(multiply, "race", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(rivals.ParityError, match=r"on gru-16 differs from torch by \S+ in a logit"):
         multiply.measure(models, programs, load_corpus(config.corpus, "word").test, 200)
+
+
+def test_networks_of_several_layers_are_played_by_all():
+    torch.manual_seed(0)
+    tokens = torch.randint(9, (300,)).numpy()
+    models = {}
+    for name, kind in (("lstm", LSTM), ("gru", GRU), ("egru", EGRU)):
+        layers = kind(5, 6), kind(6, 6)
+        models[name] = Stack(torch.nn.Embedding(9, 5), *layers, torch.nn.Linear(6, 9)).eval()
+    rows = multiply.measure(models, {n: compile_model(m) for n, m in models.items()}, tokens, 200)
+    played = {(row["network"], row["engine"]) for row in rows if row["rival"]}
+    assert len(played) == 9, "parity is asked of each before it is timed"
+    with pytest.raises(ValueError, match=r"one layer of as many units as the others"):
+        rivals.torch_eager(Stack(torch.nn.Embedding(9, 5), LSTM(5, 6), LSTM(6, 7), torch.nn.Linear(7, 9)))
+    with pytest.raises(ValueError, match=r"GRUs or LSTMs"):
+        rivals.torch_eager(Stack(torch.nn.Embedding(9, 5), LSTM(5, 6), GRU(6, 6), torch.nn.Linear(6, 9)))
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ class Config:
     rates: tuple[float, ...] = (0.2, 0.1, 0.05)  # events per unit and step
     densities: tuple[float, ...] = (1.0, 0.25, 0.1)
     decoder_density: float = 0.25  # on the way with the others, not below this
-    hidden: int = 512  # units of the event networks
-    lstm: tuple[int, ...] = (512, 256, 128)  # units of each dense network
+    layers: int = 1  # of every network
+    hidden: int = 512  # units of a layer of the event networks
+    lstm: tuple[int, ...] = (512, 256, 128)  # units of a layer of each dense network
     gru: tuple[int, ...] = (512,)
     all: str = ""  # settings of the recipe lm for all networks: "precision=bfloat16 samples=1024"
     egru: str = ""  # and for the event networks alone
@@ -59,7 +60,9 @@ class Config:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"calls": (200, math.inf), "decoder_density": (0, 1), "threads": (1, 256)})
+        check_ranges(
+            self, {"calls": (200, math.inf), "layers": (1, 64), "decoder_density": (0, 1), "threads": (1, 256)}
+        )
         if not self.rates or not self.densities or not all(0 < v <= 1 for v in (*self.rates, *self.densities)):
             raise ValueError(
                 f"rates and densities lie in (0, 1], at least one each; got {self.rates}, {self.densities}."
@@ -82,13 +85,18 @@ def trainings(config: Config) -> dict[str, LMConfig]:
     found = {}
     for cell, sizes in (("lstm", config.lstm), ("gru", config.gru)):
         for units in sizes:
-            words = [*common, f"cell={cell}", f"hidden={units}", *config.dense.split()]
+            words = [*common, f"cell={cell}", f"hidden={_sizes(config, units)}", *config.dense.split()]
             found[f"{cell}-{units}"] = override(LMConfig(), words)
     for rate in config.rates:
-        words = [*common, "cell=egru", f"hidden={config.hidden}", f"target_rate={rate}", *config.egru.split()]
+        words = [*common, "cell=egru", f"hidden={_sizes(config, config.hidden)}", f"target_rate={rate}"]
+        words += config.egru.split()
         words += [f"snapshots={','.join(map(str, config.densities))}", f"decoder_density={config.decoder_density}"]
         found[f"egru-{config.hidden}-rate{rate:g}"] = override(LMConfig(), words)
     return found
+
+
+def _sizes(config: Config, units: int) -> str:
+    return "x".join([str(units)] * config.layers)
 
 
 def points(config: Config, training: str) -> dict[str, str]:
@@ -166,6 +174,7 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
     return {
         "cell": config["cell"],
         "hidden": config["hidden"][0],
+        "layers": len(config["hidden"]),
         "rate": config["target_rate"] if config["cell"] == "egru" else None,
         "density": {name: float((p != 0).float().mean()) for name, p in model.named_parameters() if "weight" in name},
         **quality,
