@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 EOS, UNK = "<eos>", "<unk>"  # the end of a line; a word outside the vocabulary
 PIECE = 2**20  # bytes of text that are words at a time
-LONGEST = 1000  # bytes of a word that a file may name
+LONGEST = 1000  # bytes of a word
 
 Level = Literal["byte", "word"]
 
@@ -112,7 +112,7 @@ class Vocabulary:
 
 def _is_word(value: Any) -> bool:
     try:
-        return isinstance(value, str) and len(value) <= LONGEST and value.encode().split() == [value.encode()]
+        return isinstance(value, str) and len(value.encode()) <= LONGEST and value.encode().split() == [value.encode()]
     except UnicodeEncodeError:  # half of a surrogate pair
         return False
 

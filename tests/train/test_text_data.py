@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import json
 import threading
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from sparsefold.data import PUBLISHED, _fetch, load_corpus, load_text
 from sparsefold.data.text import build, decode, encode
-from sparsefold.vocabulary import EOS, UNK
+from sparsefold.vocabulary import EOS, UNK, Vocabulary
 
 
 def test_default_corpus_is_pythons_reference_text_split_in_order():
@@ -147,6 +148,16 @@ def test_a_vocabulary_against_counting(seed):
     order = [counts[w] for w in corpus.vocabulary]
     assert order == sorted(order, reverse=True)
     assert corpus.decode(corpus.valid).split() == [w if w in kept else UNK for w in "ab"]
+
+
+def test_what_is_learned_may_be_read_from_a_file(tmp_path):
+    """A word that is too long for a file is unknown from the beginning."""
+    words = ["é" * 500, "é" * 500 + "x", "a\x0bb", "\u2028", "\x1b[0m", "\ufeff"]
+    corpus = load_corpus(write(tmp_path / "a.txt", " ".join(words * 20)))
+    assert words[0] in corpus.vocabulary and words[1] not in corpus.vocabulary
+    assert {"a", "b", "\u2028", "\x1b[0m", "\ufeff"} < set(corpus.vocabulary), "ASCII white space divides, no other"
+    again = Vocabulary.from_metadata(json.loads(json.dumps(corpus.metadata())), corpus.tokens)
+    assert again.values == corpus.vocabulary
 
 
 def test_the_test_split_teaches_no_word(tmp_path):

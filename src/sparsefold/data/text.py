@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefold.vocabulary import EOS, UNK, Level, Vocabulary, split_words
+from sparsefold.vocabulary import EOS, LONGEST, UNK, Level, Vocabulary, split_words
 
 SPLIT = (0.8, 0.1, 0.1)
 NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid"}
@@ -151,7 +151,7 @@ def _learn(raw: bytes, min_count: int, max_words: int) -> tuple[NDArray[np.int64
         [np.fromiter(map(index.__getitem__, words), np.int64, len(words)) for words in split_words(raw)]
     )
     counts = np.bincount(ids, minlength=len(index))
-    kept = counts >= min_count
+    kept = (counts >= min_count) & np.fromiter((len(word) <= LONGEST for word in index), bool, len(index))
     kept[special] = False
     often = np.argsort(np.where(kept, -counts, 1), kind="stable")[: min(int(kept.sum()), max_words - 2)]
     chosen = np.array([*special, *often])
