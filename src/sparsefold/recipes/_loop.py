@@ -156,6 +156,8 @@ class _Run:
             trainer.about = {**trainer.about, "processes": processes.count()}
         if self.first:
             make_folder(folder)
+            for stale in folder.glob(".*.safetensors.*"):  # what a killed run was writing
+                stale.unlink()
         processes.wait()
         self.at, self.state = Progressed(), None
         if self.last.exists():
@@ -225,7 +227,11 @@ class _Run:
             if at.step >= min(trainer.best_from, trainer.steps) and (at.best is None or valid < at.best):
                 at.best, at.best_step = valid, at.step
                 self._keep(self.folder / "best.safetensors", model_tensors(trainer.model))
-            elif trainer.patience and at.best and at.step - at.best_step >= trainer.patience * trainer.eval_every:
+            elif (
+                trainer.patience
+                and at.best is not None
+                and at.step - at.best_step >= trainer.patience * trainer.eval_every
+            ):
                 at.stopped = True
             if at.step in trainer.snapshots:
                 name = f"{trainer.snapshots[at.step]}.safetensors"

@@ -45,7 +45,7 @@ class Windows:
         return first, first + self.length
 
     def count(self, passes: float) -> int:
-        """Windows in so many passes, at least one."""
+        """Windows in so many passes as long as the first, at least one."""
         return max(1, round(passes * self.per_pass))
 
 
