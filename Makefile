@@ -58,7 +58,7 @@ stub: .venv/.built
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(PINNED) $(BUILD_TOOLS)
-	$(PIP) install $(PINNED) --no-build-isolation --editable '.[train,bench,report,dev]'
+	$(PIP) install $(PINNED) --no-build-isolation --editable '.[train,bench,report,sweep,dev]'
 	touch $@
 
 .venv/.built: .venv/.installed CMakeLists.txt $(wildcard native/*)

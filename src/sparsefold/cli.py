@@ -36,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except KeyboardInterrupt as stop:
-        print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
-        if resume := getattr(args, "resume", None):
-            print(f"Run the same command again to go on: {shlex.join(resume(args))}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+            print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
+            if resume := getattr(args, "resume", None):
+                print(
+                    f"Run the same command again to go on: {_started_by()}{shlex.join(resume(args))}", file=sys.stderr
+                )
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
@@ -51,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsefold: {f'{name}: ' if name else ''}{error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
+
+
+def _started_by() -> str:
+    """What stands before our own command where torchrun has started it."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return f"torchrun --nproc-per-node {count} --no-python " if count > 1 else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +93,19 @@ def _parser() -> argparse.ArgumentParser:
         resume=lambda a: [
             "sparsefold", "train", a.recipe, *a.overrides, "--out", str(_train_folder(a)),
             *(["--data-dir", str(a.data_dir)] if a.data_dir else []),
+        ]
+    )  # fmt: skip
+
+    sweep = add("sweep", _sweep, "Search over a recipe's settings on Optuna: sparsefold sweep ptb grid.toml")
+    sweep.add_argument("recipe")
+    sweep.add_argument("space", type=Path, metavar="FILE", help="TOML: for each setting a value, a list, or a range")
+    sweep.add_argument("--out", type=Path, default=None, help="folder of the trials (default: runs/sweep-RECIPE)")
+    sweep.add_argument("--storage", default="", help="file or URL that all workers share (default: a journal in --out)")
+    sweep.add_argument("--trials", type=int, default=None, help="of all workers (default: the whole grid, or 20)")
+    sweep.set_defaults(
+        resume=lambda a: [
+            "sparsefold", "sweep", a.recipe, str(a.space), "--out", str(a.out or f"runs/sweep-{a.recipe}"),
+            *(["--storage", a.storage] if a.storage else []), *(["--trials", str(a.trials)] if a.trials else []),
         ]
     )  # fmt: skip
 
@@ -211,24 +233,41 @@ def _train(args: argparse.Namespace) -> None:
     config = override(recipe.Config(), args.overrides)
     if args.list:
         for key, value in asdict(config).items():
-            print(f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            joint = "," if isinstance(value, tuple) and any(isinstance(v, float) for v in value) else "x"
+            print(f"{key}={joint.join(map(str, value)) if isinstance(value, tuple) else value}")
         return
     if args.data_dir:
         os.environ["SPARSEFOLD_DATA"] = str(args.data_dir)  # for whatever this command starts, too
     folder = _train_folder(args)
     summary = recipe.run(config, folder, args.recipe)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first has written and says so
+        return
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    if hasattr(recipe, "told"):
+        print(recipe.told(summary))
+        return
+    quality = f"perplexity {summary.get('valid_perplexity', 0):.2f}"
+    if "valid_bits_per_char" in summary:
+        quality = f"{summary['valid_bits_per_char']:.4f} bits per character"
     print(
-        f"{summary['valid_bits_per_char']:.4f} bits per character on the validation split "
-        f"(step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
+        f"{quality} on the validation split (step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
         f"Compile it: sparsefold compile {folder} -o {args.recipe}.sfold"
     )
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    _need_torch()
+    from sparsefold.recipes.sweep import read_space, sweep, table
+
+    folder = args.out or Path("runs") / f"sweep-{args.recipe}"
+    print(table(sweep(args.recipe, read_space(args.space), folder, args.storage, args.trials)))
+    print(f"All trials: {folder / 'sweep.json'}")
 
 
 def _compile(args: argparse.Namespace) -> None:
     _need_torch()
     from sparsefold.lowering import compile_model
-    from sparsefold.recipes._loop import read_checkpoint
+    from sparsefold.recipes._checkpoint import read_checkpoint
 
     best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     _, facts = read_checkpoint(best)

@@ -27,7 +27,7 @@ from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack
 from sparsefold.program import Program, write_atomically
 from sparsefold.recipes import rivals, text
-from sparsefold.recipes._loop import make_folder
+from sparsefold.recipes._checkpoint import make_folder
 
 # The longest training first, so that two cores finish together. Learning rates: results/text/lr-search.json.
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
