@@ -61,6 +61,11 @@ BF16_CELL = (12 * 7 + 4) * EPS_BF16
 BF16_GRADIENT = BF16_CELL
 
 
+# A float32 stream against float64 on the same rounded weights: sums of at most 28 terms below 16 in all, two layers, five steps
+# that pass on what came before.
+STREAM_F32 = 4 * 28 * 2.0**-24 * 16 * 2 * 5
+
+
 # --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
 
 EPS32 = 2.0**-24  # relative error of one float32 operation

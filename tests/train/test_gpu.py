@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pack_sequence
 from sparsefold.nn import EGRU, GRU, LSTM, RNN, EGRUCell, Stack, Triangle, gpu, reference
 from sparsefold.nn.gpu import window
 from sparsefold.nn.reference import Event, Reset
-from tolerances import BF16_CELL, BF16_GRADIENT, CELL_F64, GRADIENT_F64, gradient_f32
+from tolerances import BF16_CELL, BF16_GRADIENT, CELL_F64, GRADIENT_F64, STREAM_F32, gradient_f32
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -369,6 +369,80 @@ def test_a_model_around_it_can_be_compiled():
         close(b, a, GRADIENT_F64)
 
 
+def in_blocks(layer: EGRU, density: float) -> EGRU:
+    """A layer of whose 16x1 blocks, counted within each gate, a share is left."""
+    H = layer.hidden_size
+    with torch.no_grad():
+        for name, p in layer.named_parameters():
+            if name.startswith("bias"):
+                p.normal_()
+            if name.startswith("weight"):
+                lives = torch.rand(3, -(-H // 16), p.shape[1], device=p.device) < density
+                p *= lives.repeat_interleave(16, 1)[:, :H].reshape(3 * H, -1)
+    return layer
+
+
+def blocks_read(weight: Tensor, read: Tensor) -> int:
+    """Of a weight (3H, I): its blocks that exist and whose column of `read` (I,) is not zero."""
+    H = len(weight) // 3
+    parts = [weight[g * H + r : min(g * H + r + 16, (g + 1) * H)] for g in range(3) for r in range(0, H, 16)]
+    return sum(int(((part != 0).any(0) & (read != 0)).sum()) for part in parts)
+
+
+STREAMS: list[dict[str, Any]] = [
+    {},
+    {"reset_after": False, "reset": "output", "zoneout": 0.2},
+    {"output": "state", "reset": "none", "bias": False},
+    {"event": "always", "num_layers": 1},
+]
+
+
+@pytest.mark.parametrize("options", STREAMS, ids=str)
+def test_a_stream_reads_what_spoke_of_what_exists(options):
+    layer = in_blocks(EGRU(7, 21, **{"num_layers": 2} | options).double().to(DEVICE).eval(), 0.5)
+    layer.backend = "reference"
+    stream = gpu.Stream(layer)
+    for steps in (1, 4):
+        stream.reset()
+        x = torch.randn(steps, 7, dtype=torch.float64, device=DEVICE) * (torch.rand(steps, 7, device=DEVICE) < 0.7)
+        wanted, _ = layer(x[:, None])
+        for t, row in enumerate(x):
+            close(stream.step(row), wanted[t, 0])
+        seen, events, blocks = x, [], []
+        zero = x.new_zeros(1, 21)
+        for k in range(layer.num_layers):
+            trace = layer._run(f"_l{k}", seen[:, None], zero, zero)
+            y = torch.cat([zero, trace.y[:, 0]])
+            w_i, w_h = getattr(layer, f"weight_ih_l{k}"), getattr(layer, f"weight_hh_l{k}")
+            blocks.append(sum(blocks_read(w_i, seen[t]) + blocks_read(w_h, y[t]) for t in range(steps)))
+            events.append(int(trace.o.sum()))
+            seen = trace.y[:, 0]
+        assert stream.counts.tolist() == [list(pair) for pair in zip(events, blocks, strict=True)]
+
+
+def test_a_stream_of_bfloat16_weights_computes_in_float32():
+    layer = in_blocks(EGRU(7, 21, 2, output="state").to(DEVICE).eval(), 0.5)
+    rounded = EGRU(7, 21, 2, output="state", backend="reference").double().to(DEVICE).eval()
+    rounded.load_state_dict({k: v.bfloat16() if "weight" in k else v for k, v in layer.state_dict().items()})
+    stream = gpu.Stream(layer, weights=torch.bfloat16)
+    x = torch.randn(5, 7, device=DEVICE)
+    wanted, _ = rounded(x[:, None].double())
+    for t, row in enumerate(x):
+        assert stream.step(row).dtype == torch.float32
+        close(stream.output.double(), wanted[t, 0], STREAM_F32)
+
+
+def test_a_stream_says_what_it_does_not_take(monkeypatch):
+    layer = EGRU(7, 21).to(DEVICE)
+    with pytest.raises(ValueError, match=r"x has shape \(7,\), got \(1, 7\)"):
+        gpu.Stream(layer).step(torch.zeros(1, 7, device=DEVICE))
+    with pytest.raises(ValueError, match="this EGRU is bidirectional"):
+        gpu.Stream(EGRU(7, 21, bidirectional=True).to(DEVICE))
+    monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"a Stream runs on a GPU, the EGRU is .* Triton is not installed"):
+        gpu.Stream(layer)
+
+
 def script(text: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", text], capture_output=True, text=True, check=False, env={**os.environ, **environment}
@@ -379,3 +453,41 @@ def script(text: str, **environment: str) -> str:
 
 def test_triton_is_not_imported_before_a_kernel_is_needed():
     script("import sys, sparsefold.nn, sparsefold.nn.gpu\nassert 'triton' not in sys.modules")
+
+
+COMPILE = """
+import inspect
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sparsefold.nn.gpu import kernels
+
+common = dict(
+    H=21, HP=32, D=7, ROWS=16, RESET="threshold", EVENT="threshold", LEAN=False, HEIGHT=0.5, WIDTH=0.5, ZONED=True, MASKED=True,
+    KEEP=0.1, ZONED_C=True, MASKED_C=True, KEEP_C=0.0, ENDS=True, HAS_IH=True, HAS_HH=False, HAS_Y=True, HAS_U=True, HAS_O=False,
+    HAS_H=True, HAS_C=True, LEARNS=True, HANDS_ON_STATE=True, STATE=tl.float32, IO=tl.float32, MATMUL=tl.bfloat16, BLOCK=256,
+    CHUNK=64,
+)
+whole = {"table": "*i64", "counts": "*i64", "columns": "*i32", "starts": "*i32", "t": "i32", "B": "i32"}
+low = ("product", "product_rz", "product_n", "said", "scaled", "q", "q_rz", "q_n", "values")
+made = 0
+for name, kernel in vars(kernels).items():
+    if not isinstance(kernel, triton.JITFunction) or name.startswith("_"):
+        continue
+    forms = ({"AFTER": True, "PART": "all"}, {"AFTER": False, "PART": "rest"})
+    for form in forms if "AFTER" in kernel.arg_names else forms[:1]:
+        constants = {k: v for k, v in (common | form).items() if k in kernel.arg_names}
+        pointer = {n: "*bf16" if n in low and name != "stream_step" or n == "values" else "*fp32" for n in kernel.arg_names}
+        if name == "fill":
+            pointer |= {n: "i64" for n in kernel.arg_names}
+        signature = {n: "constexpr" if n in constants else whole.get(n, pointer[n]) for n in kernel.arg_names}
+        values = {(i,): constants[n] for i, n in enumerate(kernel.arg_names) if n in constants}
+        assert triton.compile(ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+        made += 1
+print(made)
+"""
+
+
+@pytest.mark.skipif(ON_GPU, reason="the other tests compile every kernel, for this GPU.")
+def test_every_kernel_compiles_for_a_gpu_without_one(tmp_path):
+    assert int(script(COMPILE, TRITON_CACHE_DIR=str(tmp_path))) == 10

@@ -6,6 +6,7 @@ Triton is imported when a kernel is first needed and compiles it when it first r
 from ..reference import rnn
 from .gru import egru, gru
 from .lstm import lstm
+from .stream import Stream
 from .window import available
 
-__all__ = ["available", "egru", "gru", "lstm", "rnn"]
+__all__ = ["Stream", "available", "egru", "gru", "lstm", "rnn"]

@@ -417,3 +417,67 @@ def lstm_backward(
     a = (dh * s * o * (1.0 - o)).to(MATMUL)
     tl.store(q + 3 * HP, a, mask=live)
     tl.store(tape + 3 * HP, a, mask=live)
+
+
+@triton.jit
+def _of_gate(sums, gate: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, 4)[:, None] == gate, sums, 0.0), axis=0)
+
+
+@triton.jit
+def stream_step(
+    values, columns, starts, seen, said, onward, hidden, bias, theta, counts,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, RESET: tl.constexpr, EVENT: tl.constexpr, KEEP: tl.constexpr,
+    PART: tl.constexpr, HANDS_ON_STATE: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A step of ROWS units of one sample: of the blocks that exist those are read whose column is not zero.
+
+    Block i is values[i] (ROWS), its column of seen = (x, y⁻, r ⊙ y⁻) columns[i]; starts (groups · 4 + 1) bounds the blocks of r,
+    z, n from x and n from y⁻ of each group of units. PART "all"; reset_after=False takes two launches: "reset" makes r ⊙ y⁻,
+    "rest" all else. said and onward (H) become y for the next step and for the next layer; counts: events, blocks read.
+    """
+    group = tl.program_id(0)
+    gate = tl.arange(0, 4)
+    lane = tl.arange(0, ROWS)
+    first = tl.load(starts + group * 4 + gate)
+    last = tl.load(starts + group * 4 + gate + 1)
+    if PART == "reset":
+        last = tl.where(gate == 0, last, first)
+    elif PART == "rest":
+        last = tl.where(gate == 0, first, last)
+    sums = tl.zeros((4, ROWS), STATE)
+    read = tl.zeros((4, CHUNK), tl.int32)
+    for at in range(0, tl.max(last - first, axis=0), CHUNK):
+        i = first[:, None] + at + tl.arange(0, CHUNK)[None, :]
+        live = i < last[:, None]
+        x = tl.load(seen + tl.load(columns + i, mask=live, other=0), mask=live, other=0)
+        spoke = live & (x != 0)
+        w = tl.load(values + i[:, :, None] * ROWS + lane[None, None, :], mask=spoke[:, :, None], other=0).to(STATE)
+        sums += tl.sum(w * x[:, :, None], axis=1)
+        read += spoke.to(tl.int32)
+    tl.atomic_add(counts + 1, tl.sum(tl.sum(read, axis=1), axis=0).to(tl.int64))
+
+    j = group * ROWS + lane
+    live = j < H
+    y = tl.load(seen + D + j, mask=live, other=0)
+    if PART == "reset":
+        r = _sigmoid(_of_gate(sums, 0) + tl.load(bias + j, mask=live, other=0))
+        tl.store(seen + D + H + j, r * y, mask=live)
+    else:
+        z = _sigmoid(_of_gate(sums, 1) + tl.load(bias + H + j, mask=live, other=0))
+        k = _of_gate(sums, 3) + tl.load(bias + 3 * H + j, mask=live, other=0)
+        if PART == "all":
+            k *= _sigmoid(_of_gate(sums, 0) + tl.load(bias + j, mask=live, other=0))
+        n = _tanh(_of_gate(sums, 2) + tl.load(bias + 2 * H + j, mask=live, other=0) + k)
+        h = tl.load(hidden + j, mask=live, other=0)
+        u = n + z * (h - n)
+        if RESET == "output":
+            u -= y
+        u = u + KEEP * (h - u)
+        threshold = tl.load(theta + j, mask=live, other=0)
+        o = tl.where((u - threshold > 0) | (EVENT == "always"), 1.0, 0.0).to(STATE)
+        y = o * u + 0.0
+        tl.store(said + j, y, mask=live)
+        tl.store(onward + j, u if HANDS_ON_STATE else y, mask=live)
+        tl.store(hidden + j, u - o * threshold if RESET == "threshold" else u, mask=live)
+        tl.atomic_add(counts, tl.sum(tl.where(live, o, 0.0), axis=0).to(tl.int64))
