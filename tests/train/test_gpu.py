@@ -10,6 +10,8 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -226,6 +228,18 @@ def test_the_state_is_float32_within_a_window_of_bfloat16():
     assert abs(wanted - 0.5) > 2.0**-8
 
 
+def test_what_was_first_needed_in_inference_mode_serves_training(monkeypatch):
+    monkeypatch.setattr(window, "_rooms", OrderedDict())
+    layer, x = EGRU(7, 5, backend="triton").to(DEVICE), torch.randn(2, 3, 7, device=DEVICE)
+    with torch.inference_mode():
+        wanted, _ = layer(x)
+        stream = gpu.Stream(layer)
+    output, _ = layer(x)
+    output.sum().backward()
+    assert torch.equal(output, wanted)
+    close(stream.step(x[0, 0]), wanted[0, 0], STREAM_F32)
+
+
 def test_layers_of_one_size_share_a_room_and_not_their_tapes():
     for options in ({}, {"reset_after": False}):
         layer = EGRU(6, 6, 3, backend="reference", learn_threshold=True, **options).double().to(DEVICE)
@@ -242,6 +256,33 @@ def test_layers_of_one_size_share_a_room_and_not_their_tapes():
             found.append([first, second, *(p.grad for p in module.parameters())])
         for a, b in zip(*found, strict=True):
             close(b, a, 64 * GRADIENT_F64)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU, and the graphs are its own.")
+@pytest.mark.parametrize("cell", ["egru", "lstm"])
+def test_what_is_replayed_finds_the_tensors_of_its_own_call(monkeypatch, cell):
+    """With a graph replaced by the loop it would hold: run, captured, and then always the loop of that second call."""
+    captured = []
+
+    def capture(self: window.Room, loop: Any) -> SimpleNamespace:
+        captured.append(loop)
+        return SimpleNamespace(replay=loop)
+
+    made = window.Room.__init__
+    monkeypatch.setattr(
+        window.Room, "__init__", lambda self, size: (made(self, size), setattr(self, "captures", True))[0]
+    )
+    monkeypatch.setattr(window.Room, "_capture", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(window, "_rooms", OrderedDict())
+    for seed in range(4):
+        compare(cell, inputs(cell, seed=seed))
+        assert len(captured) == (2 if seed else 0)  # forward and backward
+    compare(cell, inputs(cell, T=2))
+    assert len(captured) == 2
+    monkeypatch.setattr(window, "_GRAPHS", 1)
+    compare(cell, inputs(cell))
+    assert [len(room.graphs) for room in window._rooms.values()] == [1]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -273,6 +314,19 @@ def test_a_layer_gives_the_same_on_either_backend(options, ragged):
         close(b, a, 64 * GRADIENT_F64)
 
 
+def test_a_module_under_autocast_multiplies_in_bfloat16_and_carries_float32():
+    layer = EGRU(7, 6, output="state", backend="triton").to(DEVICE)
+    x = torch.randn(3, 2, 7, device=DEVICE)
+    wanted, _ = layer(x)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        output, state = layer(x)
+    assert output.dtype == state.h.dtype == torch.float32
+    assert not torch.equal(output, wanted)
+    close(output, wanted, BF16_CELL)
+    output.sum().backward()
+    assert layer.weight_hh_l0.grad.dtype == torch.float32
+
+
 @pytest.mark.parametrize("cell", [GRU, LSTM, RNN])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_so_do_torch_s_layers_with_zoneout(draws, cell, ragged):
@@ -300,7 +354,7 @@ def test_auto_takes_a_gpu_s_kernels_on_a_gpu_alone(monkeypatch):
     EGRUCell(3, 5, backend="triton")(torch.zeros(2, 3))
     assert called == ["cpu"]
     if ON_GPU:
-        EGRU(3, 5, device=DEVICE)(torch.zeros(6, 2, 3, device=DEVICE))
+        EGRU(3, 5).to(DEVICE)(torch.zeros(6, 2, 3, device=DEVICE))
         assert called == ["cpu", "cuda"]
 
 

@@ -445,6 +445,17 @@ def stream_step(
         last = tl.where(gate == 0, last, first)
     elif PART == "rest":
         last = tl.where(gate == 0, first, last)
+    # What the end of the step needs is on its way while the blocks are.
+    j = group * ROWS + lane
+    live_j = j < H
+    y = tl.load(seen + D + j, mask=live_j, other=0)
+    h = tl.load(hidden + j, mask=live_j, other=0)
+    threshold = tl.load(theta + j, mask=live_j, other=0)
+    b_r = tl.load(bias + j, mask=live_j, other=0)
+    b_z = tl.load(bias + H + j, mask=live_j, other=0)
+    b_n = tl.load(bias + 2 * H + j, mask=live_j, other=0)
+    b_k = tl.load(bias + 3 * H + j, mask=live_j, other=0)
+
     sums = tl.zeros((4, ROWS), STATE)
     read = tl.zeros((4, CHUNK), tl.int32)
     for at in range(0, tl.max(last - first, axis=0), CHUNK):
@@ -457,27 +468,21 @@ def stream_step(
         read += spoke.to(tl.int32)
     tl.atomic_add(counts + 1, tl.sum(tl.sum(read, axis=1), axis=0).to(tl.int64))
 
-    j = group * ROWS + lane
-    live = j < H
-    y = tl.load(seen + D + j, mask=live, other=0)
     if PART == "reset":
-        r = _sigmoid(_of_gate(sums, 0) + tl.load(bias + j, mask=live, other=0))
-        tl.store(seen + D + H + j, r * y, mask=live)
+        tl.store(seen + D + H + j, _sigmoid(_of_gate(sums, 0) + b_r) * y, mask=live_j)
     else:
-        z = _sigmoid(_of_gate(sums, 1) + tl.load(bias + H + j, mask=live, other=0))
-        k = _of_gate(sums, 3) + tl.load(bias + 3 * H + j, mask=live, other=0)
+        z = _sigmoid(_of_gate(sums, 1) + b_z)
+        k = _of_gate(sums, 3) + b_k
         if PART == "all":
-            k *= _sigmoid(_of_gate(sums, 0) + tl.load(bias + j, mask=live, other=0))
-        n = _tanh(_of_gate(sums, 2) + tl.load(bias + 2 * H + j, mask=live, other=0) + k)
-        h = tl.load(hidden + j, mask=live, other=0)
+            k *= _sigmoid(_of_gate(sums, 0) + b_r)
+        n = _tanh(_of_gate(sums, 2) + b_n + k)
         u = n + z * (h - n)
         if RESET == "output":
             u -= y
         u = u + KEEP * (h - u)
-        threshold = tl.load(theta + j, mask=live, other=0)
         o = tl.where((u - threshold > 0) | (EVENT == "always"), 1.0, 0.0).to(STATE)
         y = o * u + 0.0
-        tl.store(said + j, y, mask=live)
-        tl.store(onward + j, u if HANDS_ON_STATE else y, mask=live)
-        tl.store(hidden + j, u - o * threshold if RESET == "threshold" else u, mask=live)
-        tl.atomic_add(counts, tl.sum(tl.where(live, o, 0.0), axis=0).to(tl.int64))
+        tl.store(said + j, y, mask=live_j)
+        tl.store(onward + j, u if HANDS_ON_STATE else y, mask=live_j)
+        tl.store(hidden + j, u - o * threshold if RESET == "threshold" else u, mask=live_j)
+        tl.atomic_add(counts, tl.sum(tl.where(live_j, o, 0.0), axis=0).to(tl.int64))

@@ -26,6 +26,7 @@ class Stream:
     Errors: ValueError for an EGRU that is bidirectional or lies where the kernels cannot run.
     """
 
+    @torch.inference_mode(False)
     def __init__(self, egru: EGRU, weights: torch.dtype | None = None) -> None:
         like: Tensor = egru.weight_ih_l0.detach()  # type: ignore[operator]
         reason = why_not(like)

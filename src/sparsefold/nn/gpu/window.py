@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 _ROOMS, _GRAPHS = 16, 64  # at most, the room used last staying longest; graphs in each room
-_PAD = (
-    16  # rows of weights and products begin at multiples of 32 bytes or more, as the tensor cores' products want them
-)
+_PAD = 16  # rows begin at multiples of 32 bytes or more, as products on tensor cores want them
 _BLOCK = 256
 _rooms: OrderedDict[Any, Room] = OrderedDict()
 _pools: dict[Any, Any] = {}
@@ -82,6 +80,7 @@ class Room:
         self.table = zeros(kernels().TABLE, dtype=torch.int64)
         self.graphs: OrderedDict[Any, Any] = OrderedDict()
         self.lock = threading.Lock()
+        self.captures = size.device.type == "cuda"
         elements = B * H
         self.block = _BLOCK if size.device.type == "cuda" else max(1 << (elements - 1).bit_length(), 2)
         self.grid = (-(-elements // self.block),)
@@ -107,7 +106,7 @@ class Room:
     def take(self, weight: Tensor) -> None:
         """The recurrent weight (gates · H, H) of the layer that is to run, in the products' dtype and rows."""
         H, gates = self.size.units, self.size.gates
-        self.weight.view(gates, self.width, self.width)[:, :H, :H].copy_(weight.view(gates, H, H))
+        self.weight.view(gates, self.width, self.width)[:, :H, :H].copy_(weight.reshape(gates, H, H))
 
     def play(self, key: Any, addresses: dict[str, Any], loop: Callable[[], None]) -> None:
         """Run `loop` over tensors at `addresses`: {place in the table: tensor, None or (tensor, stride, stride)}.
@@ -117,11 +116,10 @@ class Room:
         values = [0] * kernels().TABLE
         for place, what in addresses.items():
             for i, value in enumerate(what if isinstance(what, tuple) else (what,)):
-                values[getattr(kernels(), place).value + i] = (
-                    value.data_ptr() if isinstance(value, Tensor) else value or 0
-                )
+                at = getattr(kernels(), place).value + i
+                values[at] = value.data_ptr() if isinstance(value, Tensor) else value or 0
         kernels().fill[(1,)](self.table, *values)
-        if self.size.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if not self.captures or torch.cuda.is_current_stream_capturing():
             loop()
         elif key not in self.graphs:
             loop()
@@ -148,7 +146,7 @@ def room(batch: int, units: int, parts: tuple[int, ...], like: Tensor, matmul: t
     """The room of layers of this size on the device and stream of `like`."""
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     size = Size(like.device, stream, batch, units, parts, like.dtype, matmul)
-    with _lock:
+    with _lock, torch.inference_mode(False):  # a room outlasts the mode it was first needed in
         if size not in _rooms:
             _rooms[size] = Room(size)
             while len(_rooms) > _ROOMS:
