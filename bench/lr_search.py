@@ -26,7 +26,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "gru": ({"cell": "gru"}, (3.5e-3, 5e-3, 7e-3)),
     "egru": ({"cell": "egru"}, (1e-2, 1.4e-2, 2e-2)),
     "egru_blocks": ({"cell": "egru", "density": 0.25}, (1.4e-2, 2e-2, 2.8e-2)),
-    "egru_1024_blocks": (_SPARSE, (1.2e-2, 8e-3)),
+    "egru_1024_blocks": (_SPARSE, (1.2e-2, 1.6e-2, 8e-3)),
     "gru_512": ({"cell": "gru", "hidden": 512}, (2.5e-3, 4e-3)),
     "egru_512": ({**_EGRU, "hidden": 512}, (6e-3, 1e-2)),
     "gru_256": ({"cell": "gru", "hidden": 256}, (5e-3,)),
@@ -63,10 +63,10 @@ def main() -> None:
     only = args.only.split(",") if args.only else list(NETWORKS)
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     ran = {(r["network"], r["lr"], r["seed"], r["config"]["steps"]) for r in runs}
-    jobs = [
-        (name, lr, seed, args.steps) for seed in range(args.seeds) for name in only for lr in NETWORKS[name][1]
-    ]
-    command = f"python bench/lr_search.py --steps {args.steps} --seeds {args.seeds} --only {','.join(only)} --out {args.out}"
+    jobs = [(name, lr, seed, args.steps) for seed in range(args.seeds) for name in only for lr in NETWORKS[name][1]]
+    command = (
+        f"python bench/lr_search.py --steps {args.steps} --seeds {args.seeds} --only {','.join(only)} --out {args.out}"
+    )
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         folders = {job: args.work / "-".join(map(str, job)) for job in jobs if job not in ran}
         for future in concurrent.futures.as_completed([pool.submit(one, *job, f) for job, f in folders.items()]):

@@ -31,6 +31,9 @@ PALETTE = {
     "net1": ("#0067a8", "#5cb3ee"),
     "net2": ("#c25400", "#f0954a"),
     "net3": ("#00795a", "#3fc19a"),
+    "net4": ("#6a45c4", "#ab93f0"),
+    "net5": ("#7d6608", "#c4a83a"),
+    "net6": ("#b3263c", "#f08090"),
     "input": ("#aab3bb", "#626c75"),
     "recurrent": ("#6b747c", "#a4adb5"),
     "linear": ("#00795a", "#3fc19a"),
@@ -62,7 +65,8 @@ def figures(summary: Summary) -> str:
         matplotlib.rcdefaults()  # whatever style the caller set
         matplotlib.rcParams.update(_RC)
         warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # the browser's fonts draw the text, not matplotlib's
-        plots = [_loss(summary), _latency(summary), _event_rates(summary), _macs_by_part(summary), *_rasters(summary)]
+        plots = [_loss(summary), _latency(summary), _event_rates(summary), _macs_by_part(summary)]
+        plots += [*_rasters(summary), *_masks(summary)]
     return "".join(filter(None, plots))
 
 
@@ -103,7 +107,7 @@ def _heading(axes: Any, text: str) -> None:
 
 
 def _paint(summary: Summary, key: str) -> str:
-    return _PAINT[f"net{list(summary['networks']).index(key) % 4}"]
+    return _PAINT[f"net{list(summary['networks']).index(key) % 7}"]
 
 
 def _folded(summary: Summary, key: str) -> str:
@@ -209,7 +213,7 @@ def _latency(summary: Summary) -> str:
     else:
         ax.set_xlim(0, 1.03 * p99.max())
     for y, row in enumerate(rows):
-        colour, rival = _paint(summary, row["network"]), row["engine"] != "sparsefold"
+        colour, rival = _paint(summary, row["network"]), bool(row.get("rival"))
         fill = "none" if rival else colour
         ax.barh(y, p50[y], 0.26, color=fill, edgecolor=colour, linewidth=1.2)
         ax.plot([p50[y], p99[y]], [y, y], color=colour, linewidth=1.2)
@@ -304,6 +308,42 @@ def _rasters(summary: Summary) -> list[str]:
         caption += "above, the share of units that emit."
         figures.append(_figure(fig, f"raster-{len(figures)}", "Who speaks when", caption, wide=True))
     return figures
+
+
+def _masks(summary: Summary) -> list[str]:
+    """Blocks that are left, a square for each gate; drawn by hand, for matplotlib spends five times the bytes on a dash."""
+    found: list[str] = []
+    side, gap = 330, 22
+    for key, network in summary["networks"].items():
+        if not (mask := network.get("mask")):
+            continue
+        columns, gates, (high, wide) = mask["columns"], mask["gates"], mask["block"]
+        bits = [np.frombuffer(bytes.fromhex(row), np.uint8) for row in mask["rows"]]
+        kept = np.unpackbits(np.array(bits), axis=1, count=columns).astype(np.int8)
+        squares = ""
+        for gate, part in enumerate(np.split(kept, gates)):
+            edges = np.diff(part, axis=1, prepend=0, append=0)  # where a run of neighbours begins, and where it is over
+            runs = zip(*np.nonzero(edges > 0), np.nonzero(edges < 0)[1], strict=True)
+            path = "".join(f"M{first} {y}h{last - first}" for y, first, last in runs)
+            moved = f"translate({gate * (side + gap) + 0.5} 20.5) scale({side / columns:.5f} {side / len(part):.5f})"
+            squares += (
+                f"<text x='{gate * (side + gap)}' y='12' font-size='12' fill='var(--muted)'>{'rzn'[gate % 3]}</text>"
+            )
+            squares += f"<path transform='{moved} translate(0 .5)' d='{path}' fill='none' stroke='var(--net{{}})'/>"
+            squares += f"<rect x='{gate * (side + gap) + 0.5}' y='20.5' width='{side}' height='{side}' "
+            squares += "fill='none' stroke='var(--line)'/>"
+        width, height = gates * (side + gap) - gap + 1, side + 21
+        colour = list(summary["networks"]).index(key) % 7
+        svg = (
+            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
+        )
+        svg += f"id='mask-{len(found)}' role='img' aria-label='Which blocks are left'>{squares.format(*[colour] * gates)}</svg>"
+        caption = f"{label_of(summary, key)}. Each dash is a block of {high} x {wide} weights that is left, "
+        caption += f"{number(float(kept.mean()), 'share')} of the recurrent matrix, a square for each gate: "
+        caption += "from left to right the units that are read, from top to bottom those that read them."
+        heading = f"<h2>Which blocks are left</h2><figcaption>{escape(caption)}</figcaption>"
+        found.append(f"<figure class=wide>{heading}<div class='scroll'>{svg}</div></figure>")
+    return found
 
 
 MOST_PIXELS = 480  # of a side of a matrix: larger ones are drawn as the share of weights in each cell
