@@ -727,6 +727,34 @@ def test_the_demos_figures_agree_with_each_other(small_demo):
     assert "http://" not in page.replace("http://www.w3.org/", "") and "src=" not in page, "self-contained"
 
 
+def test_the_full_demo_adds_networks_and_seeds_and_begins_with_the_longest(small_demo, monkeypatch, tmp_path):
+    module, folder, _ = small_demo
+    asked = {}
+
+    def copies(to, trainings, steps):
+        asked.update(trainings)
+        for key in trainings:
+            base = re.sub("_seed[12]$", "", key)
+            shutil.copytree(folder / (base if base in module.NETWORKS else "egru_blocks"), to / key)
+
+    monkeypatch.setattr(module, "_train_all", copies)
+    summary = module.demo(tmp_path, steps=20, full=True)
+    added = ["egru_blocks_25", "egru_blocks_5", "egru_decoder"]
+    assert list(summary["networks"]) == ["gru", "egru", "egru_blocks", *added, "gru_equal"]
+    assert set(asked) == {*summary["networks"], *(f"{key}_seed{n}" for key in module.NETWORKS for n in (1, 2))}
+    sizes = [settings["hidden"] for settings in asked.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    assert asked["egru_seed2"] == {**asked["egru"], "seed": 2}
+    for key, network in summary["networks"].items():
+        if key in module.NETWORKS:
+            assert [other["seed"] for other in network["seeds"]] == [1, 2]
+            assert {other["bits_per_char"] for other in network["seeds"]} == {network["bits_per_char"]}
+        assert (network["mask"] is None) == (network["density"] == 1)
+    assert "seconds" not in " ".join(target["name"] for target in summary["targets"]), "a full one promises no time"
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("id='mask-") == 4 and page.count("Who speaks when") >= 5
+
+
 def stand_in(folder: Path, body: str, monkeypatch, module) -> None:
     """The demo's processes run a shell script and train nothing; `$2` is a network's folder, `$2/words` keeps what was said."""
     script = folder / "python"
@@ -811,34 +839,6 @@ def test_what_the_demo_lacks_is_said_before_it_trains(small_demo, monkeypatch, t
         ImportError, match=r"the demo needs onnxruntime: pip install 'sparsefold\[train,bench,report\]'"
     ):
         module.demo(tmp_path, steps=20)
-
-
-def test_the_full_demo_adds_networks_and_seeds_and_begins_with_the_longest(small_demo, monkeypatch, tmp_path):
-    module, folder, _ = small_demo
-    asked = {}
-
-    def copies(to, trainings, steps):
-        asked.update(trainings)
-        for key in trainings:
-            base = re.sub("_seed[12]$", "", key)
-            shutil.copytree(folder / (base if base in module.NETWORKS else "egru_blocks"), to / key)
-
-    monkeypatch.setattr(module, "_train_all", copies)
-    summary = module.demo(tmp_path, steps=20, full=True)
-    added = ["egru_blocks_25", "egru_blocks_5", "egru_decoder"]
-    assert list(summary["networks"]) == ["gru", "egru", "egru_blocks", *added, "gru_equal"]
-    assert set(asked) == {*summary["networks"], *(f"{key}_seed{n}" for key in module.NETWORKS for n in (1, 2))}
-    sizes = [settings["hidden"] for settings in asked.values()]
-    assert sizes == sorted(sizes, reverse=True)
-    assert asked["egru_seed2"] == {**asked["egru"], "seed": 2}
-    for key, network in summary["networks"].items():
-        if key in module.NETWORKS:
-            assert [other["seed"] for other in network["seeds"]] == [1, 2]
-            assert {other["bits_per_char"] for other in network["seeds"]} == {network["bits_per_char"]}
-        assert (network["mask"] is None) == (network["density"] == 1)
-    assert "seconds" not in " ".join(target["name"] for target in summary["targets"]), "a full one promises no time"
-    page = (tmp_path / "report.html").read_text()
-    assert page.count("id='mask-") == 4 and page.count("Who speaks when") >= 5
 
 
 # --- a grid of pruned models -----------------------------------------------------------------------------------------
