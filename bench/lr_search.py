@@ -3,7 +3,7 @@
     python bench/lr_search.py [--only NAME,...] [--steps N] [--seeds N] [--jobs N] --out results/text/lr-search.json
 
 Every (network, rate, seed) is one training run in a process and a folder of its own, so a search that was stopped goes on where
-it left off; the file keeps all that ever ran, also those of an earlier call.
+it left off; the file keeps all that ever ran, also those of an earlier call (the provenance is the last one's, the commit each run's).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def one(name: str, lr: float, seed: int, steps: int, folder: Path) -> dict[str, 
     names = ("valid_bits_per_char", "train_bits_per_char", "seconds", "config", "corpus")
     kept = {key: summary[key] for key in names}
     rates = {key: last[key] for key in ("event_rate", "density") if key in last}
-    return {"network": name, "lr": lr, "seed": seed, **rates, **kept}
+    return {"network": name, "lr": lr, "seed": seed, "commit": provenance("")["commit"], **rates, **kept}
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "egru_blocks_25": ("event GRU 1024, 25 % of blocks", {**_LARGE, "density": 0.25}),
     "egru_blocks_5": ("event GRU 1024, 5 % of blocks", {**_LARGE, "density": 0.05}),
     "egru_decoder": (
-        "event GRU 1024, 10 % of blocks, 25 % of the decoder's",
+        "event GRU 1024, 10 %, decoder 25 %",
         {**_LARGE, "density": 0.10, "decoder_density": 0.25},
     ),
 }
