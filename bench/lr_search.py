@@ -3,7 +3,8 @@
     python bench/lr_search.py [--only NAME,...] [--steps N] [--seeds N] [--jobs N] --out results/text/lr-search.json
 
 Every (network, rate, seed) is one training run in a process and a folder of its own, so a search that was stopped goes on where
-it left off; the file keeps all that ever ran, also those of an earlier call (the provenance is the last one's, the commit each run's).
+it left off; the file keeps all that ever ran, also those of an earlier call: each run has its commit, the file the last call.
+Networks take turns: the first rate of each, then the second, then another seed.
 """
 
 from __future__ import annotations
@@ -63,7 +64,13 @@ def main() -> None:
     only = args.only.split(",") if args.only else list(NETWORKS)
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
     ran = {(r["network"], r["lr"], r["seed"], r["config"]["steps"]) for r in runs}
-    jobs = [(name, lr, seed, args.steps) for seed in range(args.seeds) for name in only for lr in NETWORKS[name][1]]
+    jobs = [
+        (name, NETWORKS[name][1][turn], seed, args.steps)
+        for seed in range(args.seeds)
+        for turn in range(max(len(NETWORKS[name][1]) for name in only))
+        for name in only
+        if turn < len(NETWORKS[name][1])
+    ]
     command = (
         f"python bench/lr_search.py --steps {args.steps} --seeds {args.seeds} --only {','.join(only)} --out {args.out}"
     )
