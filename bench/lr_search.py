@@ -30,6 +30,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "egru_1024_blocks": (_SPARSE, (1.2e-2, 1.6e-2, 8e-3)),
     "gru_512": ({"cell": "gru", "hidden": 512}, (2.5e-3, 4e-3)),
     "egru_512": ({**_EGRU, "hidden": 512}, (6e-3, 1e-2)),
+    "egru_512_more_events": ({**_EGRU, "hidden": 512, "target_rate": 0.15}, (8e-3, 6e-3)),
     "gru_256": ({"cell": "gru", "hidden": 256}, (5e-3,)),
     "gru_320": ({"cell": "gru", "hidden": 320}, (4e-3,)),
     "gru_384": ({"cell": "gru", "hidden": 384}, (3.5e-3,)),

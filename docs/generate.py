@@ -30,8 +30,23 @@ def demo_table() -> str:
 
 
 def learning_rates() -> str:
-    """Validation bits per character of every rate searched, the chosen one of each network in bold."""
-    path = ROOT / "results/text/lr-search.json"
+    """The rates searched for networks of 256 units."""
+    return _searched(ROOT / "results/text/lr-search.json")[0]
+
+
+def demo_search() -> str:
+    """The rates searched for the demonstration, and the size of the dense GRU worth what the sparse network is worth."""
+    table, best = _searched(ROOT / "results/text/demo-search.json")
+    sizes = {int(name.removeprefix("gru_")): bits for name, bits in best.items() if name.startswith("gru_")}
+    wanted, (bits, units) = best["egru_1024_blocks"], np.array(sorted((b, n) for n, b in sizes.items())).T
+    equal = np.interp(wanted, bits, units)
+    return (
+        f"{table}\n\nBetween dense GRUs, one of {equal:.0f} units would reach {wanted:.4f}, as `egru_1024_blocks` does."
+    )
+
+
+def _searched(path: Path) -> tuple[str, dict[str, float]]:
+    """Validation bits per character of every rate searched, the chosen one of each network in bold; and the latter."""
     runs = json.loads(path.read_text())["runs"]
     means: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for run in runs:
@@ -46,10 +61,11 @@ def learning_rates() -> str:
         each = ", ".join(f"{r['valid_bits_per_char']:.4f}" for r in sorted(group, key=lambda r: r["seed"]))
         rate = sum(r["event_rate"] for r in group) / len(group)
         mark = "**" if average[name, lr] == best[name] else ""
-        events = "" if name == "gru" else f"{rate:.3f}"
+        events = "" if name.startswith("gru") else f"{rate:.3f}"
         lines.append(f"| {name} | {lr:g} | {each} | {mark}{average[name, lr]:.4f}{mark} | {events} |")
     steps = runs[0]["config"]["steps"]
-    return "\n".join(lines) + f"\n\nValidation split, {steps} steps. From [{path.name}](../{path.relative_to(ROOT)})."
+    where = f"Validation split, {steps} steps. From [{path.name}](../{path.relative_to(ROOT)})."
+    return "\n".join(lines) + f"\n\n{where}", best
 
 
 def kernels() -> str:
@@ -452,6 +468,7 @@ SECTIONS = {
     "README.md": {"demo": demo_table},
     "docs/benchmarks.md": {
         "learning-rates": learning_rates,
+        "demo-search": demo_search,
         "steps": steps,
         "throughput": throughput,
         "delta": delta,
