@@ -46,26 +46,31 @@ def demo_search() -> str:
 
 
 def _searched(path: Path) -> tuple[str, dict[str, float]]:
-    """Validation bits per character of every rate searched, the chosen one of each network in bold; and the latter."""
+    """Validation bits per character of all that was searched, the best of each network and length in bold; and the best of the
+    shortest length.
+    """
     runs = json.loads(path.read_text())["runs"]
-    means: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    means: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for run in runs:
-        means.setdefault((run["network"], run["lr"]), []).append(run)
+        means.setdefault((run["network"], run["config"]["steps"], run["lr"]), []).append(run)
     average = {key: sum(r["valid_bits_per_char"] for r in group) / len(group) for key, group in means.items()}
-    best = {name: min(v for (n, _), v in average.items() if n == name) for name, _ in average}
+    best = {
+        length: min(v for key, v in average.items() if key[:2] == length) for length in {key[:2] for key in average}
+    }
     lines = [
-        "| network | peak learning rate | bits per character, each seed | mean | event rate |",
-        "|---|---|---|---|---|",
+        "| network | steps | peak learning rate | bits per character, each seed | mean | event rate |",
+        "|---|---|---|---|---|---|",
     ]
-    for (name, lr), group in sorted(means.items()):
+    for (name, steps, lr), group in sorted(means.items()):
         each = ", ".join(f"{r['valid_bits_per_char']:.4f}" for r in sorted(group, key=lambda r: r["seed"]))
         rate = sum(r["event_rate"] for r in group) / len(group)
-        mark = "**" if average[name, lr] == best[name] else ""
+        mean = average[name, steps, lr]
+        mark = "**" if mean == best[name, steps] else ""
         events = "" if name.startswith("gru") else f"{rate:.3f}"
-        lines.append(f"| {name} | {lr:g} | {each} | {mark}{average[name, lr]:.4f}{mark} | {events} |")
-    steps = runs[0]["config"]["steps"]
-    where = f"Validation split, {steps} steps. From [{path.name}](../{path.relative_to(ROOT)})."
-    return "\n".join(lines) + f"\n\n{where}", best
+        lines.append(f"| {name} | {steps} | {lr:g} | {each} | {mark}{mean:.4f}{mark} | {events} |")
+    shortest = min(steps for _, steps in best)
+    text = "\n".join(lines) + f"\n\nValidation split. From [{path.name}](../{path.relative_to(ROOT)})."
+    return text, {name: bits for (name, steps), bits in best.items() if steps == shortest}
 
 
 def kernels() -> str:
