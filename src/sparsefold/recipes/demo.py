@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,7 +56,7 @@ ROUNDED: dict[str, Precision] = {
     "sparsefold i8": "i8",
     "sparsefold w8a8": "w8a8",
 }  # rows of the sparse network with int8 weights
-STEPS = 1200
+STEPS = 1000
 RATE_BLOCK = 256  # bytes per point of the event rate over time
 SAMPLE = 300
 
@@ -92,37 +93,50 @@ def demo(folder: Path, fresh: bool = False, steps: int | None = None, full: bool
         flush=True,
     )
     resumed = any((folder / key / "last.safetensors").exists() for key in trainings)
-    _train_all(folder, trainings, steps)
-    trained = time.monotonic()
-
     torch.set_num_threads(1)
     models: dict[str, Stack] = {}
-    programs: dict[tuple[str, str], Program] = {}
-    networks: dict[str, dict[str, Any]] = {}
-    print("Compiling, and reading the test split with each compiled file ...", flush=True)
-    for key, (label, _) in chosen.items():
-        models[key], facts = text.load(folder / key)
-        compile_model(models[key], facts["about"]).save(folder / f"{key}.sfold")
-        programs[key, rivals.OWN] = Program.load(folder / f"{key}.sfold")
-        networks[key] = {"label": label, **_describe(folder / key, models[key], programs[key, rivals.OWN], corpus)}
-        if full and key in NETWORKS:
-            networks[key]["seeds"] = [_another(folder / f"{key}_seed{seed}", seed, corpus) for seed in SEEDS]
-    for network in networks.values():
-        network["bits_per_char_vs_dense"] = network["bits_per_char"] / networks["gru"]["bits_per_char"]
-    played = {}
+    compiled: dict[str, Program] = {}
+    described: dict[str, dict[str, Any]] = {}
+    others: dict[str, list[dict[str, Any]]] = {}
+    with closing(_train_all(folder, trainings, steps)) as done:
+        for key in done:  # each is compiled and read through while others still train
+            model, facts = text.load(folder / key)
+            if key not in chosen:
+                others.setdefault(key.rpartition("_seed")[0], []).append(_another(model, facts, corpus))
+                continue
+            models[key] = model
+            compile_model(model, facts["about"]).save(folder / f"{key}.sfold")
+            compiled[key] = Program.load(folder / f"{key}.sfold")
+            described[key] = _describe(folder / key, model, compiled[key], corpus)
+            print(
+                f"  {key}: {described[key]['bits_per_char']:.4f} bits per character on the test split, compiled.",
+                flush=True,
+            )
+    trained = time.monotonic()
+    dense = described["gru"]["bits_per_char"]
+    networks: dict[str, dict[str, Any]] = {
+        key: {
+            "label": label,
+            **described[key],
+            "bits_per_char_vs_dense": described[key]["bits_per_char"] / dense,
+            "seeds": sorted(others[key], key=lambda other: other["seed"]) if key in others else None,
+        }
+        for key, (label, _) in chosen.items()
+    }
+    programs, played = {(key, rivals.OWN): compiled[key] for key in chosen}, {}
     for name, precision in ROUNDED.items():
         programs["egru_blocks", name] = compile_model(models["egru_blocks"], weights=precision)
         played[name] = _count(programs["egru_blocks", name], corpus)
 
     print("Checking every engine against its reference, then timing them in turns ...", flush=True)
     bits = {(key, name): (played[name] if name in played else networks[key])["bits_per_char"] for key, name in programs}
-    rows = rivals.measure(models, programs, bits, corpus.test)
+    rows = rivals.measure({key: models[key] for key in chosen}, programs, bits, corpus.test)
     fastest, equal = (_fastest(rows, key) for key in ("gru", "gru_equal"))
     for row in rows:
         row |= {name: value for name, value in played.get(row["engine"], {}).items() if name != "bits_per_char"}
         row["ratio_to_fastest_rival"] = fastest["p50"] / row["latency_us"]["p50"]
         row["ratio_to_equal_rival"] = equal["p50"] / row["latency_us"]["p50"]
-    sample = _play(programs["egru_blocks", rivals.OWN], corpus)
+    sample = _play(compiled["egru_blocks"], corpus)
 
     command = "sparsefold demo" + " --full" * full + (f" --steps {steps}" if steps != STEPS else "")
     summary = {
@@ -182,13 +196,14 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(folder / key)
 
 
-def _train_all(folder: Path, trainings: Mapping[str, Mapping[str, Any]], steps: int) -> None:
-    """Trains every network in a process of its own, two at a time, and shows their progress."""
+def _train_all(folder: Path, trainings: Mapping[str, Mapping[str, Any]], steps: int) -> Generator[str, None, None]:
+    """Trains every network in a process of its own, two at a time, and shows their progress; yields each that is done."""
     waiting, width = deque(trainings), max(map(len, trainings))
     running: dict[str, subprocess.Popen[str]] = {}
     relays: dict[str, threading.Thread] = {}
+    ended: deque[str] = deque()
     try:
-        while waiting or running:
+        while waiting or running or ended:
             while waiting and len(running) < 2:
                 key = waiting.popleft()
                 words = [f"{k}={v}" for k, v in {"steps": steps, **trainings[key]}.items()]
@@ -208,6 +223,9 @@ def _train_all(folder: Path, trainings: Mapping[str, Mapping[str, Any]], steps: 
                         raise KeyboardInterrupt("interrupted; what was trained is saved.")
                     if process.returncode:
                         raise DemoError(f"training {key} failed with status {process.returncode}; see the lines above.")
+                    ended.append(key)
+            if ended and not (waiting and len(running) < 2):  # the next one first: what is yielded takes its time
+                yield ended.popleft()
             time.sleep(0.1)
     finally:
         for process in running.values():  # where Ctrl-C reached them too, they are saving already and go on with it
@@ -258,7 +276,6 @@ def _describe(folder: Path, model: Stack, program: Program, corpus: ByteCorpus) 
         "event_rate_block": RATE_BLOCK,
         "raster": None,
         "mask": _mask(model, tuple(summary["config"]["block"])) if summary["config"]["density"] < 1 else None,
-        "seeds": None,
     }
     if counted["event_rate"] < 1:
         emitted = next(iter(Engine(program).stream().run_traced(corpus.test)[1].values()))
@@ -285,11 +302,10 @@ def _mask(model: Stack, block: tuple[int, int]) -> dict[str, Any]:
     }
 
 
-def _another(folder: Path, seed: int, corpus: ByteCorpus) -> dict[str, Any]:
+def _another(model: Stack, facts: Mapping[str, Any], corpus: ByteCorpus) -> dict[str, Any]:
     """What the same network is worth that started from another seed."""
-    model, _ = text.load(folder)
     counted = _count(compile_model(model), corpus)
-    return {"seed": seed, **{name: counted[name] for name in ("bits_per_char", "event_rate")}}
+    return {"seed": facts["about"]["config"]["seed"], **{k: counted[k] for k in ("bits_per_char", "event_rate")}}
 
 
 def _fastest(rows: Sequence[Mapping[str, Any]], network: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ PARITY_BYTES = 512
 PARITY_BOUND = 1e-4  # largest difference of a logit; float32 sums over 1024 units differ in order
 ROUNDED_BYTES = 64
 ROUNDED_BOUND = 2e-2  # the int8 code of an input may be one more: 1/127 of the largest, times a weight of the decoder
-TIMED_BYTES = 10_000
+TIMED_BYTES = 6_000
 
 
 class ParityError(RuntimeError):
