@@ -36,19 +36,22 @@ def learning_rates() -> str:
 
 def demo_search() -> str:
     """The rates searched for the demonstration, and the size of the dense GRU worth what the sparse network is worth."""
-    table, best = _searched(ROOT / "results/text/demo-search.json")
-    sizes = {int(name.removeprefix("gru_")): bits for name, bits in best.items() if name.startswith("gru_")}
-    wanted, (bits, units) = best["egru_1024_blocks"], np.array(sorted((b, n) for n, b in sizes.items())).T
-    equal = np.interp(wanted, bits, units)
-    return (
-        f"{table}\n\nBetween dense GRUs, one of {equal:.0f} units would reach {wanted:.4f}, as `egru_1024_blocks` does."
-    )
+    text, best = _searched(ROOT / "results/text/demo-search.json")
+    for steps in sorted({steps for _, steps in best}):
+        found = {name: bits for (name, length), bits in best.items() if length == steps}
+        sizes = sorted(
+            (bits, int(name.removeprefix("gru_"))) for name, bits in found.items() if name.startswith("gru_")
+        )
+        if "egru_1024_blocks" in found and len(sizes) > 1:
+            equal = np.interp(found["egru_1024_blocks"], *np.array(sizes).T)
+            text += (
+                f"\n\nAfter {steps} steps `egru_1024_blocks` is worth what a dense GRU of {equal:.0f} units would be."
+            )
+    return text
 
 
-def _searched(path: Path) -> tuple[str, dict[str, float]]:
-    """Validation bits per character of all that was searched, the best of each network and length in bold; and the best of the
-    shortest length.
-    """
+def _searched(path: Path) -> tuple[str, dict[tuple[str, int], float]]:
+    """Validation bits per character of all that was searched, the best of each network and length in bold; and these."""
     runs = json.loads(path.read_text())["runs"]
     means: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for run in runs:
@@ -68,9 +71,7 @@ def _searched(path: Path) -> tuple[str, dict[str, float]]:
         mark = "**" if mean == best[name, steps] else ""
         events = "" if name.startswith("gru") else f"{rate:.3f}"
         lines.append(f"| {name} | {steps} | {lr:g} | {each} | {mark}{mean:.4f}{mark} | {events} |")
-    shortest = min(steps for _, steps in best)
-    text = "\n".join(lines) + f"\n\nValidation split. From [{path.name}](../{path.relative_to(ROOT)})."
-    return text, {name: bits for (name, steps), bits in best.items() if steps == shortest}
+    return "\n".join(lines) + f"\n\nValidation split. From [{path.name}](../{path.relative_to(ROOT)}).", best
 
 
 def kernels() -> str:
