@@ -33,7 +33,7 @@ from sparsefold.recipes import rivals, text
 from sparsefold.recipes._loop import make_folder
 
 _EGRU = {"cell": "egru", "rate_weight": 500, "rate_until": 0.2}
-_LARGE = {**_EGRU, "hidden": 1024, "target_rate": 0.05, "prune_begin": 0.2, "prune_until": 0.7, "lr": 1.2e-2}
+_LARGE = {**_EGRU, "hidden": 1024, "target_rate": 0.05, "prune_begin": 0.2, "prune_until": 0.7, "lr": 1.6e-2}
 # In the order of the tables. Learning rates, and the size of the last, which is worth what the sparse network is worth:
 # results/text/demo-search.json.
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
