@@ -743,8 +743,8 @@ def test_the_full_demo_adds_networks_and_seeds_and_begins_with_the_longest(small
     added = ["egru_blocks_25", "egru_blocks_5", "egru_decoder"]
     assert list(summary["networks"]) == ["gru", "egru", "egru_blocks", *added, "gru_equal"]
     assert set(asked) == {*summary["networks"], *(f"{key}_seed{n}" for key in module.NETWORKS for n in (1, 2))}
-    sizes = [settings["hidden"] for settings in asked.values()]
-    assert sizes == sorted(sizes, reverse=True)
+    costs = [settings["hidden"] * (2 if settings["cell"] == "gru" else 1) for settings in asked.values()]
+    assert costs == sorted(costs, reverse=True)
     assert asked["egru_seed2"] == {**asked["egru"], "seed": 2}
     for key, network in summary["networks"].items():
         if key in module.NETWORKS:
