@@ -275,12 +275,17 @@ def _lede(summary: Summary) -> str:
     if rival := summary.get("fastest_rival"):
         text = f"{clean(rival['engine'])} playing {label_of(summary, rival['network'])}, "
         lines.append(("fastest rival", text + f"{number(rival['p50'], 'us')} µs a byte."))
+    if equal := summary.get("equal_rival"):
+        text = f"{clean(equal['engine'])} playing {label_of(summary, equal['network'])}, "
+        lines.append(("fastest rival at equal quality", text + f"{number(equal['p50'], 'us')} µs a byte."))
     for row in summary["rows"]:
         network = summary["networks"][row["network"]]
         if row["engine"] == "sparsefold" and network.get("bits_per_char_vs_dense") not in (None, 1.0):
             text = f"{microseconds(row, 'p50')} µs a byte, {_quality(network['bits_per_char_vs_dense'])}"
+            if row.get("ratio_to_equal_rival"):
+                text += f", {row['ratio_to_equal_rival']:.1f} times as fast as the fastest rival at equal quality"
             if network.get("event_rate") != 1.0:
-                text += f", {number(network.get('event_rate'), 'share')} of the units emit per step"
+                text += f"; {number(network.get('event_rate'), 'share')} of the units emit per step"
             lines.append((label_of(summary, row["network"]), f"{text}."))
     if targets := summary.get("targets"):
         lines.append(("targets", f"{sum(bool(t['held']) for t in targets)} of {len(targets)} held."))
