@@ -32,8 +32,8 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "egru_512": ({**_EGRU, "hidden": 512}, (1e-2, 1.4e-2, 6e-3)),
     "gru_256": ({"cell": "gru", "hidden": 256}, (5e-3,)),
     "gru_320": ({"cell": "gru", "hidden": 320}, (4e-3,)),
-    "gru_384": ({"cell": "gru", "hidden": 384}, (3.5e-3,)),
-    "gru_448": ({"cell": "gru", "hidden": 448}, (3e-3,)),
+    "gru_384": ({"cell": "gru", "hidden": 384}, (5e-3, 3.5e-3)),
+    "gru_448": ({"cell": "gru", "hidden": 448}, (4.5e-3, 3e-3)),
     "gru_480": ({"cell": "gru", "hidden": 480}, (2.75e-3,)),
 }
 
