@@ -34,7 +34,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "gru_320": ({"cell": "gru", "hidden": 320}, (4e-3,)),
     "gru_384": ({"cell": "gru", "hidden": 384}, (5e-3, 3.5e-3)),
     "gru_448": ({"cell": "gru", "hidden": 448}, (4.5e-3, 3e-3)),
-    "gru_480": ({"cell": "gru", "hidden": 480}, (2.75e-3,)),
+    "gru_480": ({"cell": "gru", "hidden": 480}, (3.5e-3,)),
 }
 
 
