@@ -1,5 +1,5 @@
-# demo · demo-full · test · check · bench · wheels. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
-# rebuilds the native library when native/ is newer. Nothing is left outside this folder.
+# demo · demo-full · test · check · bench · sanitize · wheels. Each makes .venv when it is missing or older than pyproject.toml and
+# constraints.txt, and rebuilds the native library when native/ is newer. Nothing is left outside this folder.
 PYTHON ?= python3
 # A small download of torch without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -14,7 +14,7 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo demo-full test test-runtime check bench wheels docs stub clean
+.PHONY: demo demo-full test test-runtime sanitize check bench wheels docs stub clean
 
 demo: .venv/.built
 	$(BIN)/sparsefold demo
@@ -37,6 +37,10 @@ check: .venv/.built
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(BIN)/lint-imports
 
+# Engine and training under the address, undefined-behaviour and thread sanitizers, and the reader of files under a fuzzer.
+sanitize: .venv/.built
+	$(BIN)/python -m pytest tests/native/test_sanitizers.py tests/native/test_fuzz.py
+
 bench: .venv/.built
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/steps.py
@@ -58,7 +62,7 @@ stub: .venv/.built
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(PINNED) $(BUILD_TOOLS)
-	$(PIP) install $(PINNED) --no-build-isolation --editable '.[train,bench,report,dev]'
+	$(PIP) install $(PINNED) --no-build-isolation --editable '.[train,bench,report,sweep,dev]'
 	touch $@
 
 .venv/.built: .venv/.installed CMakeLists.txt $(wildcard native/*)

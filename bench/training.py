@@ -3,14 +3,23 @@
 Weights, inputs and states are random. Per-unit biases of the candidate are drawn wide (standard deviation 2.3) and shifted until
 the wanted share of units speaks, so that most silent units lie far below their threshold, as in a trained network: β is the share
 of (unit, step, sample) whose ∂L/∂y is needed, those that spoke or whose surrogate is not zero. β = 1 takes a surrogate
-as wide as all of u. Float64 gradients of the kernels are compared with the reference's first. Every layer takes turns, all
-threads of torch in use; medians over the turns; the gradient of x is not asked for, as of a first layer, unless a line says so.
+as wide as all of u. A row in blocks has both weights pruned to 10 % of their 16 x 1 blocks and marked by the pruner; its biases
+are found after. Float64 gradients of the kernels are compared with the reference's first. Every layer takes turns, all threads of
+torch in use; medians over the turns; the gradient of x is not asked for, as of a first layer, unless a line says so.
+
+Memory is that of a fresh process each: the kernel's high-water mark of resident memory (VmHWM, reset before) over one forward and
+backward after a short warm-up, less what was resident before; torch's allocations are seen by it, as all others.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,20 +28,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sparsefold import nn
 from sparsefold.bench import provenance, write_lines
 from sparsefold.nn import EGRU, Triangle
 from sparsefold.progress import Progress
+from sparsefold.sparsify import Block, Pruner
 
 STEPS, SEED, TURNS = 70, 0, 5
 WIDE = Triangle(height=0.5, half_width=8.0)  # of every u
 RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
+RIVALS = ("nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x", "ours, events in x")
 OTHERS = ((256, 1), (256, 8), (256, 64), (512, 1), (512, 8), (512, 64))  # units, batch
 
 
-def layer(units: int, batch: int, rate: float, x: Tensor, surrogate: Triangle, **options: Any) -> EGRU:
+def layer(
+    units: int, batch: int, rate: float, x: Tensor, surrogate: Triangle, density: float = 1.0, **options: Any
+) -> EGRU:
     """An EGRU whose units speak at about ``rate`` on x: the mean of the candidates' biases is found by halving."""
     torch.manual_seed(SEED)
     made = EGRU(units, units, surrogate=surrogate, **options)
+    if density < 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a block does not divide 1350: the last ones are short
+            made.pruner = Pruner(made, {"weight*": Block(density=density, block=(16, 1))})  # type: ignore[assignment]
+        made.pruner.step()  # type: ignore[operator]
     drawn = 2.3 * torch.randn(units)
     low, high = -12.0, 12.0
     with torch.no_grad():
@@ -114,18 +133,67 @@ def race(units: int, batch: int, wanted: dict[str, tuple[Any, Tensor]], progress
             line |= {"event_rate": rate, "beta": beta, "backend": module.backend}
         lines.append(line)
     for line in lines:
-        for rival in ("nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x"):
+        for rival in RIVALS:
             if rival in wanted:
                 line[f"against {rival}"] = next(e["ms"] for e in lines if e["layer"] == rival) / line["ms"]
     return lines
+
+
+MEMORY: dict[str, Callable[[Tensor], torch.nn.Module]] = {
+    "ours, tape full": lambda x: EGRU(1350, 1350),
+    "ours, tape recompute": lambda x: EGRU(1350, 1350, tape="recompute"),
+    "ours, tape full, 10 % of the blocks": lambda x: layer(1350, 20, 0.1, x, Triangle(), 0.1),
+    "unrolled loop": lambda x: EGRU(1350, 1350, backend="reference"),
+    "nn.GRU": lambda x: torch.nn.GRU(1350, 1350),
+    "nn.LSTM": lambda x: torch.nn.LSTM(1350, 1350),
+}
+
+
+def resident(what: str) -> int:
+    """Bytes of this process, VmRSS or VmHWM."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what + ":"))
+
+
+def memory(name: str) -> dict[str, Any]:
+    """One forward and backward of a layer in this process: the peak, and what is kept in between, less x and the weights."""
+    torch.manual_seed(SEED)
+    x = torch.randn(STEPS, 20, 1350).abs() * (torch.rand(STEPS, 20, 1350) < 0.1)
+    module = MEMORY[name](x)
+    module(x[:4])[0].sum().backward()
+    module.zero_grad()
+    saved: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()} | {x.untyped_storage().data_ptr()}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = module(x)[0]
+    out.backward(torch.ones_like(out))
+    kept = sum(n for p, n in saved.items() if p not in weights) if isinstance(module, EGRU) else None
+    return {
+        "layer": name, "memory": True, "units": 1350, "batch": 20, "steps": STEPS, "peak_mb": (resident("VmHWM") - before) / 1e6,
+        "kept_bytes_per_step_unit_sample": None if kept is None else kept / (STEPS * 20 * 1350),
+    }  # fmt: skip
 
 
 def main() -> None:
     """Measures and writes bench/results/<machine>/training-<date>-<commit>.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
+    parser.add_argument("--dense-cells", action="store_true", help="GRU, LSTM and RNN in place of the EGRU")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)  # what a child measures
     args = parser.parse_args()
+    if args.memory:
+        print(json.dumps(memory(args.memory)))
+        return
     about = provenance("python bench/training.py") | {"threads": torch.get_num_threads(), "seed": SEED}
+    if args.dense_cells:
+        return dense_cells(args.out, about | {"command": "python bench/training.py --dense-cells"})
     gate()
     lines: list[dict[str, Any]] = []
     with Progress((2 + len(OTHERS)) * TURNS, "training") as progress:
@@ -144,11 +212,15 @@ def main() -> None:
                 "ours, events in x, with its gradient": (layer(units, batch, 0.1, events, Triangle()), learned),
                 "ours, dense x, β = 1": (layer(units, batch, 0.1, x, WIDE), x),
                 "ours, events in x, β = 1": (layer(units, batch, 0.1, events, WIDE), events),
+                "ours, events in x, 10 % of the blocks": (layer(units, batch, 0.1, events, Triangle(), 0.1), events),
+                "ours, events in x, tape recompute": (
+                    layer(units, batch, 0.1, events, Triangle(), tape="recompute"), events,
+                ),
                 "every unit speaks, events in x": (layer(units, batch, 1.0, events, WIDE, event="always"), events),
                 "unrolled loop": (layer(units, batch, 0.1, events, Triangle(), backend="reference"), events),
                 "nn.GRU": (torch.nn.GRU(units, units), x),
                 "nn.LSTM": (torch.nn.LSTM(units, units), x),
-            }
+            }  # fmt: skip
 
         lines += race(1350, 20, race_of(1350, 20), progress, 0)
         _, events = inputs(1350, 20)
@@ -161,11 +233,60 @@ def main() -> None:
         lines += [line | {"sweep": True} for line in race(1350, 20, sweep, progress, 1)]
         for done, (units, batch) in enumerate(OTHERS, 2):
             lines += race(units, batch, race_of(units, batch), progress, done)
+    for name in MEMORY:
+        command = [sys.executable, __file__, "--memory", name]
+        lines.append(json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     print(write_lines(args.out, "training-", about, lines))
-    for e in lines:
+    for e in (e for e in lines if e.get("memory")):
+        kept = e["kept_bytes_per_step_unit_sample"]
+        print(f"{e['layer']:<38}{e['peak_mb']:>9.0f} MB at the peak{f', {kept:.1f} bytes kept' if kept else ''}")
+    for e in (e for e in lines if not e.get("memory")):
         rates = f"events {e['event_rate']:.1%} β {e['beta']:.2f}" if "beta" in e else ""
         ratios = ", ".join(f"{v:.1f}x {k}" for k, v in e.items() if k.startswith("against"))
         print(f"H {e['units']:>5} B {e['batch']:>3} {e['layer']:<38}{e['ms']:>9.1f} ms {rates}  {ratios}")
+
+
+def agree(name: str) -> None:
+    """Every gradient of our cell in float64 against torch's, or nothing is timed."""
+    torch.manual_seed(SEED)
+    x, gradients = torch.randn(12, 3, 40, dtype=torch.float64), []
+    layers = getattr(nn, name)(40, 50, backend="native").double(), getattr(torch.nn, name)(40, 50).double()
+    layers[0].load_state_dict(layers[1].state_dict())
+    for made in layers:
+        (made(x)[0] * torch.linspace(-1, 1, 50, dtype=torch.float64)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+    if not torch.allclose(*gradients, rtol=0, atol=1e-10 * gradients[1].abs().max().item()):
+        raise RuntimeError(f"our {name} differs from torch's: nothing is timed.")
+
+
+def dense_cells(out: Path, about: dict[str, Any]) -> None:
+    """Ours and torch's of the same name, with all weights and with a tenth of their blocks, all threads and one."""
+    for name in ("GRU", "LSTM", "RNN"):
+        agree(name)
+    lines: list[dict[str, Any]] = []
+    sizes = ((1350, 20), *OTHERS)
+    threads = (torch.get_num_threads(), 1)
+    with Progress(len(threads) * len(sizes) * TURNS, "dense cells") as progress:
+        for done, (number, (units, batch)) in enumerate(itertools.product(threads, sizes)):
+            torch.set_num_threads(number)
+            torch.manual_seed(SEED)
+            x = torch.randn(STEPS, batch, units)
+            wanted = {}
+            for name in ("GRU", "LSTM", "RNN"):
+                own, rival = getattr(nn, name)(units, units), getattr(torch.nn, name)(units, units)
+                few = getattr(nn, name)(units, units)
+                Pruner(few, {"weight*": Block(density=0.1, block=(16, 1))}).step()
+                wanted |= {f"nn.{name}": (rival, x), f"our {name}": (own, x), f"our {name}, 10 % of blocks": (few, x)}
+            found = race(units, batch, wanted, progress, done)
+            for line in found:
+                own = line["layer"].removeprefix("nn.").removeprefix("our ").split(",")[0]
+                rival_ms = next(e["ms"] for e in found if e["layer"] == f"nn.{own}")
+                lines.append(line | {"threads": number, "ratio": rival_ms / line["ms"]})
+    print(write_lines(out, "dense-cells-", about, lines))
+    for e in lines:
+        print(
+            f"{e['threads']} threads, H {e['units']:>5} B {e['batch']:>3} {e['layer']:<25}{e['ms']:>9.1f} ms {e['ratio']:.2f}x"
+        )
 
 
 if __name__ == "__main__":

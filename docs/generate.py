@@ -188,10 +188,12 @@ def training() -> str:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         "| units, batch | layer | ms | forward | backward | events | β "
-        "| against nn.GRU | nn.LSTM | unrolled loop | every unit speaks |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| against nn.GRU | nn.LSTM | unrolled loop | every unit speaks | events in x alone |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    rivals = ["nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x"]
+    rivals = ["nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x", "ours, events in x"]
+    measured = [r for r in rows if r.get("memory")]
+    rows = [r for r in rows if not r.get("memory")]
     for r in (r for r in rows if not r.get("sweep")):
         events = f"{r['event_rate']:.1%} | {r['beta']:.2f}" if "beta" in r else " | "
         ratios = " | ".join(f"{r[f'against {rival}']:.1f}x" for rival in rivals)
@@ -210,12 +212,48 @@ def training() -> str:
         f"| {r['event_rate']:.1%} | {r['ms']:.1f} | {r['forward_ms']:.1f} | {r['backward_ms']:.1f} | {r['beta']:.2f} |"
         for r in swept
     ]
+    if measured:
+        lines += [
+            "",
+            "| 1350 units, batch 20, 70 steps, events in x | MB at the peak | bytes kept for each step, unit and sample |",
+            "|---|---|---|",
+        ]
+        for r in measured:
+            kept = r["kept_bytes_per_step_unit_sample"]
+            lines.append(f"| {r['layer']} | {r['peak_mb']:.0f} | {'' if kept is None else f'{kept:.1f}'} |")
+        lines += [
+            "",
+            "Memory above what was resident before one forward and backward in a process of its own (VmHWM); bytes kept for the "
+            "backward beside x and the weights.",
+        ]
     lines += ["", "![Time of forward and backward against the event rate, ours and rivals](training.svg)"]
     about = rows[0]
     return "\n".join(lines) + (
         f"\n\nA straight line through these: {intercept:.1f} ms + {slope / 100:.2f} ms for each percent of events, "
         f"R² = {determined:.3f}. {about['processor']}, {about['isa']}, {about['threads']} threads, seed {about['seed']}. "
         f"From [{path.name}](../{path.relative_to(ROOT)})."
+    )
+
+
+def dense_cells() -> str:
+    """The same of GRU, LSTM and RNN, ours and torch's."""
+    try:
+        path = newest("bench/results", "*/dense-cells-*.jsonl")
+    except ValueError:
+        return "Not measured yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        "| threads | units, batch | layer | ms | forward | backward | against torch's |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['threads']} | {r['units']}, {r['batch']} | {r['layer']} | {r['ms']:.1f} | {r['forward_ms']:.1f} "
+        f"| {r['backward_ms']:.1f} | {r['ratio']:.2f}x |"
+        for r in rows
+    ]
+    about = rows[0]
+    return "\n".join(lines) + (
+        f"\n\n{about['processor']}, {about['isa']}, seed {about['seed']}. From [{path.name}](../{path.relative_to(ROOT)})."
     )
 
 
@@ -339,6 +377,89 @@ def heatmap() -> str:
     )
 
 
+MULTIPLY = ROOT / "results/multiply/ptb.json"
+_INT8 = ("torch int8", "ONNX Runtime int8")
+
+
+def _multiplied() -> list[dict[str, Any]]:
+    """One row for each network: its quality, counts and time, and what it is compared with."""
+    found = json.loads(MULTIPLY.read_text())
+    times: dict[str, dict[str, float]] = {}
+    for row in found["race"]:
+        times.setdefault(row["network"], {})[row["engine"]] = row["latency_us"]["p50"]
+    rows = []
+    for name, point in found["points"].items():
+        played = {engine: us for engine, us in times[name].items() if engine != "sparsefold"}
+        rows.append(
+            {
+                "name": name, "cell": point["cell"], "valid": point["valid_perplexity"], "test": point["test_perplexity"],
+                "events": point["event_rate"], "units": point["hidden"], "layers": point["layers"], "rate": point["rate"],
+                "density": point["density"]["1.weight_hh_l0"], "decoder": list(point["density"].values())[-1],
+                "macs": point["macs"]["macs_effective" if point["cell"] == "egru" else "macs_dense"],
+                "macs_decoder": sum(
+                    part["macs_effective"] for part in point["macs"]["parts"] if part["role"] == "decoder"
+                ),
+                "us": times[name]["sparsefold"],
+                "float": min((us for e, us in played.items() if e not in _INT8), default=math.inf),
+                "int8": min((us for e, us in played.items() if e in _INT8), default=math.inf),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    return f"{row['layers']} x {row['units']}" if row["layers"] > 1 else str(row["units"])
+
+
+def _alike(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The dense network with the fewest units, of those at least as good on the test split."""
+    good = [r for r in rows if r["cell"] != "egru" and r["test"] <= row["test"]]
+    return min(good, key=lambda r: (r["units"], r["test"]), default=None)
+
+
+def multiplied() -> str:
+    """Density × event rate: quality, counts, time, and how many times less that is than the best dense network's."""
+    if not MULTIPLY.exists():
+        return "Not measured yet."
+    rows, found = _multiplied(), json.loads(MULTIPLY.read_text())
+    best = min((r for r in rows if r["cell"] != "egru"), key=lambda r: r["test"])
+    lines = [
+        "| network | weights | decoder's | events | valid | test | MACs | of the decoder | fewer MACs | µs p50 "
+        "| fastest rival: float32 | int8 | faster than float32 | than int8 | than the smallest dense network as good |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        alike = _alike(r, rows)
+        smallest = f"{alike['float'] / r['us']:.1f}x ({alike['name']})" if alike and r["cell"] == "egru" else ""
+        own = f"{r['float']:.0f} | {r['int8']:.0f}" if r["cell"] != "egru" else " | "
+        events = f"{r['events']:.1%}" if r["cell"] == "egru" else ""
+        lines.append(
+            f"| {r['cell']} {_sizes(r)} | {r['density']:.0%} | {r['decoder']:.0%} | {events} "
+            f"| {r['valid']:.1f} | {r['test']:.1f} "
+            f"| {r['macs']:,.0f} | {r['macs_decoder']:,.0f} | {best['macs'] / r['macs']:.1f}x | {r['us']:.1f} | {own} "
+            f"| {best['float'] / r['us']:.1f}x | {best['int8'] / r['us']:.1f}x | {smallest} |"
+        )
+    about = (
+        f"Perplexity of words of {found['corpus']['source']}. MACs are counted by the engine on a sample of the test split, "
+        f"embedding and decoder included; ratios are to {best['name']}, the dense network with the lowest test perplexity. "
+        f"{found['provenance']['processor']}, {found['provenance']['isa']}, one thread, pinned, Python call included."
+    )
+    picture = "![Test perplexity of every network against its time](multiply.svg)"
+    return "\n".join(lines) + f"\n\n{about} From [{MULTIPLY.name}](../{MULTIPLY.relative_to(ROOT)}).\n\n{picture}"
+
+
+def multiply_svg() -> str:
+    """Test perplexity against microseconds of a word, ours on every network and the fastest rival on the dense ones."""
+    points = []
+    for r in _multiplied():
+        name = f"{r['cell']} {_sizes(r)}"
+        name += f", {r['events']:.0%} events, {r['density']:.0%}" if r["cell"] == "egru" else ""
+        points.append((r["us"], r["test"], _CELLS[r["cell"]], name))
+        if r["cell"] != "egru":
+            points.append((r["float"], r["test"], _CELLS[r["cell"]], f"{name}, fastest rival"))
+    return _scatter("test perplexity (up) against µs of a word, logarithmic", points, "{:.0f}")
+
+
 GRID = ROOT / "results/prune_lm/grid.json"
 
 
@@ -399,30 +520,37 @@ _CELLS = {"gru": "#6b747c", "lstm": "#a03c86", "egru": "#0067a8"}
 
 def pruned_svg() -> str:
     """Bits per character against microseconds of a byte, every point named; lower and further left is better."""
-    rows = _points()
-    xs, ys = ([math.log10(r["us"]) for r in rows], [r["bits"] for r in rows])
+    points = [
+        (r["us"], r["bits"], _CELLS[r["cell"]], f"{r['cell']} {r['hidden']}, {r['method']}, {r['density']:.0%}")
+        for r in sorted(_points(), key=lambda r: (r["cell"], r["us"]))
+    ]
+    return _scatter("bits per character (up) against µs of a byte, logarithmic", points, "{:.2f}")
+
+
+def _scatter(title: str, points: list[tuple[float, float, str, str]], figure: str) -> str:
+    """Points (µs, quality, colour, name) over a logarithmic axis of time."""
+    xs, ys = ([math.log10(p[0]) for p in points], [p[1] for p in points])
     (x0, x1), (y0, y1) = ((min(v) - 0.05, max(v) + 0.05) for v in (xs, ys))
     width, height, left, bottom = 860, 520, 60, 50
 
-    def at(us: float, bits: float) -> tuple[float, float]:
+    def at(us: float, quality: float) -> tuple[float, float]:
         x = left + (math.log10(us) - x0) / (x1 - x0) * (width - left - 150)
-        return x, 40 + (y1 - bits) / (y1 - y0) * (height - 40 - bottom)
+        return x, 40 + (y1 - quality) / (y1 - y0) * (height - 40 - bottom)
 
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         'font-family="DejaVu Sans, Helvetica, Arial, sans-serif" font-size="11" fill="#1b1f23">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        '<text x="16" y="22" font-size="13" font-weight="bold">bits per character (up) against µs of a byte, logarithmic</text>',
+        f'<text x="16" y="22" font-size="13" font-weight="bold">{title}</text>',
         f'<path d="M{left} 40V{height - bottom}H{width - 150}" stroke="#5d666f" fill="none"/>',
     ]
     for k in range(5):
-        bits, us = y0 + (y1 - y0) * k / 4, 10 ** (x0 + (x1 - x0) * k / 4)
-        (x, _), (_, y) = at(us, y0), at(10**x0, bits)
-        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{bits:.2f}</text>')
+        quality, us = y0 + (y1 - y0) * k / 4, 10 ** (x0 + (x1 - x0) * k / 4)
+        (x, _), (_, y) = at(us, y0), at(10**x0, quality)
+        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{figure.format(quality)}</text>')
         out.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{us:.3g}</text>')
-    for r in sorted(rows, key=lambda r: (r["cell"], r["us"])):
-        (x, y), colour = at(r["us"], r["bits"]), _CELLS[r["cell"]]
-        name = f"{r['cell']} {r['hidden']}, {r['method']}, {r['density']:.0%}"
+    for us, quality, colour, name in points:
+        x, y = at(us, quality)
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
         out.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
@@ -431,6 +559,7 @@ def pruned_svg() -> str:
 def training_svg() -> str:
     """Milliseconds of a window against the event rate: ours forward and with backward, and each rival, whose time stays."""
     rows = [json.loads(line) for line in newest("bench/results", "*/training-*.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if not r.get("memory")]
     swept = [r for r in rows if r.get("sweep")]
     size = swept[0]["units"], swept[0]["batch"]
     rivals = [r for r in rows if "beta" not in r and (r["units"], r["batch"]) == size]
@@ -479,15 +608,17 @@ SECTIONS = {
         "throughput": throughput,
         "delta": delta,
         "training": training,
+        "dense-cells": dense_cells,
         "whole-byte": whole_byte,
+        "multiply": multiplied,
         "kernels": kernels,
         "heatmap": heatmap,
     },
     "docs/pruning.md": {"pruned": pruned},
 }
-FIGURES = {"docs/heatmap.svg": heatmap_svg, "docs/training.svg": training_svg} | (
-    {"docs/pruning.svg": pruned_svg} if GRID.exists() else {}
-)
+FIGURES = {"docs/heatmap.svg": heatmap_svg, "docs/training.svg": training_svg}
+FIGURES |= {"docs/pruning.svg": pruned_svg} if GRID.exists() else {}
+FIGURES |= {"docs/multiply.svg": multiply_svg} if MULTIPLY.exists() else {}
 
 
 def render(text: str, sections: dict[str, Any]) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 import sparsefold as sf
-from sparsefold.cli import generate
-from sparsefold.data.text import decode, encode
+from sparsefold.language import generate
 from sparsefold.recipes import text
+from sparsefold.vocabulary import Vocabulary
 
 
 def main(steps: int = 200) -> str:
@@ -24,13 +24,13 @@ def main(steps: int = 200) -> str:
         sf.compile_model(model, facts["about"]).save(file)
 
         engine = sf.Engine.load(file)  # from here on: numpy only
-        vocabulary = engine.program.metadata["vocabulary"]
+        vocabulary = Vocabulary.from_metadata(engine.program.metadata)
         stream = engine.stream()
-        prompt = encode(b"The ", vocabulary).tolist()
+        prompt = vocabulary.encode("The ")
         tokens = list(generate(stream, prompt, 200, 0.7, np.random.default_rng(0)))
-        print("The " + decode(tokens, vocabulary).decode("latin-1"))
+        print("The " + vocabulary.decode(tokens).decode("latin-1"))
         print(stream.report())
-    return decode(tokens, vocabulary).decode("latin-1")
+    return str(vocabulary.decode(tokens), "latin-1")
 
 
 if __name__ == "__main__":

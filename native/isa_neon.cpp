@@ -2,5 +2,6 @@
 #define SPARSEFOLD_NEON
 #include "matvec.inl.hpp"
 #include "sequence.inl.hpp"
+#include "gated.inl.hpp"
 // The order matters: cells.inl.hpp ends with the table of this instruction set.
 #include "cells.inl.hpp"

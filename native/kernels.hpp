@@ -186,6 +186,32 @@ struct TransposeArgs {
     uint32_t* wild;  // (members) out: 1 where a weight is not finite
 };
 
+constexpr uint32_t count_of_groups(uint32_t units) { return pad(units) / kLanes; }  // of kLanes units: a block's rows
+
+/// The blocks of a weight (gates * units, cols), kLanes units of one gate against one input, that are not all zero;
+/// input by input, and strip by strip of its tiles: strip s of `strips` begins at tile tiles * s / strips.
+template <class Real>
+struct BlockWeight {
+    const uint32_t* start;  // (cols * strips + 1): where the blocks of an input and strip begin
+    const uint32_t* row;    // (blocks) group * gates + gate, ascending for an input
+    const Real* values;     // (blocks, kLanes), zeros where a gate ends
+    uint32_t gates, units, cols, strips;
+};
+
+/// One pass over a weight: which of its blocks are live; and their values, as long as the same are as before.
+template <class Real>
+struct PackBlocksArgs {
+    const Real* weight;
+    uint32_t gates, units, cols, strips;
+    const uint64_t* kept;   // (groups * gates, segments of cols) bits of blocks that are live whatever they hold; null
+    uint64_t* live;         // alike; in: as they were, out: as they are
+    const uint32_t* start;  // of BlockWeight, null: values are not wanted
+    Real* values;
+    uint32_t* cursor;  // (members, cols)
+    uint8_t* changed;  // (members) out
+    uint8_t* wild;     // (members) out: 1 where a weight is not finite
+};
+
 /// Who spoke, by segment of kSegment units: the list of segment s of row r begins at r * stride + s * kSegment.
 template <class Real>
 struct Spoken {
@@ -208,19 +234,62 @@ struct Needed {
     size_t stride;
 };
 
-/// out (rows, stride) = bias + W x of all rows of x, given by what is not zero of it: row r has entries
-/// [start[r], start[r + 1]).
+/// What is not zero of x (rows, cols), part by part of kSegment columns, row by row. Entries of part p begin at p *
+/// stride.
+template <class Real>
+struct Sifted {
+    uint32_t rows, cols;
+    size_t stride;    // sifted_stride(rows)
+    uint32_t* start;  // (parts, rows + 1): where the entries of a row begin in its part
+    uint32_t* lane;   // the column within the part, ascending in a row
+    uint32_t* row;
+    Real* value;
+};
+constexpr size_t sifted_stride(uint32_t rows) { return static_cast<size_t>(rows) * kSegment + kLanes; }
+
+/// x may have its first rows elsewhere and each row scaled by another array's; rows that are wild are taken whole.
+template <class Real>
+struct SiftArgs {
+    Sifted<Real> out;  // lane is not written by column
+    bool by_column;    // each part column by column: start (parts, kSegment + 1)
+    const Real* head;  // (head_rows, cols)
+    uint32_t head_rows;
+    const Real* rest;   // (rows - head_rows, cols)
+    const Real* scale;  // (rows, scale_stride) or null
+    size_t scale_stride;
+    const uint8_t* wild;  // (rows) or null
+    // By column: (members, sifted_stride(rows)) each.
+    uint32_t *room_lane, *room_row;
+    Real* room_value;
+};
+
+/// out (rows, stride) = bias + W x of all rows of x.
 template <class Real>
 struct InputProductArgs {
     Transposed<Real> weight;
-    uint32_t rows;
-    const uint32_t* start;
-    const uint32_t* index;  // ascending within a row
-    const Real* value;
-    const Real* bias;  // (gates * units)
+    BlockWeight<Real> blocks;  // read in its place where it is given
+    Sifted<Real> x;
+    const Real* dense;  // x (rows, cols), of which all is read; null; with blocks alone
+    const Real* bias;   // (gates * units)
     Real* out;
     size_t stride;
+    Real* room;  // (members, product_rows(rows) * gates * kTile); with blocks (members, gates * pad(units))
 };
+constexpr uint32_t kProductRows = 1024;  // whose sums of a tile fit L2
+constexpr uint32_t product_rows(uint32_t rows) { return rows < kProductRows ? rows : kProductRows; }
+
+/// out (rows, cols) = W^T g of all rows of g (rows, stride), whose gates lie one behind the other.
+template <class Real>
+struct InputGradientArgs {
+    BlockWeight<Real> blocks;
+    uint32_t rows;
+    const Real* g;
+    size_t stride;
+    const uint8_t* wild;  // (rows) 1 where g is not finite; null
+    Real* out;
+    Real* room;  // (members, kAtOnce, gates * pad(units))
+};
+constexpr uint32_t kAtOnce = 2;  // rows that share the reading of a block
 
 enum class Event : uint32_t { threshold, always, smooth };
 
@@ -231,26 +300,29 @@ struct EgruArgs {
     Reset reset;
     bool reset_after;
     Event event;
-    Real height, half_width;    // of the surrogate
-    Transposed<Real> hidden;    // r, z, n; r and z alone where !reset_after
-    Transposed<Real> hidden_n;  // n where !reset_after
-    bool every;                 // a weight is not finite: silent units are read too, as 0 * inf is no number
-    const Real* theta;          // (units)
-    const Real* mask;           // zoneout in training: 1 where u is new, else the old h is kept; null
-    Real keep;                  // without a mask: the share of the old h
-    const Real *y0, *h0;        // (batch, units)
+    Real height, half_width;             // of the surrogate
+    Transposed<Real> hidden;             // r, z, n; r and z alone where !reset_after
+    Transposed<Real> hidden_n;           // n where !reset_after
+    BlockWeight<Real> blocks, blocks_n;  // read in their place where they are given
+    bool every;                          // a weight is not finite: silent units are read too, as 0 * inf is no number
+    const Real* theta;                   // (units)
+    const Real* mask;                    // zoneout in training: 1 where u is new, else the old h is kept; null
+    Real keep;                           // without a mask: the share of the old h
+    const Real *y0, *h0;                 // (batch, units)
     // (steps * batch, 4 * units): r, z, n and what r multiplies. The forward finds W_i x + b there in place of r, z, n.
     Real* tape;
-    Real *u, *o, *y;
+    Real *u, *y;
 };
 
 template <class Real>
 struct EgruForwardArgs : EgruArgs<Real> {
+    Real* o;             // null: u and y are there already, and the tape alone is made again
     const Real* bias_n;  // (units) of what r multiplies; null for none, and where !reset_after
     Real* h;             // (batch, units) out: the state after the last step
     Spoken<Real> spoken[2];
-    Real* scaled;  // like the values of a list: r * y where !reset_after
-    Real* room;    // (members, batch, 3 * kTile)
+    Real* scaled;         // like the values of a list: r * y where !reset_after
+    Real* room;           // (members, room_of_sums)
+    size_t room_of_sums;  // batch * 3 * kTile, with blocks gates * pad(units)
 };
 
 template <class Real>
@@ -258,38 +330,42 @@ struct EgruBackwardArgs : EgruArgs<Real> {
     const Real *grad_y, *grad_u, *grad_o;  // null for zeros
     const Real *grad_y_n, *grad_h_n;       // (batch, units), null for zeros
     bool wants_y0;
-    Real* gates;    // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
-    Real* dy;       // (batch, units) out: gradient of y0
-    Real* dh;       // (batch, units) out: gradient of h0
-    Real* dtheta;   // (units) out
-    Real* dbias;    // (4 * units) out: `gates` summed
-    uint8_t* wild;  // (steps * batch) out: 1 where a gradient is not finite
-    Real* sent[2];  // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates, kTile)
+    Real* gates;      // (steps * batch, 4 * units) out: gradients of the sums of r, z, n, and of what r multiplies
+    Real* dy;         // (batch, units) out: gradient of y0
+    Real* dh;         // (batch, units) out: gradient of h0
+    Real* dtheta;     // (units) out
+    Real* dbias;      // (4 * units) out: `gates` summed
+    uint8_t* wild;    // (steps * batch) out: 1 where a gradient is not finite
+    Real* sent[2];    // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates,
+                      // kTile), with blocks (batch, groups, gates, kLanes)
     Real* sent_n[2];  // n where !reset_after
     Real* back;       // (batch, units) room where !reset_after
     Needed<Real> need;
 };
 
-/// out (gates * units, cols) = sum over rows of g(row) x(row)^T, given what is not zero of x by column.
+/// out (gates * units, cols) = sum over rows of g(row) x(row)^T.
 template <class Real>
 struct OuterArgs {
-    uint32_t rows, units, cols, gates;
+    uint32_t units, gates;
     const Real* g;  // (rows, stride)
     size_t stride;
-    uint32_t part[4];       // where in a row each gate begins, in units
-    const uint32_t* start;  // (cols + 1)
-    const uint32_t* row;    // ascending within a column
-    const Real* value;
+    uint32_t part[4];  // where in a row each gate begins, in units
+    Sifted<Real> x;
+    const uint64_t* live;  // (groups * gates, parts of x) bits of the blocks to make, zero elsewhere; null: all
+    bool by_column;        // how x is sifted: by column where few blocks are live
     Real* out;
-    Real* room;        // (members, outer_chunk(rows), 3 * kTile)
-    uint32_t* cursor;  // (members, cols)
+    Real* room;  // (members, outer_chunk(rows), gates * kPair)
 };
-constexpr uint32_t kOuterRows = 1536;  // whose tile of g fits L2
+constexpr uint32_t kPair = 2 * kLanes;  // units whose sums of a part of x fit L1
+constexpr uint32_t kOuterRows = 2048;   // whose g of these units fits L2
 constexpr uint32_t outer_chunk(uint32_t rows) {
     const uint32_t chunks = (rows + kOuterRows - 1) / kOuterRows;
     return chunks ? (rows + chunks - 1) / chunks : 0;
 }
 
+#include "gated.hpp"
+
+/// A set that has nothing better to offer for training leaves its sequences null.
 struct Kernels {
 #define SPARSEFOLD_MATVEC(format, dtype, Packed)                                \
     void (*matvec_##format##_##dtype)(const Packed&, const float* x, float* y); \

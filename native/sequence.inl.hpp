@@ -94,6 +94,11 @@ template <class V>
 SF_INLINE uint32_t is_nan(const V& a) {
     return not_le(a, a);
 }
+template <class Real>
+SF_INLINE uint32_t not_zero(const Vec<Real>& x) {
+    const Vec<Real> zero = set1(Real(0));
+    return not_le(x, zero) | not_le(zero, x);
+}
 SF_INLINE uint32_t first_lanes(uint32_t left) { return left < kLanes ? (1u << left) - 1 : 0xffff; }
 
 /// Calls f with the number of vectors in a tile's row as a constant.
@@ -232,6 +237,118 @@ static void transpose(const TransposeArgs<Real>& a, const Member& m) {
     a.wild[m.number] = wild;
 }
 
+/// Of the tiles, those of the strips that a member works on; where nothing is packed in strips every tile is one.
+struct Strips : Part {
+    uint32_t first_tile, last_tile;
+    Strips(uint32_t units, uint32_t strips, const Member& m) : Part(strips ? strips : count_of_tiles(units), m) {
+        const uint32_t tiles = count_of_tiles(units), of = strips ? strips : tiles;
+        first_tile = of ? share(tiles, first, of) : 0;
+        last_tile = of ? share(tiles, last, of) : 0;
+    }
+};
+
+template <class Real>
+static void pack_blocks(const PackBlocksArgs<Real>& a, const Member& m) {
+    const Strips part(a.units, a.strips, m);
+    const uint32_t segments = count_of_segments(a.cols), H = a.units;
+    uint32_t* cursor = a.cursor + static_cast<size_t>(m.number) * a.cols;
+    const Vec<Real> zero = set1(Real(0));
+    Vec<Real> wild = zero;
+    bool changed = false;
+    for (uint32_t strip = part.first; strip < part.last; ++strip) {
+        const uint32_t tiles = count_of_tiles(H), end = share(tiles, strip + 1, a.strips) * (kTile / kLanes);
+        const uint32_t groups = count_of_groups(H), last = end < groups ? end : groups;
+        if (a.start)
+            for (uint32_t c = 0; c < a.cols; ++c) cursor[c] = a.start[static_cast<size_t>(c) * a.strips + strip];
+        for (uint32_t i = share(tiles, strip, a.strips) * (kTile / kLanes) * a.gates; i < last * a.gates; ++i) {
+            const uint32_t unit = i / a.gates * kLanes, rows = H - unit < kLanes ? H - unit : kLanes;
+            const Real* from = a.weight + (static_cast<size_t>(i % a.gates) * H + unit) * a.cols;
+            for (uint32_t s = 0; s < segments; ++s) {
+                const uint32_t col = s * kSegment, cols = a.cols - col < kSegment ? a.cols - col : kSegment;
+                uint64_t bits = a.kept ? a.kept[static_cast<size_t>(i) * segments + s] : 0;
+                for (uint32_t c = 0; c < cols; c += kLanes) {
+                    uint32_t found = 0;
+                    for (uint32_t r = 0; r < rows; ++r) {
+                        const Vec<Real> x = load_some(from + static_cast<size_t>(r) * a.cols + col + c, cols - c);
+                        found |= not_le(x, zero) | not_le(zero, x);
+                        wild = fma(x, zero, wild);
+                    }
+                    bits |= static_cast<uint64_t>(found) << c;
+                }
+                uint64_t& live = a.live[static_cast<size_t>(i) * segments + s];
+                changed |= bits != live;
+                live = bits;
+                if (!a.start || changed) continue;
+                for (; bits; bits &= bits - 1) {
+                    const uint32_t c = col + static_cast<uint32_t>(__builtin_ctzll(bits));
+                    Real* to = a.values + static_cast<size_t>(cursor[c]++) * kLanes;
+                    for (uint32_t r = 0; r < rows; ++r) to[r] = from[static_cast<size_t>(r) * a.cols + c];
+                    for (uint32_t r = rows; r < kLanes; ++r) to[r] = 0;
+                }
+            }
+        }
+    }
+    a.changed[m.number] = changed;
+    a.wild[m.number] = is_nan(wild) != 0;
+}
+
+/// f(row, block) of the live blocks of an input from `at` up to `end`, and f(row, null) of the missing ones of `rows`.
+template <class Real, class F>
+SF_INLINE void every_block(const BlockWeight<Real>& w, uint32_t at, uint32_t end, uint32_t row, uint32_t rows,
+                           const F& f) {
+    for (; row < rows; ++row) {
+        const bool live = at < end && w.row[at] == row;
+        f(row, live ? w.values + static_cast<size_t>(at) * kLanes : nullptr);
+        at += live;
+    }
+}
+
+/// sums += W x in the rows of one strip. x is a list of n values, of inputs `col` + index[k] (of col + k without one);
+/// sums hold all of W's rows, group by group, gate by gate.
+template <class Real>
+SF_INLINE void add_blocks(Real* sums, const BlockWeight<Real>& w, uint32_t strip, uint32_t col, const uint32_t* index,
+                          const Real* value, uint32_t n) {
+    const uint32_t *start = w.start + strip, *row = w.row;
+    const Real* values = w.values;
+    for (uint32_t k = 0; k < n; ++k) {
+        const size_t at = static_cast<size_t>(col + (index ? index[k] : k)) * w.strips;
+        const uint32_t end = start[at + 1];
+        const Vec<Real> x = set1(value[k]);
+        if (value[k] * 0 == 0) {
+            for (uint32_t i = start[at]; i < end; ++i) {
+                Real* to = sums + static_cast<size_t>(row[i]) * kLanes;
+                store(to, fma(load(values + static_cast<size_t>(i) * kLanes), x, load(to)));
+            }
+        } else {  // zeros that were not stored make no number of it either
+            const uint32_t tiles = count_of_tiles(w.units), rows = kTile / kLanes * w.gates;
+            const uint32_t last = share(tiles, strip + 1, w.strips) * rows, all = count_of_groups(w.units) * w.gates;
+            every_block(w, start[at], end, share(tiles, strip, w.strips) * rows, last < all ? last : all,
+                        [&](uint32_t r, const Real* block) {
+                            Real* to = sums + static_cast<size_t>(r) * kLanes;
+                            store(to, fma(block ? load(block) : set1(Real(0)), x, load(to)));
+                        });
+        }
+    }
+}
+
+/// Vectors whose lanes' sum is input `col` of W^T q; q holds all of W's rows, as sums above. `wild`: q is not finite.
+template <class Real>
+SF_INLINE Vec<Real> dot_blocks(const BlockWeight<Real>& w, uint32_t col, const Real* q, bool wild) {
+    const uint32_t at = w.start[static_cast<size_t>(col) * w.strips];
+    const uint32_t end = w.start[static_cast<size_t>(col + 1) * w.strips];
+    Vec<Real> total = set1(Real(0));
+    if (wild) {
+        every_block(w, at, end, 0, count_of_groups(w.units) * w.gates, [&](uint32_t r, const Real* block) {
+            total = fma(block ? load(block) : set1(Real(0)), load(q + static_cast<size_t>(r) * kLanes), total);
+        });
+        return total;
+    }
+    for (uint32_t i = at; i < end; ++i)
+        total = fma(load(w.values + static_cast<size_t>(i) * kLanes), load(q + static_cast<size_t>(w.row[i]) * kLanes),
+                    total);
+    return total;
+}
+
 /// Appends to the list of row `row` the lanes of `bits` of `x`, the values of units from `unit` on. Rows come in order,
 /// and a row's units too.
 template <class Real>
@@ -243,12 +360,6 @@ SF_INLINE void append(const Spoken<Real>& s, uint32_t row, uint32_t unit, uint32
     s.any[segment] |= static_cast<uint64_t>(bits) << lane;
     const size_t at = row * s.stride + static_cast<size_t>(segment) * kSegment + count;
     count += compress(bits, lane, x, s.index + at, s.value + at);
-}
-
-template <class Real>
-SF_INLINE uint32_t not_zero(const Vec<Real>& x) {
-    const Vec<Real> zero = set1(Real(0));
-    return not_le(x, zero) | not_le(zero, x);
 }
 
 /// acc (rows, N vectors) += W x of one tile.
@@ -269,29 +380,140 @@ SF_INLINE void add_products(Real* acc, const Real* tile, uint32_t cols, const Sp
 }
 
 template <class Real>
+static void sift(const SiftArgs<Real>& a, const Member& m) {
+    const Sifted<Real>& s = a.out;
+    const Part part(count_of_segments(s.cols), m);
+    for (uint32_t p = part.first; p < part.last; ++p) {
+        const uint32_t col = p * kSegment, cols = s.cols - col < kSegment ? s.cols - col : kSegment;
+        const size_t base = p * s.stride, room = m.number * s.stride;
+        uint32_t* start = s.start + p * (static_cast<size_t>(a.by_column ? kSegment : s.rows) + 1);
+        uint32_t* lane = a.by_column ? a.room_lane + room : s.lane + base;
+        uint32_t* row = a.by_column ? a.room_row + room : s.row + base;
+        Real* value = a.by_column ? a.room_value + room : s.value + base;
+        uint32_t n = 0;
+        for (uint32_t r = 0; r < s.rows; ++r) {
+            if (!a.by_column) start[r] = n;
+            const Real* x = r < a.head_rows ? a.head + static_cast<size_t>(r) * s.cols
+                                            : a.rest + static_cast<size_t>(r - a.head_rows) * s.cols;
+            const bool whole = a.wild && a.wild[r];
+            for (uint32_t c = 0; c < cols; c += kLanes) {
+                Vec<Real> v = load_some(x + col + c, cols - c);
+                const uint32_t bits = (whole ? 0xffff : not_zero<Real>(v)) & first_lanes(cols - c);
+                if (!bits) continue;
+                if (a.scale) v = mul(v, load_some(a.scale + r * a.scale_stride + col + c, cols - c));
+                for (uint32_t i = 0; i < kLanes; ++i) row[n + i] = r;
+                n += compress(bits, c, v, lane + n, value + n);
+            }
+        }
+        if (!a.by_column) {
+            start[s.rows] = n;
+            continue;
+        }
+        uint32_t at[kSegment + 1] = {0};
+        for (uint32_t k = 0; k < n; ++k) ++at[lane[k] + 1];
+        for (uint32_t c = 0; c < kSegment; ++c) at[c + 1] += at[c];
+        for (uint32_t c = 0; c <= kSegment; ++c) start[c] = at[c];
+        for (uint32_t k = 0; k < n; ++k) {
+            const size_t to = base + at[lane[k]]++;
+            s.row[to] = row[k];
+            s.value[to] = value[k];
+        }
+    }
+}
+
+/// f(part, where its entries begin, how many) of a row.
+template <class Real, class F>
+SF_INLINE void each_part(const Sifted<Real>& x, uint32_t row, const F& f) {
+    for (uint32_t p = 0; p < count_of_segments(x.cols); ++p) {
+        const uint32_t* start = x.start + p * (static_cast<size_t>(x.rows) + 1) + row;
+        if (start[1] != start[0]) f(p, p * x.stride + start[0], start[1] - start[0]);
+    }
+}
+
+template <class Real>
+static void input_product_of_blocks(const InputProductArgs<Real>& a, const Member& m) {
+    const BlockWeight<Real>& w = a.blocks;
+    const Strips part(w.units, w.strips, m);
+    const uint32_t groups = count_of_groups(w.units), end = part.last_tile * (kTile / kLanes);
+    const uint32_t first = part.first_tile * (kTile / kLanes) * w.gates, last = (end < groups ? end : groups) * w.gates;
+    Real* sums = a.room + static_cast<size_t>(m.number) * w.gates * groups * kLanes;
+    for (uint32_t r = 0; r < a.x.rows; ++r) {
+        const auto each = [&](auto f) {
+            for (uint32_t i = first; i < last; ++i) {
+                const uint32_t unit = i / w.gates * kLanes;
+                f(sums + static_cast<size_t>(i) * kLanes, i % w.gates * w.units + unit, w.units - unit);
+            }
+        };
+        each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
+        for (uint32_t strip = part.first; strip < part.last; ++strip) {
+            if (a.dense)
+                add_blocks(sums, w, strip, 0, nullptr, a.dense + static_cast<size_t>(r) * w.cols, w.cols);
+            else
+                each_part(a.x, r, [&](uint32_t p, size_t at, uint32_t n) {
+                    add_blocks(sums, w, strip, p * kSegment, a.x.lane + at, a.x.value + at, n);
+                });
+        }
+        each([&](Real* from, uint32_t at, uint32_t left) { store_some(a.out + r * a.stride + at, left, load(from)); });
+    }
+}
+
+template <class Real>
+static void input_gradient(const InputGradientArgs<Real>& a, const Member& m) {
+    const BlockWeight<Real>& w = a.blocks;
+    const Part part(a.rows, m);
+    const size_t size = static_cast<size_t>(w.gates) * count_of_groups(w.units) * kLanes;
+    Real* q = a.room + static_cast<size_t>(m.number) * kAtOnce * size;
+    for (uint32_t r = part.first; r < part.last; r += kAtOnce) {
+        const uint32_t rows = part.last - r < kAtOnce ? part.last - r : kAtOnce;
+        for (uint32_t k = 0; k < rows; ++k)
+            for (uint32_t i = 0; i < size / kLanes; ++i) {
+                const uint32_t unit = i / w.gates * kLanes;
+                store(q + k * size + i * kLanes,
+                      load_some(a.g + (r + k) * a.stride + i % w.gates * w.units + unit, w.units - unit));
+            }
+        for (uint32_t c = 0; c < w.cols; ++c)
+            for (uint32_t k = 0; k < rows; ++k)
+                a.out[static_cast<size_t>(r + k) * w.cols + c] =
+                    sum(dot_blocks(w, c, q + k * size, a.wild && a.wild[r + k]));
+    }
+}
+
+template <class Real>
 static void input_product(const InputProductArgs<Real>& a, const Member& m) {
+    if (a.blocks.start) return input_product_of_blocks(a, m);
     const Transposed<Real>& w = a.weight;
     const Part part(count_of_tiles(w.units), m);
-    alignas(64) Real acc[3 * kTile];
+    const uint32_t chunk = product_rows(a.x.rows);
+    Real* acc = a.room + static_cast<size_t>(m.number) * chunk * w.gates * kTile;
     for (uint32_t tile = part.first; tile < part.last; ++tile) {
         const uint32_t vectors = tile_vectors(w.units, tile), n = w.gates * vectors;
-        with_width(n, [&](auto width) {
-            for (uint32_t r = 0; r < a.rows; ++r) {
-                const auto each = [&](auto f) {
+        for (uint32_t first = 0; first < a.x.rows; first += chunk) {
+            const uint32_t last = a.x.rows - first < chunk ? a.x.rows : first + chunk;
+            const auto each = [&](auto f) {
+                for (uint32_t r = first; r < last; ++r)
                     for (uint32_t i = 0; i < n; ++i) {
                         const uint32_t unit = tile * kTile + i % vectors * kLanes;
-                        f(acc + i * kLanes, i / vectors * w.units + unit, w.units - unit);
+                        f(acc + (static_cast<size_t>(r - first) * n + i) * kLanes, r, i / vectors * w.units + unit,
+                          w.units - unit);
                     }
-                };
-                each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
-                const uint32_t first = a.start[r];
-                add_rows<decltype(width)::value>(acc, tile_of(w, tile), n, a.index + first, a.value + first,
-                                                 a.start[r + 1] - first);
-                each([&](Real* from, uint32_t at, uint32_t left) {
-                    store_some(a.out + r * a.stride + at, left, load(from));
-                });
-            }
-        });
+            };
+            each([&](Real* to, uint32_t, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
+            with_width(n, [&](auto width) {
+                constexpr uint32_t N = decltype(width)::value;
+                for (uint32_t p = 0; p < count_of_segments(w.cols); ++p)
+                    for (uint32_t r = first; r < last; ++r) {
+                        const uint32_t* start = a.x.start + p * (static_cast<size_t>(a.x.rows) + 1) + r;
+                        const size_t at = p * a.x.stride + start[0];
+                        if (start[1] != start[0])
+                            add_rows<N>(acc + static_cast<size_t>(r - first) * N * kLanes,
+                                        tile_of(w, tile) + static_cast<size_t>(p) * kSegment * N * kLanes, N,
+                                        a.x.lane + at, a.x.value + at, start[1] - start[0]);
+                    }
+            });
+            each([&](Real* from, uint32_t r, uint32_t at, uint32_t left) {
+                store_some(a.out + r * a.stride + at, left, load(from));
+            });
+        }
     }
 }
 
@@ -331,30 +553,59 @@ SF_INLINE Vec<Real> carried(const EgruArgs<Real>& a, const Vec<Real>& u, const V
 template <class Real>
 static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
     const uint32_t H = a.units, B = a.batch;
-    const Part part(count_of_tiles(H), m);
-    Real* acc = a.room + static_cast<size_t>(m.number) * B * 3 * kTile;
+    const Strips part(H, a.blocks.start ? a.blocks.strips : 0, m);
+    Real* acc = a.room + m.number * a.room_of_sums;
     const Vec<Real> zero = set1(Real(0));
-    const auto units = [&](uint32_t tile, auto f) {  // vector by vector of the tile, sample by sample
-        const uint32_t vectors = tile_vectors(H, tile);
-        for (uint32_t b = 0; b < B; ++b)
-            for (uint32_t v = 0; v < vectors; ++v) {
-                const uint32_t j = tile * kTile + v * kLanes;
-                f(b, v, vectors, j, H - j);
-            }
-    };
     const auto says = [&](const Spoken<Real>& list, uint32_t b, uint32_t j, uint32_t left, const Vec<Real>& y) {
         append(list, b, j, (a.every ? 0xffffu : not_zero<Real>(y)) & first_lanes(left), y);
     };
-    const auto product = [&](const Transposed<Real>& w, uint32_t tile, const Spoken<Real>& x, const Real* value) {
-        with_width(w.gates * tile_vectors(H, tile),
-                   [&](auto width) { add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value); });
+    /// f(tile, sample, sums, their distance from unit to unit in vectors, and from gate to gate) of the bias of the
+    /// last gate + W x, for the member's tiles and all samples.
+    const auto products = [&](const Transposed<Real>& w, const BlockWeight<Real>& blocks, const Spoken<Real>& x,
+                              const Real* value, const Real* bias, const auto& f) {
+        const uint32_t gates = w.gates;
+        const auto begin = [&](Real* to, uint32_t gate, uint32_t unit) {
+            store(to, bias && gate + 1 == gates ? load_some(bias + unit, H - unit) : zero);
+        };
+        if (!blocks.start) {
+            for (uint32_t tile = part.first_tile; tile < part.last_tile; ++tile) {
+                const uint32_t vectors = tile_vectors(H, tile), n = gates * vectors;
+                for (uint32_t i = 0; i < B * n; ++i)
+                    begin(acc + static_cast<size_t>(i) * kLanes, i % n / vectors, tile * kTile + i % vectors * kLanes);
+                with_width(
+                    n, [&](auto width) { add_products<decltype(width)::value>(acc, tile_of(w, tile), H, x, value); });
+                for (uint32_t b = 0; b < B; ++b) f(tile, b, acc + static_cast<size_t>(b) * n * kLanes, 1u, vectors);
+            }
+            return;
+        }
+        const uint32_t rows = kTile / kLanes * gates, all = count_of_groups(H) * gates;
+        const uint32_t last = part.last_tile * rows < all ? part.last_tile * rows : all;
+        for (uint32_t b = 0; b < B; ++b) {  // all sums of a sample stay in the first level of cache
+            for (uint32_t i = part.first_tile * rows; i < last; ++i)
+                begin(acc + static_cast<size_t>(i) * kLanes, i % gates, i / gates * kLanes);
+            for (uint32_t strip = part.first; strip < part.last; ++strip)
+                for (uint32_t s = 0; s < count_of_segments(H); ++s) {
+                    const size_t at = b * x.stride + static_cast<size_t>(s) * kSegment;
+                    add_blocks(acc, blocks, strip, s * kSegment, x.index + at, value + at,
+                               x.count[static_cast<size_t>(s) * B + b]);
+                }
+            for (uint32_t tile = part.first_tile; tile < part.last_tile; ++tile)
+                f(tile, b, acc + static_cast<size_t>(tile) * rows * kLanes, gates, 1u);
+        }
     };
-    for (uint32_t tile = part.first; tile < part.last; ++tile)
-        units(tile, [&](uint32_t b, uint32_t, uint32_t, uint32_t j, uint32_t left) {
-            const size_t at = static_cast<size_t>(b) * H + j;
-            says(a.spoken[0], b, j, left, load_some(a.y0 + at, left));
-            store_some(a.h + at, left, load_some(a.h0 + at, left));
-        });
+    const auto units = [&](uint32_t tile, auto f) {  // vector by vector of the tile
+        for (uint32_t v = 0; v < tile_vectors(H, tile); ++v) {
+            const uint32_t j = tile * kTile + v * kLanes;
+            f(v, j, H - j);
+        }
+    };
+    for (uint32_t tile = part.first_tile; tile < part.last_tile; ++tile)
+        for (uint32_t b = 0; b < B; ++b)
+            units(tile, [&](uint32_t, uint32_t j, uint32_t left) {
+                const size_t at = static_cast<size_t>(b) * H + j;
+                says(a.spoken[0], b, j, left, load_some(a.y0 + at, left));
+                store_some(a.h + at, left, load_some(a.h0 + at, left));
+            });
     m.wait(m.team);
     for (uint32_t t = 0; t < a.steps; ++t) {
         const Spoken<Real>&said = a.spoken[t % 2], &next = a.spoken[(t + 1) % 2];
@@ -363,52 +614,39 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
             return a.tape + (static_cast<size_t>(t) * B + b) * 4 * H + gate * H + j;
         };
         if (!a.reset_after) {  // r of every unit that spoke, before n can be known
-            for (uint32_t tile = part.first; tile < part.last; ++tile) {
-                for (size_t i = 0; i < static_cast<size_t>(B) * 2 * kTile; i += kLanes) store(acc + i, zero);
-                product(a.hidden, tile, said, said.value);
-                units(tile, [&](uint32_t b, uint32_t v, uint32_t vectors, uint32_t j, uint32_t left) {
-                    const Real* sums = acc + (static_cast<size_t>(b) * 2 * vectors + v) * kLanes;
-                    for (uint32_t gate = 0; gate < 2; ++gate) {
-                        Real* at = tape(b, gate, j);
-                        store_some(at, left, sigmoid(add(load_some(at, left), load(sums + gate * vectors * kLanes))));
-                    }
-                });
-                for (uint32_t b = 0; b < B; ++b) {
-                    const size_t at = b * said.stride + static_cast<size_t>(tile) * kSegment;
-                    const Real* r = tape(b, 0, tile * kSegment);
-                    for (uint32_t k = 0; k < said.count[static_cast<size_t>(tile) * B + b]; ++k)
-                        a.scaled[at + k] = r[said.index[at + k]] * said.value[at + k];
-                }
-            }
+            products(a.hidden, a.blocks, said, said.value, nullptr,
+                     [&](uint32_t tile, uint32_t b, const Real* sums, uint32_t by_unit, uint32_t by_gate) {
+                         units(tile, [&](uint32_t v, uint32_t j, uint32_t left) {
+                             for (uint32_t gate = 0; gate < 2; ++gate) {
+                                 const Vec<Real> sum = load(sums + (v * by_unit + gate * by_gate) * kLanes);
+                                 Real* at = tape(b, gate, j);
+                                 store_some(at, left, sigmoid(add(load_some(at, left), sum)));
+                             }
+                         });
+                         const size_t at = b * said.stride + static_cast<size_t>(tile) * kSegment;
+                         const Real* r = tape(b, 0, tile * kSegment);
+                         for (uint32_t k = 0; k < said.count[static_cast<size_t>(tile) * B + b]; ++k)
+                             a.scaled[at + k] = r[said.index[at + k]] * said.value[at + k];
+                     });
             m.wait(m.team);
         }
-        for (uint32_t tile = part.first; tile < part.last; ++tile) {
-            const uint32_t gates = a.reset_after ? 3 : 1, vectors = tile_vectors(H, tile);
-            for (uint32_t b = 0; b < B; ++b)
-                for (uint32_t i = 0; i < gates * vectors; ++i) {
-                    const uint32_t j = tile * kTile + i % vectors * kLanes;
-                    const bool biased = a.bias_n && i >= 2 * vectors;
-                    store(acc + (static_cast<size_t>(b) * gates * vectors + i) * kLanes,
-                          biased ? load_some(a.bias_n + j, H - j) : zero);
-                }
-            if (a.reset_after)
-                product(a.hidden, tile, said, said.value);
-            else
-                product(a.hidden_n, tile, said, a.scaled);
-            units(tile, [&](uint32_t b, uint32_t v, uint32_t, uint32_t j, uint32_t left) {
-                const Real* sums = acc + (static_cast<size_t>(b) * gates * vectors + v) * kLanes;
+        const auto finish = [&](uint32_t tile, uint32_t b, const Real* sums, uint32_t by_unit, uint32_t by_gate) {
+            units(tile, [&](uint32_t v, uint32_t j, uint32_t left) {
+                const auto product = [&](uint32_t gate) {
+                    return load(sums + (v * by_unit + gate * by_gate) * kLanes);
+                };
                 Real *at_r = tape(b, 0, j), *at_z = tape(b, 1, j), *at_n = tape(b, 2, j), *at_k = tape(b, 3, j);
                 Vec<Real> z = load_some(at_z, left), n = load_some(at_n, left);
                 if (a.reset_after) {
-                    const Vec<Real> r = sigmoid(add(load_some(at_r, left), load(sums)));
-                    const Vec<Real> k = load(sums + 2 * vectors * kLanes);
-                    z = sigmoid(add(z, load(sums + vectors * kLanes)));
+                    const Vec<Real> r = sigmoid(add(load_some(at_r, left), product(0)));
+                    const Vec<Real> k = product(2);
+                    z = sigmoid(add(z, product(1)));
                     n = tanh(fma(r, k, n));
                     store_some(at_r, left, r);
                     store_some(at_z, left, z);
                     store_some(at_k, left, k);
                 } else {
-                    n = tanh(add(n, load(sums)));
+                    n = tanh(add(n, product(0)));
                 }
                 store_some(at_n, left, n);
                 const size_t at = static_cast<size_t>(b) * H + j, now = static_cast<size_t>(t) * B * H + at;
@@ -421,13 +659,19 @@ static void egru_forward(const EgruForwardArgs<Real>& a, const Member& m) {
                     u = lerp<Real>(u, h, set1(a.keep));
                 const Vec<Real> o = event(a, sub(u, theta));
                 const Vec<Real> y = fma(o, u, zero);  // + 0: a silent unit says +0.0 where u is negative
-                store_some(a.u + now, left, u);
-                store_some(a.o + now, left, o);
-                store_some(a.y + now, left, y);
+                if (a.o) {
+                    store_some(a.u + now, left, u);
+                    store_some(a.o + now, left, o);
+                    store_some(a.y + now, left, y);
+                }
                 store_some(a.h + at, left, carried(a, u, o, theta));
                 says(next, b, j, left, y);
             });
-        }
+        };
+        if (a.reset_after)
+            products(a.hidden, a.blocks, said, said.value, a.bias_n, finish);
+        else
+            products(a.hidden_n, a.blocks_n, said, a.scaled, nullptr, finish);
         m.wait(m.team);
     }
 }
@@ -444,21 +688,48 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     const auto add_to = [&](Real* p, uint32_t left, const Vec<Real>& x) {
         store_some(p, left, add(load_some(p, left), x));
     };
-    const auto own = [&](auto f) {  // every vector of units of this member, sample by sample within a tile
-        for (uint32_t tile = part.first; tile < part.last; ++tile) {
-            const uint32_t vectors = tile_vectors(H, tile);
-            for (uint32_t b = 0; b < B; ++b)
+    const auto own = [&](auto f) {  // every vector of units of this member, as they lie in memory
+        for (uint32_t b = 0; b < B; ++b)
+            for (uint32_t tile = part.first; tile < part.last; ++tile) {
+                const uint32_t vectors = tile_vectors(H, tile);
                 for (uint32_t v = 0; v < vectors; ++v) {
                     const uint32_t j = tile * kTile + v * kLanes;
                     f(tile, vectors, b, v, j, H - j);
                 }
-        }
+            }
     };
     const uint32_t parts = count_of_near(H), first_part = part.first * (kTile / kNear);
     const uint32_t end = part.last * (kTile / kNear), last_part = end < parts ? end : parts;
     const uint32_t ahead = (kNear + B - 1) / B;
+    const size_t all = static_cast<size_t>(count_of_groups(H)) * kLanes;
+    /// Where a step's gradients lie that W^T multiplies: of one vector of units, of gate 0; and how far the next
+    /// gate's.
+    const auto place = [&](uint32_t count, uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v) -> size_t {
+        if (a.blocks.start) return (b * all + tile * kTile + v * kLanes) * count;
+        return static_cast<size_t>(tile) * kTile * count * B + (static_cast<size_t>(b) * count * vectors + v) * kLanes;
+    };
+    const auto apart = [&](uint32_t vectors) { return a.blocks.start ? kLanes : vectors * kLanes; };
+    const auto dots_of_blocks = [&](const BlockWeight<Real>& w, const Real* sent, Real* out, size_t row) {
+        for (uint32_t b = 0; b < B; ++b) {
+            const Real* q = sent + b * all * w.gates;
+            const bool wild = __atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED);
+            for (uint32_t s = first_part; s < last_part; ++s) {
+                const uint32_t count = a.need.count[static_cast<size_t>(s) * B + b];
+                const uint32_t* index = a.need.index + b * a.need.stride + static_cast<size_t>(s) * kNear;
+                Real* to = out + static_cast<size_t>(b) * H + s * kNear;
+                const auto dot = [&](uint32_t k) { return dot_blocks(w, s * kNear + index[k], q, wild); };
+                for (uint32_t k = 0; k < count; k += 4) {
+                    Real four[4] = {0, 0, 0, 0};
+                    add_sums(four, dot(k), dot(k + 1), dot(k + 2), dot(k + 3));
+                    for (uint32_t i = 0; i < 4 && k + i < count; ++i) to[index[k + i]] += four[i];
+                }
+            }
+        }
+    };
     /// out[b, j] += row j of W * sent of sample b, where needed.
-    const auto dots = [&](const Transposed<Real>& w, const Real* sent, Real* out, bool upwards) {
+    const auto dots = [&](const Transposed<Real>& w, const BlockWeight<Real>& blocks, const Real* sent, Real* out,
+                          size_t row, bool upwards) {
+        if (blocks.start) return dots_of_blocks(blocks, sent, out, row);
         const auto lists = [&](auto f) {
             for (uint32_t s = first_part; s < last_part; ++s)
                 for (uint32_t b = 0; b < B; ++b)
@@ -503,15 +774,14 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     });
     for (uint32_t t = a.steps; t-- > 0;) {
         const Real* u_old = t ? a.u + (t - 1) * step : nullptr;
-        const Real* o_old = t ? a.o + (t - 1) * step : nullptr;
         const Real* y_old = t ? a.y + (t - 1) * step : a.y0;
         const size_t row = static_cast<size_t>(t) * B;
         own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
             const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
             const Real* tape = a.tape + (row + b) * 4 * H + j;
             const Vec<Real> r = load_some(tape, left), z = load_some(tape + H, left), n = load_some(tape + 2 * H, left);
-            const Vec<Real> u = load_some(a.u + now, left), o = load_some(a.o + now, left);
             const Vec<Real> theta = load_some(a.theta + j, left), dh = load_some(a.dh + at, left);
+            const Vec<Real> u = load_some(a.u + now, left), o = event(a, sub(u, theta));
             const Vec<Real> dy = add(some(a.grad_y, now, left), load_some(a.dy + at, left));
             Vec<Real> dv = zero;
             if (a.event != Event::always) {
@@ -526,8 +796,8 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 kept = mul(sub(one, fresh), du);
                 du = mul(fresh, du);
             }
-            const Vec<Real> h = u_old ? carried(a, load_some(u_old + at, left), load_some(o_old + at, left), theta)
-                                      : load_some(a.h0 + at, left);
+            Vec<Real> h = load_some((u_old ? u_old : a.h0) + at, left);
+            if (u_old) h = carried(a, h, event(a, sub(h, theta)), theta);
             const Vec<Real> dz = mul(mul(sub(h, n), du), mul(z, sub(one, z)));
             const Vec<Real> dn = mul(mul(sub(one, z), du), fma(sub(zero, n), n, one));
             store_some(a.dh + at, left, fma(z, du, kept));
@@ -537,9 +807,8 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             store_some(out + 2 * H, left, dn);
             add_to(a.dbias + H + j, left, dz);
             add_to(a.dbias + 2 * H + j, left, dn);
-            Real* sent = a.sent[t % 2] + static_cast<size_t>(tile) * kTile * gates * B +
-                         (static_cast<size_t>(b) * gates * vectors + v) * kLanes;
-            store(sent + vectors * kLanes, dz);
+            Real* sent = a.sent[t % 2] + place(gates, tile, vectors, b, v);
+            store(sent + apart(vectors), dz);
             Vec<Real> all = add(dz, dn);
             if (a.reset_after) {
                 const Vec<Real> dk = mul(r, dn);
@@ -549,12 +818,10 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dbias + 3 * H + j, left, dk);
                 store(sent, dr);
-                store(sent + 2 * vectors * kLanes, dk);
+                store(sent + 2 * apart(vectors), dk);
                 all = add(all, add(dr, dk));
             } else {
-                store(a.sent_n[t % 2] + static_cast<size_t>(tile) * kTile * B +
-                          (static_cast<size_t>(b) * vectors + v) * kLanes,
-                      dn);
+                store(a.sent_n[t % 2] + place(1, tile, vectors, b, v), dn);
                 store_some(a.back + at, left, zero);
             }
             if (is_nan(mul(all, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
@@ -567,7 +834,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             if (!a.every && !__atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED)) {
                 if (t) {
                     const Vec<Real> v = sub(load_some(u_old + at, left), load_some(a.theta + j, left));
-                    bits = not_zero<Real>(load_some(o_old + at, left));
+                    bits = not_zero<Real>(event(a, v));
                     if (a.event != Event::always && a.height != 0) {
                         const Vec<Real> size = max(v, sub(zero, v));
                         bits |= ~(not_le(size, set1(a.half_width)) & ~is_nan(size));
@@ -588,7 +855,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 for (uint32_t k = count; k % 4; ++k) index[k] = index[count - 1];
         });
         if (!a.reset_after) {
-            dots(a.hidden_n, a.sent_n[t % 2], a.back, t % 2);  // of r * y
+            dots(a.hidden_n, a.blocks_n, a.sent_n[t % 2], a.back, row, t % 2);  // of r * y
             own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
                 const size_t at = static_cast<size_t>(b) * H + j;
                 const Vec<Real> r = load_some(a.tape + (row + b) * 4 * H + j, left);
@@ -598,54 +865,84 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 if (is_nan(mul(dr, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dy + at, left, mul(r, back));
-                store(a.sent[t % 2] + static_cast<size_t>(tile) * kTile * 2 * B +
-                          (static_cast<size_t>(b) * 2 * vectors + v) * kLanes,
-                      dr);
+                store(a.sent[t % 2] + place(2, tile, vectors, b, v), dr);
             });
             m.wait(m.team);
         }
-        dots(a.hidden, a.sent[t % 2], a.dy, t % 2);
+        dots(a.hidden, a.blocks, a.sent[t % 2], a.dy, row, t % 2);
+    }
+}
+
+/// to[lane[k]] += value[k] * from[row[k] - first], rows of N vectors, for k < n.
+template <uint32_t N, class Real>
+SF_INLINE void add_outer(Real* to, const Real* from, uint32_t first, const uint32_t* lane, const uint32_t* row,
+                         const Real* value, uint32_t n) {
+    for (uint32_t k = 0; k < n; ++k) {
+        Real* sums = to + static_cast<size_t>(lane[k]) * N * kLanes;
+        const Real* g = one_base(from + static_cast<size_t>(row[k] - first) * N * kLanes);
+        const Vec<Real> x = set1(value[k]);
+        for (uint32_t i = 0; i < N; ++i)
+            store(sums + i * kLanes, fma(load(g + i * kLanes), x, load(sums + i * kLanes)));
     }
 }
 
 template <class Real>
 static void outer(const OuterArgs<Real>& a, const Member& m) {
-    const Part part(count_of_tiles(a.units), m);
-    const uint32_t chunk = outer_chunk(a.rows);
-    Real* g = a.room + static_cast<size_t>(m.number) * chunk * 3 * kTile;
-    uint32_t* cursor = a.cursor + static_cast<size_t>(m.number) * a.cols;
-    for (uint32_t tile = part.first; tile < part.last; ++tile) {
-        const uint32_t vectors = tile_vectors(a.units, tile), n = a.gates * vectors;
-        for (uint32_t c = 0; c < a.cols; ++c) cursor[c] = a.start[c];
-        for (uint32_t first = 0; first < a.rows; first += chunk) {
-            const uint32_t last = a.rows - first < chunk ? a.rows : first + chunk;
+    const Sifted<Real>& x = a.x;
+    const uint32_t groups = count_of_groups(a.units), parts = count_of_segments(x.cols), chunk = outer_chunk(x.rows);
+    const Part part((groups + 1) / 2, m);
+    Real* g = a.room + static_cast<size_t>(m.number) * chunk * a.gates * kPair;
+    alignas(64) Real sums[kSegment * 3 * kPair];
+    for (uint32_t pair = part.first; pair < part.last; ++pair) {
+        const uint32_t vectors = 2 * pair + 1 < groups ? 2 : 1, n = a.gates * vectors;
+        const auto unit_of = [&](uint32_t i) { return pair * kPair + i / a.gates * kLanes; };
+        const auto live = [&](uint32_t i, uint32_t p) {
+            return a.live ? a.live[(static_cast<size_t>(pair) * 2 * a.gates + i) * parts + p] : ~uint64_t{0};
+        };
+        for (uint32_t first = 0; first < x.rows; first += chunk) {
+            const uint32_t last = x.rows - first < chunk ? x.rows : first + chunk;
             for (uint32_t r = first; r < last; ++r)
                 for (uint32_t i = 0; i < n; ++i) {
-                    const uint32_t unit = tile * kTile + i % vectors * kLanes;
-                    store(g + (static_cast<size_t>(r - first) * n + i) * kLanes,
-                          load_some(a.g + r * a.stride + a.part[i / vectors] + unit, a.units - unit));
+                    const size_t to = a.by_column ? static_cast<size_t>(i) * chunk + r - first
+                                                  : static_cast<size_t>(r - first) * n + i;
+                    store(g + to * kLanes,
+                          load_some(a.g + r * a.stride + a.part[i % a.gates] + unit_of(i), a.units - unit_of(i)));
                 }
-            for (uint32_t col = 0; col < a.cols; col += kLanes) {
-                const uint32_t cols = a.cols - col < kLanes ? a.cols - col : kLanes;
-                alignas(64) Real sums[kLanes * 3 * kTile];
-                for (uint32_t c = 0; c < cols; ++c) {
-                    Real* to = sums + static_cast<size_t>(c) * n * kLanes;
-                    for (uint32_t i = 0; i < n; ++i) store(to + i * kLanes, set1(Real(0)));
-                    uint32_t& at = cursor[col + c];
-                    uint32_t end = a.start[col + c + 1];
-                    if (last < a.rows)
-                        for (end = at; end < a.start[col + c + 1] && a.row[end] < last;) ++end;
+            for (uint32_t p = 0; p < parts; ++p) {
+                const uint32_t cols = x.cols - p * kSegment < kSegment ? x.cols - p * kSegment : kSegment;
+                const uint32_t* start = x.start + p * (static_cast<size_t>(a.by_column ? kSegment : x.rows) + 1);
+                const uint32_t* row = x.row + p * x.stride;
+                const Real* value = x.value + p * x.stride;
+                for (uint32_t i = 0; i < cols * n; ++i) store(sums + i * kLanes, set1(Real(0)));
+                if (a.by_column) {
+                    for (uint32_t i = 0; i < n; ++i)
+                        for (uint64_t bits = live(i, p); bits; bits &= bits - 1) {
+                            const uint32_t c = static_cast<uint32_t>(__builtin_ctzll(bits)), end = start[c + 1];
+                            const Real* rows = g + static_cast<size_t>(i) * chunk * kLanes;
+                            Vec<Real> total = set1(Real(0));
+                            for (uint32_t k = start[c]; k < end; ++k)
+                                if (row[k] >= first && row[k] < last)
+                                    total = fma(load(rows + static_cast<size_t>(row[k] - first) * kLanes),
+                                                set1(value[k]), total);
+                            store(sums + (c * n + i) * kLanes, total);
+                        }
+                } else {
+                    const uint32_t at = start[first];
                     with_width(n, [&](auto width) {
-                        add_rows<decltype(width)::value>(to, g - static_cast<size_t>(first) * n * kLanes, n, a.row + at,
-                                                         a.value + at, end - at);
+                        constexpr uint32_t N = decltype(width)::value;
+                        if constexpr (N <= 6)
+                            add_outer<N>(sums, g, first, x.lane + p * x.stride + at, row + at, value + at,
+                                         start[last] - at);
                     });
-                    at = end;
+                    for (uint32_t i = 0; a.live && i < n; ++i)
+                        for (uint32_t c = 0; c < cols; ++c)
+                            if (!(live(i, p) >> c & 1)) store(sums + (c * n + i) * kLanes, set1(Real(0)));
                 }
                 for (uint32_t i = 0; i < n; ++i) {
-                    const uint32_t unit = tile * kTile + i % vectors * kLanes;
-                    const uint32_t rows = a.units - unit < kLanes ? a.units - unit : kLanes;
+                    const uint32_t unit = unit_of(i), rows = a.units - unit < kLanes ? a.units - unit : kLanes;
                     for (uint32_t r = 0; r < rows; ++r) {
-                        Real* to = a.out + (static_cast<size_t>(i / vectors) * a.units + unit + r) * a.cols + col;
+                        Real* to =
+                            a.out + (static_cast<size_t>(i % a.gates) * a.units + unit + r) * x.cols + p * kSegment;
                         const Real* from = sums + i * kLanes + r;
                         if (first == 0)
                             for (uint32_t c = 0; c < cols; ++c) to[c] = from[static_cast<size_t>(c) * n * kLanes];

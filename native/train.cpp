@@ -117,6 +117,11 @@ SequenceKernels<double>::SequenceKernels(const Kernels& all) {
 #undef SPARSEFOLD_CELL
 #undef SPARSEFOLD_SEQUENCE
 
+const Kernels& sequences(const std::string& isa, std::string* chosen) {
+    const Kernels& own = kernels(isa, chosen);
+    return own.egru_forward_f32 ? own : kernels("avx512");
+}
+
 namespace {
 
 /// Lists of (rows, units) with the arrays that hold them.
@@ -136,25 +141,153 @@ struct Lists {
     }
 };
 
-/// f(row, column, value) of what is not zero in `columns` of x (rows, cols), and of all in rows that are `whole`.
-template <class Real, class Line, class Whole, class F>
-void each_spoken(uint32_t first_row, uint32_t rows, uint32_t first_col, uint32_t cols, const Line& line,
-                 const Whole& whole, const F& f) {
-    for (uint32_t row = first_row; row < rows; ++row) {
-        const Real* x = line(row);
-        const bool all = whole(row);
-        for (uint32_t c = first_col; c < cols; ++c)
-            if (x[c] != 0 || all) f(row, c, x[c]);
+/// The room of what is sifted; pages that nothing falls into are never touched.
+template <class Real>
+struct Sieve {
+    Room<uint32_t> start, lane, row, room_lane, room_row;
+    Room<Real> value, room_value;
+    Sieve(SiftArgs<Real>& a, size_t members, uint32_t rows, uint32_t cols) {
+        const size_t parts = count_of_segments(cols), stride = sifted_stride(rows), room = a.by_column ? members : 0;
+        start = Room<uint32_t>(parts * (size_t{a.by_column ? kSegment : rows} + 1));
+        lane = Room<uint32_t>(a.by_column ? 0 : parts * stride);
+        row = Room<uint32_t>(parts * stride);
+        value = Room<Real>(parts * stride);
+        room_lane = Room<uint32_t>(room * stride);
+        room_row = Room<uint32_t>(room * stride);
+        room_value = Room<Real>(room * stride);
+        a.out = {rows, cols, stride, start.get(), lane.get(), row.get(), value.get()};
+        a.room_lane = room_lane.get();
+        a.room_row = room_row.get();
+        a.room_value = room_value.get();
     }
-}
-
-uint32_t part_of(uint32_t n, uint32_t number, const Member& m) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(n) * number / m.members);
-}
+};
 
 constexpr size_t kTileRoom = 3 * kTile;
 
 }  // namespace
+
+std::vector<uint64_t> blocks_of(const uint8_t* mask, uint32_t gates, uint32_t units, uint32_t cols) {
+    const uint32_t segments = count_of_segments(cols);
+    std::vector<uint64_t> live(static_cast<size_t>(count_of_groups(units)) * gates * segments, 0);
+    for (uint32_t gate = 0; gate < gates; ++gate)
+        for (uint32_t unit = 0; unit < units; ++unit) {
+            const uint8_t* row = mask + (static_cast<size_t>(gate) * units + unit) * cols;
+            uint64_t* bits = live.data() + static_cast<size_t>(unit / kLanes * gates + gate) * segments;
+            for (uint32_t c = 0; c < cols; ++c) bits[c / kSegment] |= uint64_t{row[c] != 0} << c % kSegment;
+        }
+    return live;
+}
+
+namespace {
+
+template <class F>
+void each_live(const BlockPattern& p, const F& f) {  // f(row, col)
+    const uint32_t segments = count_of_segments(p.cols), rows = count_of_groups(p.units) * p.gates;
+    for (uint32_t row = 0; row < rows; ++row)
+        for (uint32_t s = 0; s < segments; ++s)
+            for (uint64_t bits = p.live[static_cast<size_t>(row) * segments + s]; bits; bits &= bits - 1)
+                f(row, s * kSegment + static_cast<uint32_t>(__builtin_ctzll(bits)));
+}
+
+size_t count_live(const BlockPattern& p) {
+    size_t n = 0;
+    for (const uint64_t bits : p.live) n += static_cast<size_t>(__builtin_popcountll(bits));
+    return n;
+}
+
+void find_places(BlockPattern& p, size_t blocks) {
+    const uint32_t tiles = count_of_tiles(p.units), rows = kTile / kLanes * p.gates;
+    std::vector<uint32_t> strip_of(tiles);
+    for (uint32_t strip = 0; strip < p.strips; ++strip)
+        for (uint64_t t = uint64_t{tiles} * strip / p.strips; t < uint64_t{tiles} * (strip + 1) / p.strips; ++t)
+            strip_of[t] = strip;
+    p.start.assign(static_cast<size_t>(p.cols) * p.strips + 1, 0);
+    const auto place = [&](uint32_t row, uint32_t col) {
+        return static_cast<size_t>(col) * p.strips + strip_of[row / rows];
+    };
+    each_live(p, [&](uint32_t row, uint32_t col) { ++p.start[place(row, col) + 1]; });
+    for (size_t i = 1; i < p.start.size(); ++i) p.start[i] += p.start[i - 1];
+    std::vector<uint32_t> at(p.start.begin(), p.start.end() - 1);
+    p.row.resize(blocks);
+    each_live(p, [&](uint32_t row, uint32_t col) { p.row[at[place(row, col)]++] = row; });
+}
+
+/// Of a few blocks of every row of blocks, the share that is live.
+template <class Real>
+double guess_share(const Real* weight, uint32_t gates, uint32_t units, uint32_t cols) {
+    constexpr uint32_t kFew = 8;
+    const uint32_t few = std::min(cols, kFew);
+    size_t live = 0, seen = 0;
+    for (uint32_t gate = 0; gate < gates; ++gate)
+        for (uint32_t unit = 0; unit < units; unit += kLanes) {
+            const uint32_t first =
+                static_cast<uint32_t>((unit / kLanes + gate) * uint64_t{2654435761u} % (cols - few + 1));
+            for (uint32_t c = first; c < first + few; ++c, ++seen)
+                for (uint32_t r = unit; r < std::min(unit + kLanes, units); ++r)
+                    if (weight[(static_cast<size_t>(gate) * units + r) * cols + c] != 0) {
+                        ++live;
+                        break;
+                    }
+        }
+    return seen ? static_cast<double>(live) / static_cast<double>(seen) : 0;
+}
+constexpr double kDoubt = 0.1;  // of that guess
+
+}  // namespace
+
+template <class Real>
+double Blocks<Real>::share() const {
+    if (!pattern) return 1;
+    const size_t all = static_cast<size_t>(count_of_groups(pattern->units)) * pattern->gates * pattern->cols;
+    return all ? static_cast<double>(count_live(*pattern)) / static_cast<double>(all) : 0;
+}
+
+template <class Real>
+BlockWeight<Real> Blocks<Real>::view() const {
+    const BlockPattern& p = *pattern;
+    return {p.start.data(), p.row.data(), values.get(), p.gates, p.units, p.cols, p.strips};
+}
+
+template <class Real>
+Blocks<Real> pack_blocks(Team& team, const SequenceKernels<Real>& k, const Real* weight, uint32_t gates, uint32_t units,
+                         uint32_t cols, const uint64_t* kept, double most, const Blocks<Real>* previous) {
+    const uint32_t strips = std::max(1u, std::min(static_cast<uint32_t>(team.size()), count_of_tiles(units)));
+    const BlockPattern* old = previous ? previous->pattern.get() : nullptr;
+    if (old && (old->gates != gates || old->units != units || old->cols != cols || old->strips != strips))
+        old = nullptr;
+    const bool was_packed = old && !old->start.empty();
+    if (!kept && !was_packed && guess_share(weight, gates, units, cols) > most + kDoubt) return {nullptr, Room<Real>()};
+    auto found = std::make_shared<BlockPattern>();
+    found->gates = gates, found->units = units, found->cols = cols, found->strips = strips;
+    if (old)
+        found->live = old->live;
+    else
+        found->live.assign(static_cast<size_t>(count_of_groups(units)) * gates * count_of_segments(cols), 0);
+    std::vector<uint8_t> changed(team.size(), 0), wild(team.size(), 0);
+    const Room<uint32_t> cursor(team.size() * cols);
+    PackBlocksArgs<Real> args{weight,  gates,   units,        cols,           strips,     kept, found->live.data(),
+                              nullptr, nullptr, cursor.get(), changed.data(), wild.data()};
+    const auto any = [](const std::vector<uint8_t>& v) { return std::find(v.begin(), v.end(), 1) != v.end(); };
+    const auto fill = [&](const BlockPattern& pattern) {
+        Room<Real> values(pattern.row.size() * kLanes);
+        args.start = pattern.start.data();
+        args.values = values.get();
+        team.run(strips, [&](const Member& m) { k.pack_blocks(args, m); });
+        return values;
+    };
+    if (was_packed) {
+        Room<Real> values = fill(*old);
+        if (!any(wild) && !any(changed)) return {previous->pattern, std::move(values)};
+        args.start = nullptr;
+    } else {
+        team.run(strips, [&](const Member& m) { k.pack_blocks(args, m); });
+    }
+    Blocks<Real> out{found, Room<Real>()};
+    if (any(wild) || out.share() > most) return out;
+    find_places(*found, count_live(*found));
+    out.values = fill(*found);
+    return out;
+}
 
 template <class Real>
 bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> args) {
@@ -165,35 +298,39 @@ bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> a
 }
 
 template <class Real>
-void input_product(Team& team, const SequenceKernels<Real>& k, const Transposed<Real>& weight, const Real* x,
-                   uint32_t rows, const Real* bias, Real* out, size_t stride) {
-    const auto each = [&](const Member& m, const auto& f) {
-        each_spoken<Real>(
-            part_of(rows, m.number, m), part_of(rows, m.number + 1, m), 0, weight.cols,
-            [&](uint32_t r) { return x + static_cast<size_t>(r) * weight.cols; }, [](uint32_t) { return false; }, f);
-    };
-    std::vector<uint32_t> start(static_cast<size_t>(rows) + 1, 0);
-    team.run(team.size(), [&](const Member& m) { each(m, [&](uint32_t r, uint32_t, Real) { ++start[r + 1]; }); });
-    for (uint32_t r = 0; r < rows; ++r) start[r + 1] += start[r];
-    const Room<uint32_t> index(start[rows]);
-    const Room<Real> value(start[rows]);
-    const InputProductArgs<Real> args{weight, rows, start.data(), index.get(), value.get(), bias, out, stride};
+void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<Real> args, const Real* x,
+                   uint32_t rows, uint32_t cols) {
+    const size_t sums = args.blocks.start ? size_t{args.blocks.gates} * pad(args.blocks.units)
+                                          : size_t{args.weight.gates} * kTile * product_rows(rows);
+    const Room<Real> room(team.size() * sums);
+    args.room = room.get();
+    SiftArgs<Real> from{};
+    from.rest = x;
+    const Sieve<Real> sieve(from, team.size(), args.dense ? 0 : rows, cols);
+    args.x = from.out;
+    args.x.rows = rows;
     team.run(team.size(), [&](const Member& m) {
-        uint32_t at = start[part_of(rows, m.number, m)];
-        each(m, [&](uint32_t, uint32_t c, Real v) {
-            index.get()[at] = c;
-            value.get()[at++] = v;
-        });
-        m.wait(m.team);
+        if (!args.dense) {
+            k.sift(from, m);
+            m.wait(m.team);
+        }
         k.input_product(args, m);
     });
+}
+
+template <class Real>
+void input_gradient(Team& team, const SequenceKernels<Real>& k, InputGradientArgs<Real> args) {
+    const Room<Real> room(team.size() * kAtOnce * args.blocks.gates * pad(args.blocks.units));
+    args.room = room.get();
+    team.run(team.size(), [&](const Member& m) { k.input_gradient(args, m); });
 }
 
 template <class Real>
 void egru_forward(Team& team, const SequenceKernels<Real>& k, EgruForwardArgs<Real> args) {
     const Lists<Real> first(args.batch, args.units), second(args.batch, args.units);
     const Room<Real> scaled(args.reset_after ? 0 : args.batch * first.view.stride);
-    const Room<Real> room(team.size() * args.batch * kTileRoom);
+    args.room_of_sums = args.blocks.start ? 3 * pad(args.units) : args.batch * kTileRoom;
+    const Room<Real> room(team.size() * args.room_of_sums);
     args.spoken[0] = first.view;
     args.spoken[1] = second.view;
     args.scaled = scaled.get();
@@ -219,33 +356,15 @@ void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<
 }
 
 template <class Real>
-void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, const Columns<Real>& x) {
-    const uint32_t cols = args.cols;
-    const auto each = [&](const Member& m, const auto& f) {  // of this member's columns, by row
-        each_spoken<Real>(
-            0, args.rows, part_of(cols, m.number, m), part_of(cols, m.number + 1, m),
-            [&](uint32_t r) {
-                return r < x.head_rows ? x.head + static_cast<size_t>(r) * cols
-                                       : x.rest + static_cast<size_t>(r - x.head_rows) * cols;
-            },
-            [&](uint32_t r) { return x.wild && x.wild[r]; }, f);
-    };
-    std::vector<uint32_t> start(static_cast<size_t>(cols) + 1, 0), at;
-    team.run(team.size(), [&](const Member& m) { each(m, [&](uint32_t, uint32_t c, Real) { ++start[c + 1]; }); });
-    for (uint32_t c = 0; c < cols; ++c) start[c + 1] += start[c];
-    at.assign(start.begin(), start.end() - 1);
-    const Room<uint32_t> row(start[cols]), cursor(team.size() * cols);
-    const Room<Real> value(start[cols]), room(team.size() * outer_chunk(args.rows) * kTileRoom);
-    args.start = start.data();
-    args.row = row.get();
-    args.value = value.get();
+void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, SiftArgs<Real> from, uint32_t rows,
+           uint32_t cols) {
+    from.by_column = args.by_column;
+    const Sieve<Real> sieve(from, team.size(), rows, cols);
+    const Room<Real> room(team.size() * outer_chunk(rows) * args.gates * kPair);
+    args.x = from.out;
     args.room = room.get();
-    args.cursor = cursor.get();
     team.run(team.size(), [&](const Member& m) {
-        each(m, [&](uint32_t r, uint32_t c, Real v) {
-            row.get()[at[c]] = r;
-            value.get()[at[c]++] = x.scale ? v * x.scale[r * x.scale_stride + c] : v;
-        });
+        k.sift(from, m);
         m.wait(m.team);
         k.outer(args, m);
     });
@@ -265,15 +384,121 @@ size_t count_spoken(Team& team, const Real* x, size_t n) {
     return total;
 }
 
-#define SPARSEFOLD_FOR(Real)                                                                                     \
-    template bool transpose<Real>(Team&, const SequenceKernels<Real>&, TransposeArgs<Real>);                     \
-    template void input_product<Real>(Team&, const SequenceKernels<Real>&, const Transposed<Real>&, const Real*, \
-                                      uint32_t, const Real*, Real*, size_t);                                     \
-    template void egru_forward<Real>(Team&, const SequenceKernels<Real>&, EgruForwardArgs<Real>);                \
-    template void egru_backward<Real>(Team&, const SequenceKernels<Real>&, EgruBackwardArgs<Real>);              \
-    template void outer<Real>(Team&, const SequenceKernels<Real>&, OuterArgs<Real>, const Columns<Real>&);       \
+#define SPARSEFOLD_FOR(Real)                                                                                      \
+    template struct Blocks<Real>;                                                                                 \
+    template Blocks<Real> pack_blocks<Real>(Team&, const SequenceKernels<Real>&, const Real*, uint32_t, uint32_t, \
+                                            uint32_t, const uint64_t*, double, const Blocks<Real>*);              \
+    template bool transpose<Real>(Team&, const SequenceKernels<Real>&, TransposeArgs<Real>);                      \
+    template void input_product<Real>(Team&, const SequenceKernels<Real>&, InputProductArgs<Real>, const Real*,   \
+                                      uint32_t, uint32_t);                                                        \
+    template void input_gradient<Real>(Team&, const SequenceKernels<Real>&, InputGradientArgs<Real>);             \
+    template void egru_forward<Real>(Team&, const SequenceKernels<Real>&, EgruForwardArgs<Real>);                 \
+    template void egru_backward<Real>(Team&, const SequenceKernels<Real>&, EgruBackwardArgs<Real>);               \
+    template void outer<Real>(Team&, const SequenceKernels<Real>&, OuterArgs<Real>, SiftArgs<Real>, uint32_t,     \
+                              uint32_t);                                                                          \
     template size_t count_spoken<Real>(Team&, const Real*, size_t);
 SPARSEFOLD_FOR(float)
 SPARSEFOLD_FOR(double)
+
+namespace {
+
+/// Panels of a matrix with the room for its values: fresh pages, large ones where the system has them. Memory that was
+/// given back before lies on small ones, whose list no processor holds for all of a large weight.
+template <class Real>
+class PanelRoom {
+  public:
+    PanelRoom(uint32_t gates, uint32_t vectors, uint32_t units, uint32_t depth)
+        : view{nullptr, gates, vectors, units, depth} {
+        const size_t n = static_cast<size_t>(count_of_panels(units, vectors)) * gates * vectors * kLanes * depth;
+        if (n * sizeof(Real) < kLarge) {
+            small_ = Room<Real>(n);
+            view.values = small_.get();
+            return;
+        }
+        bytes_ = n * sizeof(Real) + kLarge;
+        pages_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (pages_ == MAP_FAILED) throw std::bad_alloc();
+        const uintptr_t first = (reinterpret_cast<uintptr_t>(pages_) + kLarge - 1) / kLarge * kLarge;
+        advise_large_pages(reinterpret_cast<void*>(first), n * sizeof(Real) + kLarge - 1);
+        view.values = reinterpret_cast<Real*>(first);
+    }
+    PanelRoom(const PanelRoom&) = delete;
+    ~PanelRoom() {
+        if (pages_) munmap(pages_, bytes_);
+    }
+    Panels<Real> view;
+
+  private:
+    static constexpr size_t kLarge = 2u << 20;
+    Room<Real> small_;
+    void* pages_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+}  // namespace
+
+template <class Real>
+void gated_forward(Team& team, const SequenceKernels<Real>& k, GatedForwardArgs<Real> args) {
+    const uint32_t H = args.units, gates = gates_of(args.kind);
+    const size_t step = static_cast<size_t>(args.batch) * H;
+    const bool before = args.kind == Gated::gru_before, blocks = args.blocks.start;
+    const uint32_t now = before ? 2 : gates, vectors = before ? 2 : gates == 1 ? kPanelVectors : 1;
+    const PanelRoom<Real> panels(now, vectors, blocks ? 0 : H, H),
+        panels_n(1, kPanelVectors, !blocks && before ? H : 0, H);
+    const Room<Real> state(blocks ? 0 : 2 * step), scaled(before ? step : 0);
+    args.room_of_sums = blocks ? size_t{gates} * pad(H) : size_t{args.batch} * kPanelVectors * kLanes;
+    const Room<Real> room(team.size() * args.room_of_sums);
+    args.panels = panels.view;
+    args.panels_n = panels_n.view;
+    args.state[0] = state.get();
+    args.state[1] = state.get() + (blocks ? 0 : step);
+    args.scaled = scaled.get();
+    args.room = room.get();
+    team.run(count_of_panels(H, before ? kPanelVectors : vectors), [&](const Member& m) { k.gated_forward(args, m); });
+}
+
+template <class Real>
+void gated_backward(Team& team, const SequenceKernels<Real>& k, GatedBackwardArgs<Real> args) {
+    const uint32_t H = args.units, gates = gates_of(args.kind);
+    const bool before = args.kind == Gated::gru_before, blocks = args.blocks.start;
+    const size_t rows = size_t{args.steps} * args.batch, sums = size_t{gates} * pad(H) * args.batch;
+    const PanelRoom<Real> panels(1, kPanelVectors, blocks ? 0 : H, gates * H);
+    const Room<Real> sent(2 * sums), back(before ? size_t{args.batch} * H : 0);
+    args.room_of_sums = size_t{args.batch} * kPanelVectors * kLanes;
+    const Room<Real> room(team.size() * args.room_of_sums);
+    std::vector<uint8_t> wild(blocks ? rows : 0, 0);
+    args.panels = panels.view;
+    args.sent[0] = sent.get();
+    args.sent[1] = sent.get() + sums;
+    args.wild = wild.data();
+    args.back = back.get();
+    args.room = room.get();
+    team.run(count_of_panels(H, kPanelVectors), [&](const Member& m) { k.gated_backward(args, m); });
+}
+
+template <class Real>
+void outer_blocks(Team& team, const SequenceKernels<Real>& k, OuterBlocksArgs<Real> args, const BlockPattern& pattern) {
+    std::vector<uint32_t> start(static_cast<size_t>(count_of_groups(args.units)) * args.gates + 1, 0), col;
+    col.reserve(count_live(pattern));
+    each_live(pattern, [&](uint32_t row, uint32_t c) {
+        col.push_back(c);
+        start[row + 1] = static_cast<uint32_t>(col.size());
+    });
+    for (size_t i = 1; i < start.size(); ++i) start[i] = std::max(start[i], start[i - 1]);
+    const Room<Real> sums(col.size() * kLanes);
+    std::fill_n(sums.get(), col.size() * kLanes, Real(0));
+    args.start = start.data();
+    args.col = col.data();
+    args.sums = sums.get();
+    team.run(start.size() - 1, [&](const Member& m) { k.outer_blocks(args, m); });
+}
+
+template void gated_forward<float>(Team&, const SequenceKernels<float>&, GatedForwardArgs<float>);
+template void gated_forward<double>(Team&, const SequenceKernels<double>&, GatedForwardArgs<double>);
+template void gated_backward<float>(Team&, const SequenceKernels<float>&, GatedBackwardArgs<float>);
+template void gated_backward<double>(Team&, const SequenceKernels<double>&, GatedBackwardArgs<double>);
+
+template void outer_blocks<float>(Team&, const SequenceKernels<float>&, OuterBlocksArgs<float>, const BlockPattern&);
+template void outer_blocks<double>(Team&, const SequenceKernels<double>&, OuterBlocksArgs<double>, const BlockPattern&);
 
 }  // namespace sparsefold

@@ -71,6 +71,9 @@ struct SequenceKernels {
     explicit SequenceKernels(const Kernels& all);
 };
 
+/// The table that holds the sequences of `isa` (as for kernels()).
+const Kernels& sequences(const std::string& isa, std::string* chosen = nullptr);
+
 /// Large pages for fresh memory, where the system has them.
 void advise_large_pages(void* p, size_t bytes);
 
@@ -94,14 +97,45 @@ class Room {
     std::unique_ptr<Real, Delete> data_;
 };
 
+/// Which blocks of a weight are live, and where they lie in BlockWeight: start and row, both empty if not packed.
+struct BlockPattern {
+    uint32_t gates, units, cols, strips;
+    std::vector<uint64_t> live;  // (groups * gates, segments of cols)
+    std::vector<uint32_t> start, row;
+};
+
+/// A weight by its live blocks. Never changed once made; weights with the same blocks share the pattern.
+template <class Real>
+struct Blocks {
+    std::shared_ptr<const BlockPattern> pattern;  // null: nobody looked closely, far too many are live
+    Room<Real> values;
+    bool packed() const { return pattern && !pattern->start.empty(); }
+    double share() const;  // of blocks that are live; 1 where nobody looked
+    BlockWeight<Real> view() const;
+};
+
+/// The blocks of a weight (gates * units, cols), packed where at most the share `most` is live and all is finite.
+/// `kept` as in PackBlocksArgs, or null; `previous`, or null: what it may share the pattern with.
+template <class Real>
+Blocks<Real> pack_blocks(Team& team, const SequenceKernels<Real>& k, const Real* weight, uint32_t gates, uint32_t units,
+                         uint32_t cols, const uint64_t* kept, double most, const Blocks<Real>* previous);
+
+/// Bits of the blocks of a mask (gates * units, cols) with any byte that is not zero, as BlockPattern::live.
+std::vector<uint64_t> blocks_of(const uint8_t* mask, uint32_t gates, uint32_t units, uint32_t cols);
+
 /// Fills args.values; true where a weight is not finite.
 template <class Real>
 bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> args);
 
-/// out (rows, stride) = bias + W x for what is not zero of x (rows, weight.cols).
+/// args.out = bias + W x for what is not zero of x (rows, cols), or for all of it where args.dense is given. What x
+/// holds and the room of args are filled in here.
 template <class Real>
-void input_product(Team& team, const SequenceKernels<Real>& k, const Transposed<Real>& weight, const Real* x,
-                   uint32_t rows, const Real* bias, Real* out, size_t stride);
+void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<Real> args, const Real* x,
+                   uint32_t rows, uint32_t cols);
+
+/// The room of args is filled in here.
+template <class Real>
+void input_gradient(Team& team, const SequenceKernels<Real>& k, InputGradientArgs<Real> args);
 
 /// The pointers of room are filled in here.
 template <class Real>
@@ -109,20 +143,20 @@ void egru_forward(Team& team, const SequenceKernels<Real>& k, EgruForwardArgs<Re
 template <class Real>
 void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<Real> args);
 
-/// What an outer product reads of x (rows, cols): its first rows may lie elsewhere, each row may be scaled by another
-/// array's, and rows whose gradient is not finite are read whole.
+/// args.out = sum over rows of g x^T, x as `from` says it; `by_column` where few blocks of args.live are live. What x
+/// holds and the room of args are filled in here.
 template <class Real>
-struct Columns {
-    const Real* head;  // (head_rows, cols)
-    uint32_t head_rows;
-    const Real* rest;   // (rows - head_rows, cols)
-    const Real* scale;  // (rows, scale_stride) or null
-    size_t scale_stride;
-    const uint8_t* wild;  // (rows) or null
-};
-/// args.out = sum over rows of g x^T; the lists and the room of args are filled in here.
+void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, SiftArgs<Real> from, uint32_t rows,
+           uint32_t cols);
+
+/// The pointers of room are filled in here.
 template <class Real>
-void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, const Columns<Real>& x);
+void gated_forward(Team& team, const SequenceKernels<Real>& k, GatedForwardArgs<Real> args);
+template <class Real>
+void gated_backward(Team& team, const SequenceKernels<Real>& k, GatedBackwardArgs<Real> args);
+/// args.out, zeros, gets the outer product in the live blocks of `pattern`, whose lists and room are filled in here.
+template <class Real>
+void outer_blocks(Team& team, const SequenceKernels<Real>& k, OuterBlocksArgs<Real> args, const BlockPattern& pattern);
 
 /// Elements that are not zero.
 template <class Real>

@@ -199,6 +199,23 @@ class Stream:
     @property
     def trace_width(self) -> int: ...
 
+class KeptBlocks:
+    def __init__(
+        self, mask: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)], gates: int
+    ) -> None: ...
+
+class BlocksF32:
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def share(self) -> float: ...
+
+class BlocksF64:
+    @property
+    def packed(self) -> bool: ...
+    @property
+    def share(self) -> float: ...
+
 class Team:
     def __init__(self, threads: int, isa: str = "") -> None: ...
     @property
@@ -226,26 +243,66 @@ class Team:
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> bool: ...
     @overload
-    def input_product(
+    def pack(
         self,
         weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        gates: int,
+        most: float,
+        previous: BlocksF32 | None,
+        kept: KeptBlocks | None,
+    ) -> BlocksF32: ...
+    @overload
+    def pack(
+        self,
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        gates: int,
+        most: float,
+        previous: BlocksF64 | None,
+        kept: KeptBlocks | None,
+    ) -> BlocksF64: ...
+    @overload
+    def input_product(
+        self,
+        weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF32 | None,
         bias: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         x: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        events: bool,
         out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
     def input_product(
         self,
-        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF64 | None,
         bias: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         x: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        events: bool,
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def input_gradient(
+        self,
+        blocks: BlocksF32,
+        g: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def input_gradient(
+        self,
+        blocks: BlocksF64,
+        g: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
     def egru_forward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF32 | None,
+        blocks_n: BlocksF32 | None,
         every: bool,
         bias_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         theta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
@@ -254,7 +311,7 @@ class Team:
         h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
         u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
-        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")] | None,
         y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
         h: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
@@ -262,7 +319,9 @@ class Team:
     def egru_forward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF64 | None,
+        blocks_n: BlocksF64 | None,
         every: bool,
         bias_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         theta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
@@ -271,7 +330,7 @@ class Team:
         h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
         u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
-        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")] | None,
         y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
         h: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...
@@ -279,7 +338,9 @@ class Team:
     def egru_backward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF32 | None,
+        blocks_n: BlocksF32 | None,
         every: bool,
         theta: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         mask: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
@@ -287,7 +348,6 @@ class Team:
         h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
-        o: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         grad_y: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         grad_u: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
@@ -306,7 +366,9 @@ class Team:
     def egru_backward(
         self,
         options: dict,
-        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        hidden: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        blocks: BlocksF64 | None,
+        blocks_n: BlocksF64 | None,
         every: bool,
         theta: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         mask: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
@@ -314,7 +376,6 @@ class Team:
         h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
-        o: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         grad_y: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         grad_u: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
@@ -338,6 +399,7 @@ class Team:
         rest: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
         scale: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        live: BlocksF32 | None,
         out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
@@ -349,5 +411,116 @@ class Team:
         rest: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
         scale: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
+        live: BlocksF64 | None,
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def outer_blocks(
+        self,
+        g: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        parts: Sequence[int],
+        head: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        rest: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        blocks: BlocksF32,
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def outer_blocks(
+        self,
+        g: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        parts: Sequence[int],
+        head: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        rest: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        blocks: BlocksF64,
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def gated_forward(
+        self,
+        kind: str,
+        keep_h: float,
+        keep_c: float,
+        weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        blocks: BlocksF32 | None,
+        blocks_n: BlocksF32 | None,
+        bias_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        mask_h: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        mask_c: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        c0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        live: Annotated[NDArray[numpy.int32], dict(order="C", device="cpu", writable=False)] | None,
+        tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        cells: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")] | None,
+    ) -> None: ...
+    @overload
+    def gated_forward(
+        self,
+        kind: str,
+        keep_h: float,
+        keep_c: float,
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        blocks: BlocksF64 | None,
+        blocks_n: BlocksF64 | None,
+        bias_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        mask_h: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        mask_c: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        c0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        live: Annotated[NDArray[numpy.int32], dict(order="C", device="cpu", writable=False)] | None,
+        tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        cells: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")] | None,
+    ) -> None: ...
+    @overload
+    def gated_backward(
+        self,
+        kind: str,
+        keep_h: float,
+        keep_c: float,
+        weight: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        blocks: BlocksF32 | None,
+        blocks_n: BlocksF32 | None,
+        mask_h: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        mask_c: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        h0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        c0: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        live: Annotated[NDArray[numpy.int32], dict(order="C", device="cpu", writable=False)] | None,
+        tape: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        cells: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_cells: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_h_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        grad_c_n: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
+        gates: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        dh: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+        dc: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")] | None,
+        dbias: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
+    ) -> None: ...
+    @overload
+    def gated_backward(
+        self,
+        kind: str,
+        keep_h: float,
+        keep_c: float,
+        weight: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        blocks: BlocksF64 | None,
+        blocks_n: BlocksF64 | None,
+        mask_h: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        mask_c: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        h0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        c0: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        live: Annotated[NDArray[numpy.int32], dict(order="C", device="cpu", writable=False)] | None,
+        tape: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        cells: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_cells: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_h_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        grad_c_n: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
+        gates: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        dh: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
+        dc: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")] | None,
+        dbias: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...

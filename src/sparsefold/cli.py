@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsefold import language
 from sparsefold.bench import Latency, pinned, time_calls
-from sparsefold.engine import Engine, Stream
+from sparsefold.engine import Engine
 from sparsefold.formats import VALUE_TYPES
 from sparsefold.program import Embedding, Program, ProgramError, matrices
-from sparsefold.progress import Progress
+from sparsefold.vocabulary import Vocabulary
 
-SAMPLE_BYTES = 20_000  # of a text, played to count events before formats are chosen
+_DATA_DIR = "folder of the published corpora, ptb and wikitext-2 (default: SPARSEFOLD_DATA)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.command(args)
     except KeyboardInterrupt as stop:
-        print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
-        if resume := getattr(args, "resume", None):
-            print(f"Run the same command again to go on: {shlex.join(resume(args))}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+            print(f"\nsparsefold: {str(stop) or 'interrupted.'}", file=sys.stderr)
+            if resume := getattr(args, "resume", None):
+                print(
+                    f"Run the same command again to go on: {_started_by()}{shlex.join(resume(args))}", file=sys.stderr
+                )
         return 130
     except BrokenPipeError:  # whoever read our output has seen enough
         sys.stdout = None
@@ -50,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sparsefold: {f'{name}: ' if name else ''}{error.strerror or error}.", file=sys.stderr)
         return 2
     return 0
+
+
+def _started_by() -> str:
+    """What stands before our own command where torchrun has started it."""
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return f"torchrun --nproc-per-node {count} --no-python " if count > 1 else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +90,26 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--list", action="store_true", help="print the recipe's settings (without one: the recipes) and stop"
     )
-    train.set_defaults(resume=lambda a: ["sparsefold", "train", a.recipe, *a.overrides, "--out", str(_train_folder(a))])
+    train.add_argument("--data-dir", type=Path, default=None, help=f"{_DATA_DIR}; what is missing is downloaded there")
+    train.set_defaults(
+        resume=lambda a: [
+            "sparsefold", "train", a.recipe, *a.overrides, "--out", str(_train_folder(a)),
+            *(["--data-dir", str(a.data_dir)] if a.data_dir else []),
+        ]
+    )  # fmt: skip
+
+    sweep = add("sweep", _sweep, "Search over a recipe's settings on Optuna: sparsefold sweep ptb grid.toml")
+    sweep.add_argument("recipe")
+    sweep.add_argument("space", type=Path, metavar="FILE", help="TOML: for each setting a value, a list, or a range")
+    sweep.add_argument("--out", type=Path, default=None, help="folder of the trials (default: runs/sweep-RECIPE)")
+    sweep.add_argument("--storage", default="", help="file or URL that all workers share (default: a journal in --out)")
+    sweep.add_argument("--trials", type=int, default=None, help="of all workers (default: the whole grid, or 20)")
+    sweep.set_defaults(
+        resume=lambda a: [
+            "sparsefold", "sweep", a.recipe, str(a.space), "--out", str(a.out or f"runs/sweep-{a.recipe}"),
+            *(["--storage", a.storage] if a.storage else []), *(["--trials", str(a.trials)] if a.trials else []),
+        ]
+    )  # fmt: skip
 
     compile_ = add("compile", _compile, "Compile a checkpoint (or the folder of a run) to one .sfold file.")
     compile_.add_argument("checkpoint", type=Path)
@@ -101,11 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     calibrate.add_argument(
         "--sample", type=Path, required=True, metavar="FILE",
-        help="a text, for a byte-level text model; or a .npy file of token ids (T,) or values (T, I), also (B, T, I)",
+        help="a text, for a language model; or a .npy file of token ids (T,) or values (T, I), also (B, T, I)",
     )  # fmt: skip
     calibrate.add_argument(
         "--max-loss", type=float, default=0.01,
-        help="bits per character that a text may cost more; of a .npy, the relative error of the outputs (default: 0.01)",
+        help="bits per character or word that a text may cost more; of a .npy, the relative error of the outputs (default: 0.01)",
     )  # fmt: skip
 
     prune = add("prune", _prune, "Prune a checkpoint at once: safetensors, or a torch file without code in it.")
@@ -114,18 +143,20 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="may be CKPT itself")
     prune.add_argument("--png", type=Path, default=None, metavar="FILE", help="draw the masks")
 
-    run = add("run", _run, "Generate text with a compiled model, as a stream.")
+    run = add("run", _run, "Generate text with a compiled language model, as a stream.")
     run.add_argument("file", type=Path)
-    run.add_argument("--prompt", default="\n", help="text to start from")
-    run.add_argument("--length", type=int, default=400, help="bytes to generate")
-    run.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest byte")
+    run.add_argument("--prompt", default="", help="text to start from; none: the beginning of a line")
+    run.add_argument("--tokens", type=int, default=400, help="bytes, or words, to generate (default: 400)")
+    run.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: 0.7)")
+    run.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default: all)")
     run.add_argument("--seed", type=int, default=0)
 
-    eval_ = add("eval", _eval, "Quality, event rates, cost and time of a compiled model on a text.")
+    eval_ = add("eval", _eval, "Quality, event rates, cost and time of a compiled language model on a text.")
     eval_.add_argument("file", type=Path)
     eval_.add_argument(
         "--text", type=Path, default=None, help="text file (default: the test split it was trained beside)"
     )
+    eval_.add_argument("--data-dir", type=Path, default=None, help=_DATA_DIR)
     eval_.add_argument("--json", action="store_true", help="print JSON")
 
     inspect = add("inspect", _inspect, "What a .sfold file holds: ops, formats, sizes, where it comes from.")
@@ -204,22 +235,41 @@ def _train(args: argparse.Namespace) -> None:
     config = override(recipe.Config(), args.overrides)
     if args.list:
         for key, value in asdict(config).items():
-            print(f"{key}={'x'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            joint = "," if isinstance(value, tuple) and any(isinstance(v, float) for v in value) else "x"
+            print(f"{key}={joint.join(map(str, value)) if isinstance(value, tuple) else value}")
         return
+    if args.data_dir:
+        os.environ["SPARSEFOLD_DATA"] = str(args.data_dir)  # for whatever this command starts, too
     folder = _train_folder(args)
     summary = recipe.run(config, folder, args.recipe)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first has written and says so
+        return
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    if hasattr(recipe, "told"):
+        print(recipe.told(summary))
+        return
+    quality = f"perplexity {summary.get('valid_perplexity', 0):.2f}"
+    if "valid_bits_per_char" in summary:
+        quality = f"{summary['valid_bits_per_char']:.4f} bits per character"
     print(
-        f"{summary['valid_bits_per_char']:.4f} bits per character on the validation split "
-        f"(step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
+        f"{quality} on the validation split (step {summary['best_step']} of {summary['steps']}, {summary['seconds']:.0f} s). "
         f"Compile it: sparsefold compile {folder} -o {args.recipe}.sfold"
     )
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    _need_torch()
+    from sparsefold.recipes.sweep import read_space, sweep, table
+
+    folder = args.out or Path("runs") / f"sweep-{args.recipe}"
+    print(table(sweep(args.recipe, read_space(args.space), folder, args.storage, args.trials)))
+    print(f"All trials: {folder / 'sweep.json'}")
 
 
 def _compile(args: argparse.Namespace) -> None:
     _need_torch()
     from sparsefold.lowering import compile_model
-    from sparsefold.recipes._loop import read_checkpoint
+    from sparsefold.recipes._checkpoint import read_checkpoint
 
     best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     _, facts = read_checkpoint(best)
@@ -227,9 +277,7 @@ def _compile(args: argparse.Namespace) -> None:
     about = facts["about"] | {"training": facts["progress"]}
     sample = None
     if args.sample:
-        from sparsefold.data.text import encode
-
-        sample = encode(args.sample.read_bytes()[:SAMPLE_BYTES], about["vocabulary"])
+        sample = language.sample_of(args.sample, Vocabulary.from_metadata(about))
     program = compile_model(model, about, args.weights, sample=sample, tune=args.tune, delta=args.delta)
     program.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
@@ -246,14 +294,10 @@ def _calibrate(args: argparse.Namespace) -> None:
         except (ValueError, EOFError) as error:
             raise ValueError(f"{args.sample} is not an array that numpy.save wrote ({error}).") from error
     else:
-        from sparsefold.data.text import encode
-
-        sample = encode(args.sample.read_bytes()[:SAMPLE_BYTES], _vocabulary(program, args.file))
-        if len(sample) < 2:
-            raise ValueError(f"{args.sample} has {len(sample)} bytes; at least 2 are needed.")
+        sample = language.sample_of(args.sample, language.vocabulary_of(program, args.file))
 
         def loss(outputs: list[NDArray[np.float32]]) -> float:
-            return _bits(outputs[0][:-1], sample[1:]) / (len(sample) - 1)
+            return language.bits(outputs[0][:-1], sample[1:]) / (len(sample) - 1)
 
     found = calibrate_delta(program, sample, loss, args.max_loss)
     found.program.save(args.output)
@@ -358,103 +402,13 @@ def _load(file: Path) -> Program:
         raise ValueError(f"{file}: {error}.") from error
 
 
-def _vocabulary(program: Program, file: Path) -> list[int]:
-    vocabulary = program.metadata.get("vocabulary")
-    if (
-        not isinstance(vocabulary, list)
-        or not all(type(b) is int and 0 <= b < 256 for b in vocabulary)
-        or not program.takes_tokens
-        or not program.inputs == program.outputs == len(vocabulary) + 1
-    ):
-        raise ValueError(
-            f"{file} is not a byte-level text model: its metadata names no vocabulary that fits its sizes."
-        )
-    return list(vocabulary)
-
-
-def sample(logits: NDArray[np.float32], temperature: float, random: np.random.Generator) -> int:
-    """A token drawn from softmax(logits / temperature), never the last one (unknown); the likeliest at temperature 0."""
-    known = logits[:-1].astype(np.float64)
-    if temperature == 0:
-        return int(known.argmax())
-    with np.errstate(over="ignore"):  # a very low temperature: exp(-inf) is the 0 that is meant
-        p = np.exp((known - known.max()) / temperature)
-    return int(random.choice(len(p), p=p / p.sum()))
-
-
-def generate(
-    stream: Stream, prompt: Sequence[int], length: int, temperature: float, random: np.random.Generator
-) -> Any:
-    """Plays ``prompt`` and then yields ``length`` drawn tokens, each fed back: a stream of text as it is made."""
-    logits = stream.run(np.asarray(prompt, np.int64))[-1]
-    for _ in range(length):
-        token = sample(logits, temperature, random)
-        yield token
-        logits = stream.step(token)
-
-
 def _run(args: argparse.Namespace) -> None:
-    from sparsefold.data.text import decode, encode
-
-    if args.length < 0 or not args.temperature >= 0 or args.seed < 0:
-        raise ValueError("--length, --temperature and --seed must not be negative.")
-    program = _load(args.file)
-    vocabulary = _vocabulary(program, args.file)
-    prompt = os.fsencode(args.prompt) or b"\n"  # bytes, whatever the terminal's encoding
-    stream = Engine(program).stream()
-    sys.stdout.buffer.write(prompt)
-    sys.stdout.flush()
-    random = np.random.default_rng(args.seed)
-    for token in generate(stream, encode(prompt, vocabulary).tolist(), args.length, args.temperature, random):
-        sys.stdout.buffer.write(decode([token], vocabulary))
-        sys.stdout.flush()
-    print(f"\n\n{stream.report()}", file=sys.stderr)
-
-
-def _bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
-    """Bits in which (T,) targets are told by (T, O) logits, all together."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(1, keepdims=True)
-    return -float((wide[np.arange(len(targets)), targets] - np.log(np.exp(wide).sum(1))).sum()) / float(np.log(2))
-
-
-def evaluate(stream: Stream, tokens: NDArray[np.int64], chunk: int = 4096) -> float:
-    """Bits per token of a stream on a text, played once from the stream's state."""
-    bits = 0.0
-    with Progress(len(tokens) - 1, "eval") as progress:
-        for at in range(0, len(tokens) - 1, chunk):
-            x, y = tokens[at : at + chunk], tokens[at + 1 : at + chunk + 1]
-            bits += _bits(stream.run(x[: len(y)]), y)
-            progress.update(at + len(y))
-    return bits / (len(tokens) - 1)
+    prompt = os.fsencode(args.prompt)  # bytes, whatever the terminal's encoding
+    language.write(_load(args.file), args.file, prompt, args.tokens, args.temperature, args.top_k, args.seed)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from sparsefold.data.text import encode, load_text
-
-    program = _load(args.file)
-    vocabulary = _vocabulary(program, args.file)
-    if args.text:
-        tokens, what = encode(args.text.read_bytes(), vocabulary), str(args.text)
-    else:
-        known = program.metadata.get("corpus", {})
-        corpus = load_text(None)
-        if not isinstance(known, dict) or known.get("sha256") != corpus.sha256:
-            raise ValueError("the text this model was trained beside is not at hand. Pass a text with --text.")
-        tokens, what = corpus.test, "test split"
-    if len(tokens) < 2:
-        raise ValueError(f"{what} has {len(tokens)} bytes; at least 2 are needed.")
-    stream = Engine(program).stream()
-    bits = evaluate(stream, tokens)
-    total, rate = stream.cost, stream.counters.event_rate()
-    latency = _latency(Engine(program), tokens[:5000].tolist())
-    if args.json:
-        figures = {"bits_per_char": bits, "bytes": len(tokens), "event_rate": rate, "cost": total.to_dict()}
-        print(json.dumps({**figures, "latency_us": latency.to_dict()}, indent=1))
-        return
-    print(f"{bits:.4f} bits per character on {what}, {len(tokens):,} bytes")
-    print(f"{latency.p50:.2f} us per byte p50, {latency.p99:.2f} p99 (one thread, decoder and Python call included)")
-    print(stream.report())
+    language.read(_load(args.file), args.file, args.text, args.data_dir, args.json)
 
 
 def _latency(engine: Engine, inputs: Sequence[Any]) -> Latency:

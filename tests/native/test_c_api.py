@@ -256,6 +256,9 @@ CORNERS = {
     "metadata, no colon": _meta('{"a" 1}'),
     "metadata, a key that is none": _meta("{1: 2}"),
     "metadata, two values": _meta("{} {}"),
+    "metadata, words of a corpus": _meta(
+        json.dumps({"level": "word", "vocabulary": [f"w\u00f6rter-{i}'" for i in range(33_278)]})
+    ),
     "metadata, comment": _meta("{} // yes"),
     "header, utf-8": make._text(lambda t: t.replace(b'"metadata": "{}"', '"metadata": "{}", "x": "é😀"'.encode())),
     "header, overlong": make._text(lambda t: t.replace(b'"metadata": "{}"', b'"metadata": "{}", "x": "\xc0\xaf"')),

@@ -17,6 +17,14 @@ def test_core_runs_clean(sanitizer: str, sanitized) -> None:
     assert done.stdout == "ok\n"
 
 
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_training_runs_clean(sanitizer: str, sanitized) -> None:
+    program = sanitized(sanitizer, ["tests/native/train_stress.cpp", "native/train.cpp"], "train_stress")
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "ok\n"
+
+
 def test_threads_share_an_engine_cleanly(sanitized, tmp_path) -> None:
     names = ["three", "mixed-3", "mixed-w8a8", "layer-norm-of-events", "tokens-overlay"]
     for name in names:

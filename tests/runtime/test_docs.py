@@ -111,6 +111,45 @@ def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     assert drawn.count("<circle") == 3 and "egru 512, glp, 10%" in drawn
 
 
+def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate = generator()
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(generate, "MULTIPLY", tmp_path / "ptb.json")
+    assert generate.multiplied() == "Not measured yet."
+
+    def point(cell: str, units: int, test: float, macs: int, density: float = 1.0) -> dict[str, object]:
+        parts = [{"role": "decoder", "macs_effective": macs / 2}, {"role": "recurrent", "macs_effective": macs / 2}]
+        return {
+            "cell": cell, "hidden": units, "layers": 1, "rate": 0.1, "test_perplexity": test, "valid_perplexity": test + 1,
+            "event_rate": 0.08, "density": {"1.weight_hh_l0": density, "2.weight": 0.25},
+            "macs": {"macs_effective": macs, "macs_dense": 8_000_000, "parts": parts},
+        }  # fmt: skip
+
+    points = {
+        "lstm-512": point("lstm", 512, 100, 7_000_000), "lstm-128": point("lstm", 128, 120, 2_000_000),
+        "event": point("egru", 512, 110, 200_000, 0.1),
+    }  # fmt: skip
+    times = [("lstm-512", "sparsefold", 500), ("lstm-512", "ONNX Runtime", 1000), ("lstm-512", "torch int8", 400),
+             ("lstm-128", "sparsefold", 90), ("lstm-128", "OpenVINO", 100), ("event", "sparsefold", 20)]  # fmt: skip
+    race = [{"network": n, "engine": e, "latency_us": {"p50": us}} for n, e, us in times]
+    about = {"corpus": {"source": "a corpus"}, "provenance": {"processor": "A Processor", "isa": "avx2"}}
+    (tmp_path / "ptb.json").write_text(json.dumps({"points": points, "race": race, **about}))
+    table = generate.multiplied()
+    assert (
+        "| lstm 512 | 100% | 25% |  | 101.0 | 100.0 | 8,000,000 | 3,500,000 | 1.0x | 500.0 | 1000 | 400 | 2.0x | 0.8x |  |"
+        in table
+    )
+    assert (
+        "| egru 512 | 10% | 25% | 8.0% | 111.0 | 110.0 | 200,000 | 100,000 | 40.0x | 20.0 |  |  | 50.0x | 20.0x "
+        "| 50.0x (lstm-512) |" in table
+    ), "of two dense networks only the larger is as good"
+    assert "ratios are to lstm-512, the dense network with the lowest test perplexity. A Processor, avx2" in table
+    drawn = generate.multiply_svg()
+    assert drawn.count("<circle") == 5 and "egru 512, 8% events, 10%" in drawn and "lstm 128, fastest rival" in drawn
+
+
 def test_links_lead_somewhere() -> None:
     import re
 

@@ -29,6 +29,8 @@ RUNTIME = [
         "_figures",
         "_summary",
         "progress",
+        "vocabulary",
+        "language",
         "cli",
     )
     if find_spec(f"sparsefold.{name}")

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 
 import sparsefold as sf
 from sparsefold import _native
-from sparsefold.cli import main, sample
+from sparsefold.cli import main
 from sparsefold.data import load_text
 from sparsefold.engine import Engine
+from sparsefold.language import sample
 from sparsefold.progress import Progress
 
 TINY = ["hidden=16", "embedding=8", "batch=4", "window=8", "steps=30"]
@@ -211,13 +212,13 @@ def test_inspect_shows_no_choices_where_a_file_says_nonsense(choices, call, tmp_
                 ("{run}/best.safetensors", r"best\.safetensors: .*not a sparsefold program: compile the model first"),
             )
         ),
-        (["run", "{model}", "--length", "-1"], r"--length.*must not be negative"),
+        (["run", "{model}", "--tokens", "-1"], r"--tokens.*must not be negative"),
         (["run", "{model}", "--temperature", "-0.1"], r"--temperature.*must not be negative"),
         (["run", "{model}", "--temperature", "nan"], r"--temperature.*must not be negative"),
         (["run", "{model}", "--seed", "-1"], r"--seed must not be negative"),
-        (["run", "{values}"], r"values\.sfold is not a byte-level text model: its metadata names no vocabulary"),
-        (["eval", "{values}"], r"values\.sfold is not a byte-level text model"),
-        (["eval", "{short_vocabulary}"], r"is not a byte-level text model"),
+        (["run", "{values}"], r"values\.sfold is not a language model: it does not read a token"),
+        (["eval", "{values}"], r"values\.sfold is not a language model"),
+        (["eval", "{short_vocabulary}"], r"is not a language model"),
         (["eval", "{model}", "--text", "{file}"], r"one\.txt has 1 bytes; at least 2 are needed"),
         (["eval", "{model}", "--text", "nothing.txt"], r"nothing\.txt: No such file"),
         (["eval", "{model}", "--text", "{folder}"], r"folder: Is a directory"),
@@ -226,7 +227,7 @@ def test_inspect_shows_no_choices_where_a_file_says_nonsense(choices, call, tmp_
         (["calibrate", "{model}", "-o", "{out}", "--sample", "nothing.txt"], r"nothing\.txt: No such file"),
         (["calibrate", "{model}", "-o", "{out}", "--sample", "{file}"], r"one\.txt has 1 bytes; at least 2 are needed"),
         (["calibrate", "{model}", "-o", "{out}", "--sample", "{cut}"], r"no product of this program may read changes"),
-        (["calibrate", "{values}", "-o", "{out}", "--sample", "{file}"], r"is not a byte-level text model"),
+        (["calibrate", "{values}", "-o", "{out}", "--sample", "{file}"], r"is not a language model"),
         (
             ["calibrate", "{values}", "-o", "{out}", "--sample", "{array}"],
             r"array\.npy is not an array that numpy\.save wrote",
@@ -332,27 +333,27 @@ def generated(outcome: tuple[int, str, str], prompt: str) -> str:
 
 
 def test_run_writes_the_prompt_and_as_many_bytes_as_asked_for(call, model):
-    text = generated(call("run", model, "--prompt", "The ", "--length", 50), "The ")
+    text = generated(call("run", model, "--prompt", "The ", "--tokens", 50), "The ")
     assert len(text) == 50
     assert set(text.encode("latin-1")) <= set(load_text().vocabulary), "the unknown token is never drawn"
-    assert generated(call("run", model, "--prompt", "The ", "--length", 50), "The ") == text
-    assert generated(call("run", model, "--prompt", "The ", "--length", 50, "--seed", 1), "The ") != text
-    assert generated(call("run", model, "--prompt", "", "--length", 3), "\n")[2:]
+    assert generated(call("run", model, "--prompt", "The ", "--tokens", 50), "The ") == text
+    assert generated(call("run", model, "--prompt", "The ", "--tokens", 50, "--seed", 1), "The ") != text
+    assert generated(call("run", model, "--prompt", "", "--tokens", 3), "\n")[2:]
 
 
 @pytest.mark.parametrize("prompt", ["\u20ac\u00e9\x00", os.fsdecode(b"\xff\xfe")], ids=["unknown", "not utf-8"])
 def test_run_takes_any_bytes_as_prompt(call, model, prompt):
     shown = os.fsencode(prompt).decode("latin-1")
-    assert len(generated(call("run", model, "--prompt", prompt, "--length", 5), shown)) == 5
+    assert len(generated(call("run", model, "--prompt", prompt, "--tokens", 5), shown)) == 5
 
 
 def test_run_of_no_bytes_writes_the_prompt(call, model):
-    assert generated(call("run", model, "--prompt", "x", "--length", 0), "x") == ""
+    assert generated(call("run", model, "--prompt", "x", "--tokens", 0), "x") == ""
 
 
 @pytest.mark.parametrize("temperature", ["0", "1e-320"])
 def test_the_coldest_run_takes_the_likeliest_byte_whatever_the_seed(call, model, temperature):
-    words = ["run", model, "--prompt", "a", "--length", 30, "--temperature"]
+    words = ["run", model, "--prompt", "a", "--tokens", 30, "--temperature"]
     texts = {generated(call(*words, temperature, "--seed", seed), "a") for seed in range(3)}
     assert len(texts) == 1
     assert texts == {generated(call(*words, "0"), "a")}
@@ -432,7 +433,7 @@ model, run = sys.argv[1:]
 def out(*words):
     print("--", *words, main([*words]), file=sys.stderr, flush=True)
 out("inspect", model)
-out("run", model, "--length", "3")
+out("run", model, "--tokens", "3")
 out("eval", model)
 out("bench", model, "--steps", "1000", "--isa", "generic")
 out("train", "text", "steps=1")
@@ -454,7 +455,7 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("safetensors"
 def test_the_installed_command(model):
     script = Path(sys.executable).parent / "sparsefold"
     command = [script] if script.exists() else [sys.executable, "-m", "sparsefold.cli"]
-    run = [*command, "run", model, "--length", "200000"]
+    run = [*command, "run", model, "--tokens", "200000"]
     reader = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert len(reader.stdout.read(10)) == 10, "text arrives while it is made"
     reader.stdout.close()  # as `| head -c 10` does

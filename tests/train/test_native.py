@@ -6,6 +6,7 @@ import itertools
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import numpy as np
@@ -17,7 +18,8 @@ from torch.nn.utils.rnn import pack_sequence
 import cases
 from sparsefold import _native
 from sparsefold.nn import EGRU, EGRUCell, EGRUState, Stack, Triangle, native, reference
-from sparsefold.nn.reference import Event, Reset
+from sparsefold.nn.reference import Event, Reset, Tape
+from sparsefold.sparsify import Block, Pruner
 from tolerances import CELL_F64, EPS32, GRADCHECK, GRADIENT_F64, egru_step, gradient_f32
 
 torch.set_num_threads(2)
@@ -110,12 +112,10 @@ def test_every_form_in_float64(shape, reset, reset_after, event):
 def test_every_instruction_set(isa, monkeypatch, reset, reset_after, dtype):
     team = _native.Team(2, isa)
     monkeypatch.setattr(native, "_team", lambda: team)
-    p = inputs(4, 5, 20, 150, dtype, rate=0.3)
     form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "surrogate": Triangle(0.7, 0.3)}
-    if dtype == torch.float64:
-        compare_f64(p, **form)
-    else:
-        compare_f32(p, **form)
+    for density in (1.0, 0.1):
+        p = in_blocks(inputs(4, 5, 20, 150, dtype, rate=0.3), density)
+        (compare_f64 if dtype == torch.float64 else compare_f32)(p, **form)
 
 
 def compare_f32(p: dict[str, Tensor], **form: Any) -> None:
@@ -180,16 +180,18 @@ def test_the_smooth_tape_passes_finite_differences(reset, reset_after):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, reset_after):
-    p = inputs(6, 7, 20, 200, dtype, rate=0.3)  # x as events: a dense product would be torch's
-    found = []
-    for threads in (1, 2, 3, 7):
-        team = _native.Team(threads)
-        monkeypatch.setattr(native, "_team", lambda team=team: team)
-        trace = native.egru(**p, reset_after=reset_after)
-        leaves = {k: v for k, v in p.items() if k != "x"}
-        found.append([*trace, *gradients(trace, leaves, cotangents(trace)).values()])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    for density in (1.0, 0.1):
+        # x as events: a dense product would be torch's, and so is the gradient of x of a dense weight
+        p = in_blocks(inputs(6, 7, 20, 200, dtype, rate=0.3), density)
+        found = []
+        for threads in (1, 2, 3, 7):
+            team = _native.Team(threads)
+            monkeypatch.setattr(native, "_team", lambda team=team: team)
+            trace = native.egru(**p, reset_after=reset_after)
+            leaves = {k: v for k, v in p.items() if k != "x" or density < 1}
+            found.append([*trace, *gradients(trace, leaves, cotangents(trace)).values()])
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("reset", "reset_after"), FORMS)
@@ -229,6 +231,143 @@ def test_two_windows_are_one_sequence(reset, reset_after):
         close(native_then_reference[k], 2 * v.grad, 64 * GRADIENT_F64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+@pytest.mark.parametrize("event", get_args(Event))
+def test_what_is_computed_again_has_the_same_bits(dtype, reset, reset_after, event):
+    """A tape without gates; blocks, zoneout, windows one after the other."""
+    for density, zoneout in ((1.0, 0.3), (0.2, 0.0)):
+        p = in_blocks(inputs(6, 3, 20, 70, dtype, rate=0.3), density)
+        form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "event": event, "zoneout": zoneout}
+        found = []
+        for tape in get_args(Tape):
+            torch.manual_seed(3)
+            first = native.egru(**p, **form, training=True, tape=tape)
+            second = native.egru(**{**p, "y0": first.y_n, "h0": first.h_n}, **form, tape=tape)
+            weights = cotangents([*first, *second])
+            found.append([*first, *second, *gradients([*first, *second], p, weights).values()])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(("tape", "per"), [("full", 28), ("recompute", 12)])
+def test_the_tape_is_as_large_as_it_says(tape, per):
+    """Bytes kept for each step, unit and sample: r, z, n, what r multiplies, u; y; and here x of as many features."""
+    T, B, H = 6, 3, 64
+    p = inputs(T, B, H, H, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        native.egru(**p, tape=tape)
+    sequences = {t.data_ptr(): t.nbytes for t in saved if t.numel() >= T * B * H and t.shape != (3 * H, H)}
+    assert sum(sequences.values()) == per * T * B * H
+
+
+def in_blocks(p: dict[str, Tensor], density: float, seed: int = 11) -> dict[str, Tensor]:
+    """The same with that share of the blocks of both weights left, drawn one by one."""
+    q, g = {k: v.detach().clone() for k, v in p.items()}, torch.Generator().manual_seed(seed)
+    for name in ("weight_ih", "weight_hh"):
+        H, cols = len(q[name]) // 3, q[name].shape[1]
+        alive = torch.rand(3, -(-H // 16), 1, cols, generator=g) < density
+        q[name] *= alive.expand(-1, -1, 16, -1).flatten(1, 2)[:, :H].flatten(0, 1)
+    return {k: v.requires_grad_() for k, v in q.items()}
+
+
+def packed(weight: Tensor) -> bool:
+    return native._packs[weight].sparse
+
+
+DENSITIES = [0.0, 0.05, 0.1, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize(("reset", "reset_after"), FORMS)
+def test_weights_in_blocks(density, reset, reset_after):
+    """Dense and sparse x, sizes that a block does not divide; gradients of all weights, the missing ones too."""
+    for T, B, I, H in ((5, 3, 4, 6), (3, 2, 17, 33), (4, 1, 70, 64), (3, 19, 33, 150)):  # noqa: E741
+        for rate in (1.0, 0.2):
+            p = in_blocks(inputs(T, B, I, H, rate=rate), density)
+            compare_f64(p, reset=reset, reset_after=reset_after, surrogate=Triangle(0.7, 0.3))
+            if H > 16 and density in (0.0, 0.05, 0.1, 1.0):
+                assert packed(p["weight_hh"]) == (density < 1)
+            single = {k: v.detach().float().requires_grad_() for k, v in p.items()}
+            compare_f32(single, reset=reset, reset_after=reset_after)
+
+
+def test_blocks_are_looked_for_at_every_call():
+    """Written past autograd's count of versions, pruned, grown again, taken by more threads."""
+    p = in_blocks(inputs(4, 3, 20, 70), 0.1)
+    compare_f64(p)
+    for change in (lambda w: w.data.mul_(2), lambda w: w.data[:, :9].zero_(), lambda w: w.data.normal_()):
+        for name in ("weight_ih", "weight_hh"):
+            change(p[name])
+        compare_f64(p)
+    assert not packed(p["weight_hh"])
+    p = in_blocks(p, 0.2)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        trace = native.egru(**p)
+        torch.set_num_threads(2)
+        mine, theirs = (gradients(t, p, cotangents(trace)) for t in (trace, reference.egru(**p)))
+        for name, g in theirs.items():
+            close(mine[name], g, 64 * GRADIENT_F64)
+
+
+@pytest.mark.parametrize("reset_after", [True, False])
+@pytest.mark.parametrize("density", [0.1, 0.5])
+@pytest.mark.parametrize("rate", [1.0, 0.2])
+def test_a_mark_leaves_out_the_gradient_of_what_is_held_at_zero(reset_after, density, rate):
+    p = in_blocks(inputs(4, 3, 36, 90, rate=rate), density)
+    full = gradients(native.egru(**p, reset_after=reset_after), p, cotangents(native.egru(**p)))
+    masks = {}
+    for name in ("weight_ih", "weight_hh"):
+        masks[name] = p[name].detach() != 0
+        masks[name][:, 3] = True  # may grow: nobody holds it
+        p[name].kept = lambda mask=masks[name]: mask
+    compare_f64(p, reset_after=reset_after)
+    trace = native.egru(**p, reset_after=reset_after)
+    mine = gradients(trace, p, cotangents(trace))
+    for name, mask in masks.items():
+        assert not mine[name][~mask].any()
+        assert mine[name][:, 3].any()
+        assert full[name][~mask].any()
+        close(mine[name][mask], full[name][mask], GRADIENT_F64 * 64)
+    assert full.keys() == mine.keys()
+
+
+@pytest.mark.filterwarnings("ignore:.*no multiple of 16")
+def test_a_layer_under_a_pruner_gives_the_same_on_either_backend():
+    for options in ({}, {"recurrent_dropout": 0.4}, {"reset_after": False, "zoneout": 0.2}):
+        found = []
+        for layer in pair(**options):
+            pruner = Pruner(layer, {"weight*": Block(density=0.2, block=(16, 1))})
+            pruner.step()
+            x = torch.randn(6, 3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+            torch.manual_seed(5)
+            layer(x)[0].square().sum().backward()
+            found.append([p.grad for p in layer.parameters() if p.requires_grad])
+            assert not layer.weight_hh_l0.grad[~pruner.masks["weight_hh_l0"]].any()
+        for a, b in zip(*found, strict=True):
+            close(b, a, 64 * GRADIENT_F64)
+
+
+@pytest.mark.filterwarnings("ignore:.*no multiple of 16")
+def test_threads_share_a_weight_in_blocks():
+    layer = EGRU(40, 130, backend="native")
+    Pruner(layer, {"weight*": Block(density=0.1, block=(16, 1))}).step()
+    x = torch.randn(6, 3, 40)
+    wanted = layer(x)[0].detach()
+
+    def run(_: int) -> bool:
+        same = True
+        for _ in range(20):
+            out = layer(x)[0]
+            same &= torch.equal(out, wanted)
+            torch.autograd.grad(out.sum(), [layer.weight_hh_l0])
+        return same
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
 NOT_NUMBERS = [float("nan"), float("inf"), float("-inf")]
 
 
@@ -236,8 +375,8 @@ NOT_NUMBERS = [float("nan"), float("inf"), float("-inf")]
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, name, reset_after):
-    for rate in (1.0, 0.2):
-        p = inputs(5, 3, 20, 40, rate=rate)
+    for rate, density in ((1.0, 1.0), (0.2, 1.0), (1.0, 0.1), (0.2, 0.1)):
+        p = in_blocks(inputs(5, 3, 20, 40, rate=rate), density)
         with torch.no_grad():
             at = p[name].reshape(-1)
             at[at.numel() // 2] = bad
@@ -253,13 +392,14 @@ def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, name, reset_
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 @pytest.mark.parametrize("at", range(5))
 def test_so_does_what_comes_from_above(bad, at):
-    p = inputs(5, 3, 20, 40, rate=0.2)
-    wanted, got = both(p)
-    weights = cotangents(wanted)
-    weights[at].view(-1)[weights[at].numel() // 2] = bad
-    mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
-    for n in NAMES:
-        close(mine[n], theirs[n], 64 * GRADIENT_F64)
+    for density, reset_after in ((1.0, True), (0.1, True), (0.1, False)):
+        p = in_blocks(inputs(5, 3, 20, 40, rate=0.2), density)
+        wanted, got = both(p, reset_after=reset_after)
+        weights = cotangents(wanted)
+        weights[at].view(-1)[weights[at].numel() // 2] = bad
+        mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)
+        for n in NAMES:
+            close(mine[n], theirs[n], 64 * GRADIENT_F64)
 
 
 def test_a_tie_is_no_event():
@@ -317,13 +457,15 @@ def test_an_empty_sequence_and_absent_biases():
 
 def test_torch_s_own_check_of_the_operators():
     p = inputs(3, 2, 3, 5)
-    args = (*(p[n] for n in NAMES), None, "threshold", True, "threshold", 0.5, 0.5, 0.0)
+    kept = torch.rand(15, 3) < 0.5, torch.rand(15, 5) < 0.5
+    args = (*(p[n] for n in NAMES), None, *kept, "threshold", True, "threshold", 0.5, 0.5, 0.0, True)
+    torch.library.opcheck(torch.ops.sparsefold.egru.default, (*args[:-1], False))
     torch.library.opcheck(torch.ops.sparsefold.egru.default, args)
-    y, u, o, _, _, tape = (t.detach() for t in torch.ops.sparsefold.egru(*args))
-    plain = [p[n].detach() for n in ("x", "y0", "h0", "weight_ih", "threshold")]
+    y, u, _, _, _, tape = (t.detach() for t in torch.ops.sparsefold.egru(*args))
+    plain = [p[n].detach() for n in ("x", "y0", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "threshold")]
     torch.library.opcheck(
         torch.ops.sparsefold.egru_backward.default,
-        ([torch.ones_like(y), None, None, None, None], *plain, None, tape, y, u, o, *args[9:], [True] * 8),
+        ([torch.ones_like(y), None, None, None, None], *plain, None, *kept, tape, y, u, *args[11:], [True] * 8),
     )
 
 
@@ -349,6 +491,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"recurrent_dropout": 0.4, "learn_threshold": True, "reset": "output"},
     {"zoneout": 0.3, "reset_after": False, "output": "state"},
     {"bias": False, "event": "always", "reset": "none"},
+    {"num_layers": 2, "tape": "recompute", "recurrent_dropout": 0.2},
 ]
 
 

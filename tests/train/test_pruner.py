@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import warnings
 
 import pytest
@@ -461,3 +462,27 @@ def test_rules_and_schedules_that_do_not_belong_together():
         Pruner(net, {"4.weight": Magnitude(0.1)}, group_lasso=-1.0)
     with pytest.raises(ValueError, match="a transposed convolution's, inputs first"):
         Pruner(nn.ConvTranspose1d(3, 4, 5), {"weight": Magnitude(0.1)})
+
+
+def test_a_mark_says_what_is_held_at_zero_for_good():
+    """Set while no weight can return, gone with the pruner, in copies of the model alone, and in pickles."""
+    model = nn.GRU(8, 32)
+    pruner = Pruner(model, {"weight_hh*": Block(density=0.25, block=(16, 1))}, Cubic(1, 4))
+    weight = model.weight_hh_l0
+    for _ in range(5):
+        pruner.step()
+        assert weight.kept() is pruner.masks["weight_hh_l0"]
+    assert not hasattr(model.weight_ih_l0, "kept")
+    alone, (copied, held) = copy.deepcopy(model), copy.deepcopy((model, pruner))
+    assert getattr(alone.weight_hh_l0, "kept", None) is None
+    assert copied.weight_hh_l0.kept() is held.masks["weight_hh_l0"]
+    assert pickle.loads(pickle.dumps(model)).weight_hh_l0.kept is None
+    resumed = Pruner(alone, {"weight_hh*": Block(density=0.25, block=(16, 1))}, Cubic(1, 4))
+    resumed.load_state_dict(pruner.state_dict())
+    assert torch.equal(alone.weight_hh_l0.kept(), weight.kept())
+    Pruner(model, {"weight_hh*": Block(density=0.25, block=(16, 1))}, SET(every=2, end=9)).step()
+    assert weight.kept is None
+    pruner.step()
+    assert weight.kept() is not None
+    del pruner
+    assert weight.kept() is None

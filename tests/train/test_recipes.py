@@ -26,8 +26,9 @@ from sparsefold.data import load_text
 from sparsefold.nn import EGRU, Stack
 from sparsefold.progress import Progress
 from sparsefold.recipes import _loop, text
+from sparsefold.recipes._checkpoint import read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict, override
-from sparsefold.recipes._loop import Windows, bits_per_char, read_checkpoint
+from sparsefold.recipes._windows import Windows, bits_per_char
 
 
 @pytest.fixture(autouse=True)
@@ -396,9 +397,9 @@ import json, os, signal, sys
 from pathlib import Path
 from sparsefold.recipes import _loop, text
 write = _loop._log
-def log(path, trainer, at, *rest):
-    write(path, trainer, at, *rest)
-    if at.step == 28:
+def log(path, line):
+    write(path, line)
+    if line["step"] == 28:
         os.kill(os.getpid(), signal.SIGKILL)
 _loop._log = log
 words = json.loads(sys.argv[1])

@@ -15,7 +15,7 @@ from sparsefold import program as ops
 from sparsefold.calibrate import Site, delta_sites, with_deltas
 from sparsefold.formats import Dense, Float, Format, Precision
 from sparsefold.lowering.choose import choose, choose_all
-from sparsefold.nn import EGRU, KWTA, CausalConv1d, Stack
+from sparsefold.nn import EGRU, GRU, KWTA, LSTM, RNN, CausalConv1d, Stack
 from sparsefold.program import Op, Program
 
 
@@ -56,9 +56,9 @@ def compile_model(
     """Turns a trained model into a :class:`sparsefold.Program`, choosing a storage format for each matrix by its zeros.
 
     Args:
-        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, ``torch.nn.GRU``, LSTM, RNN,
-            CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into a layer beside it), Dropout and
-            Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
+        model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, GRU, LSTM, RNN (also
+            torch's), CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into one beside it), Dropout
+            and Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
             Identity: its outputs are those of the causal convolution from the step on at which all of its taps have an input.
             Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
@@ -213,16 +213,41 @@ def _arrays(module: Any, layer: str, gates: int) -> tuple[Format, Format, Float,
 
 
 def _gru(name: str, module: Any, width: int) -> list[Op]:
+    zoneout = getattr(module, "zoneout", 0.0)
+    if zoneout:  # an EGRU whose units always speak is a GRU, and has a zoneout
+        silent = np.zeros(module.hidden_size, np.float32)
+        return [
+            ops.EGRU(
+                *_arrays(module, layer, 3),
+                threshold=silent,
+                reset="none",
+                event="always",
+                output="state",
+                zoneout=float(zoneout),
+                reverse=reverse,
+            )
+            for layer, reverse in _layers(module)
+        ]
     return [ops.GRU(*_arrays(module, layer, 3), reverse=reverse) for layer, reverse in _layers(module)]
+
+
+def _no_zoneout(name: str, module: Any) -> None:
+    if any(getattr(module, option, 0.0) for option in ("zoneout", "zoneout_cell")):
+        raise ValueError(
+            f"{name}: {type(module).__name__} keeps a part of its state by zoneout, which the engine has for GRU and EGRU alone. "
+            "Set zoneout to 0, or train a GRU."
+        )
 
 
 def _lstm(name: str, module: Any, width: int) -> list[Op]:
     if module.proj_size:
         raise ValueError(f"{name}: an LSTM with proj_size cannot be compiled. Train it with proj_size=0.")
+    _no_zoneout(name, module)
     return [ops.LSTM(*_arrays(module, layer, 4), reverse=reverse) for layer, reverse in _layers(module)]
 
 
 def _rnn(name: str, module: Any, width: int) -> list[Op]:
+    _no_zoneout(name, module)
     kind = module.nonlinearity
     return [ops.RNN(*_arrays(module, layer, 1), kind, reverse=reverse) for layer, reverse in _layers(module)]
 
@@ -338,6 +363,9 @@ _RULES: dict[type[torch.nn.Module], Rule] = {
     torch.nn.GRU: _gru,
     torch.nn.LSTM: _lstm,
     torch.nn.RNN: _rnn,
+    GRU: _gru,
+    LSTM: _lstm,
+    RNN: _rnn,
     EGRU: _egru,
     torch.nn.ReLU: _relu,
     KWTA: _kwta,
@@ -356,7 +384,7 @@ def _rule(name: str, module: torch.nn.Module) -> Rule:
     rule = _RULES.get(type(module))
     if rule is None:
         supported: list[type[torch.nn.Module]] = [Stack, torch.nn.Sequential, *_RULES]
-        names = ", ".join(t.__name__ for t in supported)
+        names = ", ".join(dict.fromkeys(t.__name__ for t in supported))
         raise ValueError(f"{name} is a {type(module).__name__}, which cannot be compiled. Supported: {names}.")
     return rule
 

@@ -2,13 +2,17 @@
 
 from .activity import Activity
 from .events import Triangle, event
+from .gated import GRU, LSTM, RNN
 from .kwta import KWTA
 from .modules import EGRU, CausalConv1d, EGRUCell, EGRUState, Stack, StackState, anneal, param_groups
 from .shrinking import shrink
 
 __all__ = [
     "EGRU",
+    "GRU",
     "KWTA",
+    "LSTM",
+    "RNN",
     "Activity",
     "CausalConv1d",
     "EGRUCell",

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import native, reference
 from .activity import Activity
 from .events import Triangle
-from .reference import EGRUTrace, Reset, carried
+from .reference import EGRUTrace, Reset, Tape, carried
 
 Output = Literal["events", "state"]
 Backend = Literal["auto", "native", "reference"]
@@ -57,6 +57,7 @@ class _EventRecurrent(nn.Module):
         recurrent_dropout: float = 0.0,
         event: Literal["threshold", "always"] = "threshold",
         backend: Backend = "auto",
+        tape: Tape = "full",
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
@@ -68,6 +69,7 @@ class _EventRecurrent(nn.Module):
         _one_of("output", output, get_args(Output))
         _one_of("event", event, ("threshold", "always"))
         _one_of("backend", backend, get_args(Backend))
+        _one_of("tape", tape, get_args(Tape))
         _probability("zoneout", zoneout)
         _probability("recurrent_dropout", recurrent_dropout)
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
@@ -81,6 +83,7 @@ class _EventRecurrent(nn.Module):
         self.recurrent_dropout = recurrent_dropout
         self.event: Literal["threshold", "always"] = event
         self.backend: Backend = backend
+        self.tape: Tape = tape
 
     def _add_parameters(self, suffix: str, input_size: int) -> None:
         H = self.hidden_size
@@ -113,7 +116,8 @@ class _EventRecurrent(nn.Module):
         egru = native.egru if fast else reference.egru
         weight_hh = getattr(self, "weight_hh" + suffix)
         if self.training and self.recurrent_dropout:
-            weight_hh = F.dropout(weight_hh, self.recurrent_dropout)
+            mark, weight_hh = getattr(weight_hh, "kept", None), F.dropout(weight_hh, self.recurrent_dropout)
+            weight_hh.kept = mark  # type: ignore[attr-defined]
         with torch.autocast(x.device.type, enabled=False):
             return egru(
                 x,
@@ -130,6 +134,7 @@ class _EventRecurrent(nn.Module):
                 event=self.event,
                 zoneout=self.zoneout,
                 training=self.training,
+                tape=self.tape,
             )
 
     def _check(self, x: Tensor, state: EGRUState | None, lead: tuple[int, ...]) -> tuple[Tensor, EGRUState]:
@@ -190,6 +195,9 @@ class EGRU(_EventRecurrent):
     `backend` "auto" trains with the library's own kernels (`sparsefold.nn.native`) where they can: float32 and float64 on the
     processor, sequences of four steps or more; else, and with "reference", the plain loop of torch operations runs.
 
+    `tape` "full" keeps 20 bytes for each step, unit and sample in float32 beside input and output until the backward has run,
+    "recompute" 4, with the forward's work done twice and the same gradients; both are for the kernels alone.
+
     Errors: ValueError for an option, input or state that does not fit.
 
     Source: Subramoney et al. (2023), arXiv 2206.06178.
@@ -215,6 +223,7 @@ class EGRU(_EventRecurrent):
         recurrent_dropout: float = 0.0,
         event: Literal["threshold", "always"] = "threshold",
         backend: Backend = "auto",
+        tape: Tape = "full",
     ) -> None:
         super().__init__(
             input_size,
@@ -230,6 +239,7 @@ class EGRU(_EventRecurrent):
             recurrent_dropout=recurrent_dropout,
             event=event,
             backend=backend,
+            tape=tape,
         )
         if num_layers < 1:
             raise ValueError(f"num_layers is at least 1, got {num_layers}.")

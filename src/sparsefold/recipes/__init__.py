@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from sparsefold.recipes import prune_lm, text
+from typing import Any
 
-RECIPES = {"text": text, "prune_lm": prune_lm}
+from sparsefold.recipes import lm, multiply, prune_lm, text
+
+RECIPES: dict[str, Any] = {
+    "text": text,
+    "prune_lm": prune_lm,
+    "lm": lm,
+    "ptb": lm,
+    "wikitext2": lm.WIKITEXT2,
+    "ptb-multiply": multiply,
+}

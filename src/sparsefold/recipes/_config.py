@@ -73,8 +73,9 @@ def _parse(key: str, text: str, hint: Any) -> Any:
         if hint is bool:
             return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
         if origin is tuple:
-            parts = tuple(int(p) for p in text.lower().split("x"))
-            if len(parts) != len(args):
+            kind, several = args[0], args[-1] is ...
+            parts = tuple(kind(p) for p in text.lower().split("x" if kind is int else ",") if p or not several)
+            if not several and len(parts) != len(args):
                 raise ValueError
             return parts
         return hint(text)
@@ -85,7 +86,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 def _name(hint: Any) -> str:
     if typing.get_origin(hint) is tuple:
-        return "whole numbers like 16x1"
+        return "whole numbers like 16x1" if typing.get_args(hint)[0] is int else "numbers like 0.5,0.25"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join("none" if a is type(None) else _name(a) for a in typing.get_args(hint))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}.get(hint, str(hint))

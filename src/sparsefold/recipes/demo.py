@@ -21,16 +21,16 @@ import torch
 
 from sparsefold import report
 from sparsefold.bench import provenance
-from sparsefold.cli import evaluate, generate
 from sparsefold.data import ByteCorpus, load_text
 from sparsefold.data.text import decode
 from sparsefold.engine import Engine
 from sparsefold.formats import Precision
+from sparsefold.language import evaluate, generate
 from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack
 from sparsefold.program import Program, write_atomically
 from sparsefold.recipes import rivals, text
-from sparsefold.recipes._loop import make_folder
+from sparsefold.recipes._checkpoint import make_folder
 
 _EGRU = {"cell": "egru", "rate_weight": 500, "rate_until": 0.2}
 _LARGE = {**_EGRU, "hidden": 1024, "target_rate": 0.05, "prune_begin": 0.2, "prune_until": 0.7, "lr": 1.6e-2}

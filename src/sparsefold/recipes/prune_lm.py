@@ -29,8 +29,10 @@ from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack, anneal, param_groups
 from sparsefold.program import write_atomically
 from sparsefold.recipes import text
+from sparsefold.recipes._checkpoint import make_folder, read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict, override
-from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, make_folder, read_checkpoint, train
+from sparsefold.recipes._loop import Trainer, train
+from sparsefold.recipes._windows import Windows, bits_per_char
 from sparsefold.sparsify import Block, Complementary, Cubic, Magnitude, Pruner, RigL, TwoSlopes, thresholds
 
 BLOCKS = {"4x4": (4, 4), "8x1": (8, 1), "16x1": (16, 1), "16x16": (16, 16), "32x32": (32, 32)}

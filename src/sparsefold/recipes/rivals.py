@@ -152,12 +152,30 @@ def _members(model: Stack) -> tuple[Any, Any, Any]:
     modules: list[Any] = list(model)
     embedding = modules.pop(0) if isinstance(modules[0], torch.nn.Embedding) else None
     decoder = modules.pop() if isinstance(modules[-1], torch.nn.Linear) else None
-    if len(modules) != 1 or not isinstance(modules[0], torch.nn.GRU | torch.nn.LSTM):
-        raise ValueError("the rivals play an Embedding or none, one torch.nn.GRU or LSTM, and a Linear or none.")
-    recurrent = modules[0]
+    if not modules or not all(
+        type(m) is type(modules[0]) and isinstance(m, torch.nn.GRU | torch.nn.LSTM) for m in modules
+    ):
+        raise ValueError("the rivals play an Embedding or none, torch.nn.GRUs or LSTMs, and a Linear or none.")
+    recurrent = modules[0] if len(modules) == 1 else _joined(modules)
     if recurrent.bidirectional or not recurrent.bias or getattr(recurrent, "proj_size", False):
         raise ValueError("the rivals play recurrent layers of one direction, with biases and without projection.")
     return embedding, recurrent, decoder
+
+
+def _joined(layers: list[Any]) -> Any:
+    """One module of several layers for modules of one layer each."""
+    units = layers[0].hidden_size
+    if any(m.num_layers != 1 or m.hidden_size != units for m in layers) or any(
+        m.input_size != units for m in layers[1:]
+    ):
+        raise ValueError(
+            "the rivals play recurrent modules in a row where each is one layer of as many units as the others."
+        )
+    kind = torch.nn.GRU if isinstance(layers[0], torch.nn.GRU) else torch.nn.LSTM
+    joined = kind(layers[0].input_size, units, len(layers))
+    named = {f"{name.removesuffix('_l0')}_l{k}": p for k, m in enumerate(layers) for name, p in m.state_dict().items()}
+    joined.load_state_dict(named)
+    return joined.eval()
 
 
 def _cells(model: Stack) -> list[Any]:
@@ -286,13 +304,14 @@ def measure(
     Raises:
         ParityError: an engine differs from its reference by more than its bound; nothing is timed then.
     """
+    check = tokens[:PARITY_BYTES].tolist()
     rows: list[dict[str, Any]] = []
     players: dict[str, Any] = {}
     bound: float | None
     for (key, name), program in programs.items():
         engine = Engine(program)
         rounded = name != OWN
-        worst = _off_its_file(program, tokens) if rounded else _teacher_forced(models[key], engine, tokens)
+        worst = _off_its_file(program, tokens) if rounded else teacher_forced(models[key], engine, check)
         bound = ROUNDED_BOUND if rounded else PARITY_BOUND
         rows.append(_row(key, name, worst, bound, bits[key, name], _settings(engine, name)))
         players[f"{key}/{name}"] = engine.stream().step
@@ -348,10 +367,10 @@ def _torch_logits(model: Stack, tokens: NDArray[np.int64]) -> NDArray[np.float32
 
 
 @torch.no_grad()
-def _teacher_forced(model: Stack, engine: Engine, tokens: NDArray[np.int64]) -> float:
+def teacher_forced(model: Stack, engine: Engine, tokens: list[int]) -> float:
     """Largest difference of a logit from torch's, the engine's state set to torch's before every byte."""
     stream, state, worst = engine.stream(), None, 0.0
-    for token in tokens[:PARITY_BYTES].tolist():
+    for token in tokens:
         if state is not None:
             stream.load_state(_engine_state(state))
         logits, state, _ = model(torch.tensor([[token]]), state)
@@ -372,10 +391,16 @@ def _off_its_file(program: Program, tokens: NDArray[np.int64]) -> float:
 
 
 def _engine_state(state: StackState) -> dict[str, NDArray[np.float32]]:
-    layer = state[1]
-    if isinstance(layer, EGRUState):
-        return {"1.h": layer.h[0, 0].numpy(), "1.y": layer.y[0, 0].numpy()}
-    return {"1.h": layer[0, 0].numpy()}
+    """What the engine names the states of a Stack whose recurrent modules have one layer each."""
+    found: dict[str, NDArray[np.float32]] = {}
+    for i, layer in enumerate(state):
+        if isinstance(layer, EGRUState):
+            found |= {f"{i}.h": layer.h[0, 0].numpy(), f"{i}.y": layer.y[0, 0].numpy()}
+        elif isinstance(layer, tuple):  # an LSTM's
+            found |= {f"{i}.h": layer[0][0, 0].numpy(), f"{i}.c": layer[1][0, 0].numpy()}
+        elif layer is not None:
+            found[f"{i}.h"] = layer[0, 0].numpy()
+    return found
 
 
 def _bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:

@@ -16,8 +16,10 @@ import torch
 
 from sparsefold.data import ByteCorpus, load_text
 from sparsefold.nn import EGRU, Stack, anneal, param_groups
+from sparsefold.recipes._checkpoint import read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict
-from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, read_checkpoint, train
+from sparsefold.recipes._loop import Trainer, train
+from sparsefold.recipes._windows import Windows, bits_per_char
 from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner
 
 
@@ -97,12 +99,12 @@ def build(config: Config, tokens: int) -> Stack:
         )  # fmt: skip
     else:
         layer = torch.nn.GRU(*sizes, dropout=dropout)
-        _initialise_like_egru(layer)
+        initialise_like_egru(layer)
     return Stack(torch.nn.Embedding(tokens, config.embedding), layer, torch.nn.Linear(config.hidden, tokens))
 
 
 @torch.no_grad()
-def _initialise_like_egru(layer: torch.nn.GRU) -> None:
+def initialise_like_egru(layer: torch.nn.GRU) -> None:
     """EGRU's start, for the dense GRU too, so that all networks of a comparison start alike."""
     for name, p in layer.named_parameters():
         if name.startswith("weight"):

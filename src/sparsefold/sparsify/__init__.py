@@ -14,7 +14,7 @@ from .rules import (
     read_rules,
     thresholds,
 )
-from .schedule import SET, Cubic, Iterative, OneShot, RigL, Schedule, TwoSlopes
+from .schedule import SET, Cubic, Iterative, OneShot, RigL, Schedule, Staircase, TwoSlopes
 
 __all__ = [
     "NM",
@@ -30,6 +30,7 @@ __all__ = [
     "RigL",
     "Rule",
     "Schedule",
+    "Staircase",
     "Threshold",
     "TwoSlopes",
     "block_mask",

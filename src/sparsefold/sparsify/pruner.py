@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -35,6 +36,22 @@ class _Target(NamedTuple):
     def of(self, mask: Tensor) -> Tensor:
         """A mask or gradient as the matrix is, on its device."""
         return mask.to(self.weight.device).flatten(1)
+
+
+class _Kept:
+    """What a parameter carries as `kept`: gives the mask outside of which it is held at zero, as long as someone holds it.
+
+    Layers may then leave out the gradient of the rest. A copy of the model, held by nobody, carries none.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self._mask = weakref.ref(mask)
+
+    def __call__(self) -> Tensor | None:
+        return self._mask()
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class Pruner:
@@ -181,6 +198,17 @@ class Pruner:
         self.masks = {name: mask.to(self.masks[name].device, torch.bool, copy=True) for name, mask in saved.items()}
         self._apply()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, made together with its model, holds the copied parameters."""
+        self.__dict__.update(state)
+        self._mark()
+
+    def _mark(self) -> None:
+        """Say to the parameters what is held at zero for good: nobody asks for its gradient."""
+        for name, t in self._targets.items():
+            final = t.rule.monotone and not self._schedule.grows
+            t.weight.kept = _Kept(self.masks[name]) if final else None  # type: ignore[attr-defined]
+
     def _draw(self) -> None:
         alone = [(t.rule, [name]) for name, t in self._targets.items() if not t.rule.together]
         together: dict[Rule, list[str]] = {}
@@ -246,6 +274,7 @@ class Pruner:
         for name, target in self._targets.items():
             # Filled, not multiplied: the product of 0 and an infinite weight is NaN.
             target.weight.masked_fill_(~self.masks[name].to(target.weight.device), 0)
+        self._mark()
 
 
 def _unwrapped(model: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 
@@ -80,6 +81,47 @@ class Cubic(Schedule):
     def due(self, step: int) -> bool:
         """At begin, every `every` steps of the ramp, and at its end."""
         return step == self.end or (self.begin <= step < self.end and (step - self.begin) % self.every == 0)
+
+
+@dataclass(frozen=True)
+class Staircase(Schedule):
+    """Densities reached one after the other: `stairs[i]` falls from what was held before it to `densities[i]`, then held.
+
+    The fall of a stair is that of `Cubic`, with its begin, end and every. A rule whose final density is higher stops there.
+    A model kept before each next stair begins gives one network for each density, from one training.
+    """
+
+    densities: tuple[float, ...]
+    stairs: tuple[Cubic, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse stairs that rise or overlap."""
+        falls = all(a > b for a, b in pairwise((1.0 + 1e-9, *self.densities, -1.0)))
+        if not falls or len(self.densities) != len(self.stairs) or not self.stairs:
+            raise ValueError(
+                f"a staircase has densities in [0, 1] that fall, and a stair for each, got {self.densities} and "
+                f"{len(self.stairs)} stairs."
+            )
+        if any(a.end > b.begin for a, b in pairwise(self.stairs)):
+            raise ValueError("a stair begins at or after the end of the one before it.")
+
+    @property
+    def end(self) -> int:
+        """Where the last stair ends."""
+        return self.stairs[-1].end
+
+    def density(self, step: int, final: float) -> float:
+        """As in the class."""
+        held = 1.0
+        for stair, density in zip(self.stairs, self.densities, strict=True):
+            if step < stair.end:
+                return max(final, density + (held - density) * stair.density(step, 0.0))
+            held = density
+        return max(final, held)
+
+    def due(self, step: int) -> bool:
+        """Where one of the stairs is."""
+        return any(stair.due(step) for stair in self.stairs)
 
 
 @dataclass(frozen=True)

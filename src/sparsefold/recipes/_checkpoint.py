@@ -1,0 +1,169 @@
+"""The files of a run: what a resume needs, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sparsefold.nn import EGRU, EGRUState, StackState
+from sparsefold.program import write_atomically
+from sparsefold.recipes import _distributed as processes
+
+CHECKPOINT_VERSION = 2
+READABLE = ("1", "2")  # version 1 knew neither averages nor several processes, and means what 2 does without them
+
+
+@dataclass
+class Progressed:
+    """Where a run is: what a checkpoint keeps beside tensors."""
+
+    step: int = 0
+    best: float | None = None  # lowest validation so far
+    best_step: int = 0
+    seconds: float = 0.0
+    loss_mean: float = 0.0  # running mean of the loss in bits
+    stopped: bool = False
+    valid: list[float] = field(default_factory=list)  # every validation so far, in bits
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a checkpoint. Raises ``ValueError`` for anything that is not one this version reads."""
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}. Pass the folder of a run, or one of its .safetensors files.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint: {error}. It is damaged or foreign; train anew in another folder (--out)."
+        ) from error
+    version = meta.get("sparsefold_checkpoint")
+    if version not in READABLE or "facts" not in meta:
+        known = "it is a compiled program" if "sparsefold" in meta else f"it says version {version}"
+        raise ValueError(
+            f"{path} is no checkpoint that this version of sparsefold reads ({known}). "
+            "Pass the folder of a run, or one of its .safetensors files."
+        )
+    return tensors, json.loads(meta["facts"])
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose name begins with ``prefix``, without it."""
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run. Raises ``ValueError`` where files cannot be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot write to the run folder {folder}: {reason}. Choose another with --out.") from error
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any], at: Progressed) -> None:
+    """Write a checkpoint whole. Raises ``OSError`` where it cannot be, with what became of the one before."""
+    facts = json.dumps({"about": about, "progress": vars(at)})
+    meta = {"sparsefold_checkpoint": str(CHECKPOINT_VERSION), "facts": facts}
+    owned: dict[int, str] = {}  # weights that two modules share are stored once
+    stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if owned.setdefault(id(v), k) == k}
+    data = save(stored, meta)
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        kept = f"{path.name} is still whole, as it was before" if path.exists() else "nothing was saved there yet"
+        reason = f"{error.strerror or error}: {len(data):,} bytes were not written; {kept}. Make room and run the command again"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def model_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under the names that a checkpoint gives them."""
+    return {f"model.{k}": v for k, v in model.state_dict(keep_vars=True).items()}
+
+
+def tensors_of(trainer: Any, state: StackState | None) -> dict[str, Tensor]:
+    """Everything with bits in it: weights, moments, mean, masks, random states, carried states. All processes call it."""
+    own = {f"state.{i}.{k}": v for i, s in enumerate(state or ()) for k, v in enumerate(_tuple(s))}
+    own["random"] = torch.get_rng_state()
+    if trainer.device.type == "cuda":
+        own["random_cuda"] = torch.cuda.get_rng_state(trainer.device)
+    out = model_tensors(trainer.model)
+    for i, moments in trainer.optimizer.state_dict()["state"].items():
+        out.update({f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in moments.items() if v is not None})
+    if trainer.average:
+        out.update({f"average.{k}": v for k, v in trainer.average.tensors().items()})
+    if trainer.pruner:
+        pruner = trainer.pruner.state_dict()
+        out["pruner.step"] = torch.tensor(pruner["step"])
+        out["pruner.random"] = pruner["random"]
+        out.update({f"pruner.{kind}.{k}": v for kind in ("masks", "start") for k, v in pruner[kind].items()})
+    for rank, others in enumerate(processes.gathered({k: v.cpu() for k, v in own.items()})):
+        out.update({(k if rank == 0 else f"process.{rank}.{k}"): v for k, v in others.items()})
+    return out
+
+
+def resume(trainer: Any, path: Path) -> tuple[Progressed, StackState | None]:
+    """Put a checkpoint back into model, optimiser, average, pruner and random states; returns progress and carried state."""
+    tensors, facts = read_checkpoint(path)
+    was, now = facts["about"], json.loads(json.dumps(trainer.about))
+    if was != now:
+        old, new = was.get("config", {}), now.get("config", {})
+        changed = [k for k in new if old.get(k) != new[k]] or [k for k in {**was, **now} if was.get(k) != now.get(k)]
+        raise ValueError(
+            f"{path.parent} holds a run with another {', '.join(changed)}. "
+            "Give the same settings to resume it, or another --out to start anew."
+        )
+    trainer.model.load_state_dict(whole(part(tensors, "model."), trainer.model))
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in part(tensors, "optimizer.").items():
+        index, _, name = key.partition(".")
+        moments.setdefault(int(index), {})[name] = value
+    fresh = trainer.optimizer.state_dict()
+    trainer.optimizer.load_state_dict({**fresh, "state": moments})
+    if trainer.average:
+        trainer.average.load(part(tensors, "average."))
+    if trainer.pruner:
+        saved: dict[str, Any] = {"step": int(tensors["pruner.step"])}
+        saved |= {name: part(tensors, f"pruner.{name}.") for name in ("masks", "start")}
+        saved |= {"random": tensors["pruner.random"]} if "pruner.random" in tensors else {}
+        trainer.pruner.load_state_dict(saved)
+    own = part(tensors, f"process.{processes.rank()}.") if processes.rank() else tensors
+    torch.set_rng_state(own["random"])
+    if trainer.device.type == "cuda" and "random_cuda" in own:
+        torch.cuda.set_rng_state(own["random_cuda"], trainer.device)
+    states: list[Any] = []
+    for i, module in enumerate(trainer.model):
+        found = part(own, f"state.{i}.")
+        values = [found[str(k)].to(trainer.device) for k in range(len(found))]
+        if isinstance(module, EGRU) and values:
+            states.append(EGRUState(*values))
+        else:
+            states.append(tuple(values) if len(values) > 1 else next(iter(values), None))
+    carried = StackState(states) if any(s is not None for s in states) else None
+    return Progressed(**facts["progress"]), carried
+
+
+def whole(tensors: Mapping[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, in which shared weights stand under each of their names."""
+    names: dict[int, str] = {}
+    found = dict(tensors)
+    for name, value in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(value), name)
+        if first != name and first in found:
+            found.setdefault(name, found[first])
+    return found
+
+
+def _tuple(state: Any) -> tuple[Tensor, ...]:
+    return () if state is None else state if isinstance(state, tuple) else (state,)

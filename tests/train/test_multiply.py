@@ -1,0 +1,138 @@
+"""The experiment on both sparsities, in miniature: its points, its file, its resume, and that nothing wrong is timed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sparsefold.cli import main
+from sparsefold.data import load_corpus, load_text
+from sparsefold.lowering import compile_model
+from sparsefold.nn import EGRU, GRU, LSTM, Stack
+from sparsefold.recipes import lm, multiply, rivals
+from sparsefold.recipes._windows import stream_bits
+
+pytest.importorskip("onnxruntime", reason="rivals need ONNX Runtime: pip install 'sparsefold[bench]'.")
+pytestmark = pytest.mark.filterwarnings("ignore:.*rows per gate")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Config, folder and result of an experiment of 16 units on a page of text."""
+    folder = tmp_path_factory.mktemp("multiply")
+    corpus = load_text()
+    (folder / "a.txt").write_bytes(bytes(corpus.vocabulary[t] for t in corpus.train[5000:25_000]))
+    config = multiply.Config(
+        corpus=str(folder / "a.txt"), minutes=None, steps=6, hidden=16, lstm=(16, 8), gru=(16,), rates=(0.2, 0.1),
+        densities=(1.0, 0.5), decoder_density=0.5, calls=200, all="batch=4 eval_every=3", egru="lr=0.01",
+    )  # fmt: skip
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiply, "SAMPLE", 200)
+        patch.setattr(multiply, "PARITY", 40)
+        yield config, folder / "run", multiply.run(config, folder / "run")
+    torch.set_num_threads(before)
+
+
+NAMES = [
+    "lstm-16", "lstm-8", "gru-16", "egru-16-rate0.2-density1", "egru-16-rate0.2-density0.5", "egru-16-rate0.1-density1",
+    "egru-16-rate0.1-density0.5",
+]  # fmt: skip
+
+
+def test_every_point_has_quality_counts_and_time(small):
+    config, folder, found = small
+    assert list(found["points"]) == NAMES
+    assert json.loads((folder / "multiply.json").read_text()) == json.loads(json.dumps(found))
+    corpus = load_corpus(config.corpus, "word")
+    for name, point in found["points"].items():
+        model, _ = lm.load(multiply._file(config, folder, name))
+        assert point["test_perplexity"] == pytest.approx(2 ** stream_bits(model, corpus.test)[0])
+        roles = {part["role"] for part in point["macs"]["parts"]}
+        assert {"recurrent", "decoder"} <= roles, "embedding and decoder are counted"
+        assert point["macs"]["steps"] == 200
+        assert point["file_bytes"] == (folder / f"{name}.sfold").stat().st_size
+        density = 0.5 if name.endswith("density0.5") else 1
+        assert point["density"]["1.weight_hh_l0"] == pytest.approx(density, abs=0.01)
+        assert point["density"]["2.weight"] == pytest.approx(density, abs=0.01)
+        assert (point["event_rate"] < 1) == name.startswith("egru")
+    ours = [row["network"] for row in found["race"] if row["engine"] == "sparsefold"]
+    assert ours == NAMES
+    played = {(row["network"], row["engine"]) for row in found["race"] if row["rival"]}
+    floats, int8 = {"ONNX Runtime", "OpenVINO", "torch eager"}, {"torch int8"}
+    assert played == {
+        (n, e) for n in NAMES[:3] for e in floats | int8 | ({"ONNX Runtime int8"} if "lstm" in n else set())
+    }
+    assert all(row["latency_us"]["calls"] == 200 for row in found["race"])
+    assert multiply.told(found).count("\n") == len(NAMES) - 1
+
+
+def test_what_is_known_is_not_made_again(small, monkeypatch, capsys):
+    config, folder, found = small
+    monkeypatch.setattr(lm, "run", lambda *_: pytest.fail("trained anew"))
+    assert multiply.run(config, folder) == json.loads(json.dumps(found))
+    with pytest.raises(ValueError, match=r"holds an experiment with another hidden, calls\. Give the same settings"):
+        multiply.run(replace(config, hidden=8, calls=300), folder)
+    known = json.loads((folder / "multiply.json").read_text())
+    part = {**known, "points": {k: v for k, v in known["points"].items() if "rate0.1" not in k}}
+    del part["race"]
+    (folder / "multiply.json").write_text(json.dumps(part))
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiply, "SAMPLE", 200)
+        patch.setattr(multiply, "PARITY", 40)
+        again = multiply.run(config, folder)
+    assert list(again["points"]) == NAMES
+    for name in NAMES:
+        assert again["points"][name]["test_perplexity"] == found["points"][name]["test_perplexity"]
+    words = [
+        f"{k}={v}"
+        for k, v in {"corpus": config.corpus, "minutes": "none", "steps": 6, "hidden": 16, "calls": 200}.items()
+    ]
+    words += ["lstm=16x8", "gru=16", "rates=0.2,0.1", "densities=1,0.5", "decoder_density=0.5"]
+    words += ["all=batch=4 eval_every=3", "egru=lr=0.01"]
+    assert main(["train", "ptb-multiply", *words, "--out", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("lstm-16 ")
+
+
+def test_nothing_that_disagrees_with_torch_is_timed(small, monkeypatch):
+    config, folder, _ = small
+    name = "gru-16"
+    models = {name: lm.load(multiply._file(config, folder, name))[0]}
+    programs = {name: multiply.Program.load(folder / f"{name}.sfold")}
+    monkeypatch.setattr(rivals, "PARITY_BOUND", 0.0)
+    monkeypatch.setattr(multiply, "race", lambda *_, **__: pytest.fail("timed"))
+    with pytest.raises(rivals.ParityError, match=r"on gru-16 differs from torch by \S+ in a logit"):
+        multiply.measure(models, programs, load_corpus(config.corpus, "word").test, 200)
+
+
+def test_networks_of_several_layers_are_played_by_all():
+    torch.manual_seed(0)
+    tokens = torch.randint(9, (300,)).numpy()
+    models = {}
+    for name, kind in (("lstm", LSTM), ("gru", GRU), ("egru", EGRU)):
+        layers = kind(5, 6), kind(6, 6)
+        models[name] = Stack(torch.nn.Embedding(9, 5), *layers, torch.nn.Linear(6, 9)).eval()
+    rows = multiply.measure(models, {n: compile_model(m) for n, m in models.items()}, tokens, 200)
+    played = {(row["network"], row["engine"]) for row in rows if row["rival"]}
+    assert len(played) == 9, "parity is asked of each before it is timed"
+    with pytest.raises(ValueError, match=r"one layer of as many units as the others"):
+        rivals.torch_eager(Stack(torch.nn.Embedding(9, 5), LSTM(5, 6), LSTM(6, 7), torch.nn.Linear(7, 9)))
+    with pytest.raises(ValueError, match=r"GRUs or LSTMs"):
+        rivals.torch_eager(Stack(torch.nn.Embedding(9, 5), LSTM(5, 6), GRU(6, 6), torch.nn.Linear(6, 9)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rates": ()}, "rates and densities"), ({"densities": (0.0,)}, "rates and densities"), ({"calls": 3}, "calls"),
+        ({"lstm": (), "gru": ()}, "dense"), ({"all": "lrr=3"}, "unknown key 'lrr'"),
+        ({"densities": (0.1, 0.5)}, "snapshots"),
+    ],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused_before_any_training(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        multiply.Config(**changes)
