@@ -1,5 +1,5 @@
-# demo · test · check · bench · sanitize · wheels. Each makes .venv when it is missing or older than pyproject.toml and constraints.txt, and
-# rebuilds the native library when native/ is newer. Nothing is left outside this folder.
+# demo · demo-full · test · check · bench · sanitize · wheels. Each makes .venv when it is missing or older than pyproject.toml and
+# constraints.txt, and rebuilds the native library when native/ is newer. Nothing is left outside this folder.
 PYTHON ?= python3
 # A small download of torch without CUDA: make TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -14,10 +14,14 @@ export PIP_NO_CACHE_DIR := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 
-.PHONY: demo test test-runtime sanitize check bench wheels docs stub clean
+.PHONY: demo demo-full test test-runtime sanitize check bench wheels docs stub clean
 
 demo: .venv/.built
 	$(BIN)/sparsefold demo
+
+# Goes on from what make demo trained: more densities, a sparse decoder, more seeds.
+demo-full: .venv/.built
+	$(BIN)/sparsefold demo --full
 
 test: .venv/.built
 	$(BIN)/python -m pytest

@@ -30,26 +30,48 @@ def demo_table() -> str:
 
 
 def learning_rates() -> str:
-    """Validation bits per character of every rate searched, the chosen one of each network in bold."""
-    path = ROOT / "results/text/lr-search.json"
+    """The rates searched for networks of 256 units."""
+    return _searched(ROOT / "results/text/lr-search.json")[0]
+
+
+def demo_search() -> str:
+    """The rates searched for the demonstration, and the size of the dense GRU worth what the sparse network is worth."""
+    text, best = _searched(ROOT / "results/text/demo-search.json")
+    for steps in sorted({steps for _, steps in best}):
+        found = {name: bits for (name, length), bits in best.items() if length == steps}
+        sizes = sorted(
+            (bits, int(name.removeprefix("gru_"))) for name, bits in found.items() if name.startswith("gru_")
+        )
+        if "egru_1024_blocks" in found and len(sizes) > 1:
+            equal = np.interp(found["egru_1024_blocks"], *np.array(sizes).T)
+            text += (
+                f"\n\nAfter {steps} steps `egru_1024_blocks` is worth what a dense GRU of {equal:.0f} units would be."
+            )
+    return text
+
+
+def _searched(path: Path) -> tuple[str, dict[tuple[str, int], float]]:
+    """Validation bits per character of all that was searched, the best of each network and length in bold; and these."""
     runs = json.loads(path.read_text())["runs"]
-    means: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    means: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for run in runs:
-        means.setdefault((run["network"], run["lr"]), []).append(run)
+        means.setdefault((run["network"], run["config"]["steps"], run["lr"]), []).append(run)
     average = {key: sum(r["valid_bits_per_char"] for r in group) / len(group) for key, group in means.items()}
-    best = {name: min(v for (n, _), v in average.items() if n == name) for name, _ in average}
+    best = {
+        length: min(v for key, v in average.items() if key[:2] == length) for length in {key[:2] for key in average}
+    }
     lines = [
-        "| network | peak learning rate | bits per character, each seed | mean | event rate |",
-        "|---|---|---|---|---|",
+        "| network | steps | peak learning rate | bits per character, each seed | mean | event rate |",
+        "|---|---|---|---|---|---|",
     ]
-    for (name, lr), group in sorted(means.items()):
+    for (name, steps, lr), group in sorted(means.items()):
         each = ", ".join(f"{r['valid_bits_per_char']:.4f}" for r in sorted(group, key=lambda r: r["seed"]))
         rate = sum(r["event_rate"] for r in group) / len(group)
-        mark = "**" if average[name, lr] == best[name] else ""
-        events = "" if name == "gru" else f"{rate:.3f}"
-        lines.append(f"| {name} | {lr:g} | {each} | {mark}{average[name, lr]:.4f}{mark} | {events} |")
-    steps = runs[0]["config"]["steps"]
-    return "\n".join(lines) + f"\n\nValidation split, {steps} steps. From [{path.name}](../{path.relative_to(ROOT)})."
+        mean = average[name, steps, lr]
+        mark = "**" if mean == best[name, steps] else ""
+        events = "" if name.startswith("gru") else f"{rate:.3f}"
+        lines.append(f"| {name} | {steps} | {lr:g} | {each} | {mark}{mean:.4f}{mark} | {events} |")
+    return "\n".join(lines) + f"\n\nValidation split. From [{path.name}](../{path.relative_to(ROOT)}).", best
 
 
 def kernels() -> str:
@@ -639,6 +661,7 @@ SECTIONS = {
     "README.md": {"demo": demo_table},
     "docs/benchmarks.md": {
         "learning-rates": learning_rates,
+        "demo-search": demo_search,
         "steps": steps,
         "throughput": throughput,
         "delta": delta,

@@ -10,7 +10,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from io import BytesIO, StringIO
 from typing import Any
@@ -31,6 +31,9 @@ PALETTE = {
     "net1": ("#0067a8", "#5cb3ee"),
     "net2": ("#c25400", "#f0954a"),
     "net3": ("#00795a", "#3fc19a"),
+    "net4": ("#6a45c4", "#ab93f0"),
+    "net5": ("#7d6608", "#c4a83a"),
+    "net6": ("#b3263c", "#f08090"),
     "input": ("#aab3bb", "#626c75"),
     "recurrent": ("#6b747c", "#a4adb5"),
     "linear": ("#00795a", "#3fc19a"),
@@ -62,7 +65,8 @@ def figures(summary: Summary) -> str:
         matplotlib.rcdefaults()  # whatever style the caller set
         matplotlib.rcParams.update(_RC)
         warnings.filterwarnings("ignore", message=".*[Gg]lyph")  # the browser's fonts draw the text, not matplotlib's
-        plots = [_loss(summary), _latency(summary), _event_rates(summary), _macs_by_part(summary), *_rasters(summary)]
+        plots = [_loss(summary), _latency(summary), _event_rates(summary), _macs_by_part(summary)]
+        plots += [*_rasters(summary), *_masks(summary)]
     return "".join(filter(None, plots))
 
 
@@ -103,11 +107,16 @@ def _heading(axes: Any, text: str) -> None:
 
 
 def _paint(summary: Summary, key: str) -> str:
-    return _PAINT[f"net{list(summary['networks']).index(key) % 4}"]
+    return _PAINT[f"net{list(summary['networks']).index(key) % 7}"]
 
 
 def _folded(summary: Summary, key: str) -> str:
-    return textwrap.fill(label_of(summary, key), 16)
+    return textwrap.fill(label_of(summary, key).replace(" %", "\N{NO-BREAK SPACE}%"), 16)
+
+
+def _room(summary: Summary, keys: Iterable[str]) -> float:
+    """Pixels that the names of networks, each with a figure beneath, need one above the other."""
+    return sum(15 * (_folded(summary, key).count("\n") + 2) + 5 for key in keys)
 
 
 def _end_labels(axes: Any, lines: Sequence[tuple[float, float, str, str]]) -> None:
@@ -137,7 +146,7 @@ def _loss(summary: Summary) -> str:
             curves[key] = np.array(points, float).T
     if not curves:
         return ""
-    fig, ax = _axes(300, (44, 126, 24, 40))
+    fig, ax = _axes(64 + max(236, _room(summary, curves)), (44, 126, 24, 40))
     ends = []
     for key, (steps, bits) in curves.items():
         ax.plot(steps, bits, color=_paint(summary, key))
@@ -165,8 +174,9 @@ def _event_rates(summary: Summary) -> str:
         return ""
     targets = sorted({t for _, n in networks if (t := (n.get("config") or {}).get("target_rate")) is not None})
     high = max(max(n.get(field) or [0.0]) for _, n in networks for field in fields)
-    fig, upper = _axes(490, (44, 126, 24, 300))
-    lower = fig.add_axes(upper.get_position().translated(0, -250 / 490))
+    panel = max(166, _room(summary, dict(networks)))
+    fig, upper = _axes(158 + 2 * panel, (44, 126, 24, 134 + panel))
+    lower = fig.add_axes(upper.get_position().translated(0, -(84 + panel) / (158 + 2 * panel)))
     for ax, field in zip((upper, lower), fields, strict=True):
         ends = []
         for key, network in networks:
@@ -209,7 +219,7 @@ def _latency(summary: Summary) -> str:
     else:
         ax.set_xlim(0, 1.03 * p99.max())
     for y, row in enumerate(rows):
-        colour, rival = _paint(summary, row["network"]), row["engine"] != "sparsefold"
+        colour, rival = _paint(summary, row["network"]), bool(row.get("rival"))
         fill = "none" if rival else colour
         ax.barh(y, p50[y], 0.26, color=fill, edgecolor=colour, linewidth=1.2)
         ax.plot([p50[y], p99[y]], [y, y], color=colour, linewidth=1.2)
@@ -231,10 +241,12 @@ def _macs_by_part(summary: Summary) -> str:
         return ""
     fig, ax = _axes(46 + 132 * len(networks), (68, 52, 24, 4))
     names, y = ("macs_dense", "macs_weight", "macs_effective"), 0.0
-    widest = max(sum(macs_by_role(n, names[0]).values()) for _, n in networks)
-    for i, (key, network) in enumerate(networks):
+    totals = {key: sum(macs_by_role(n, names[0]).values()) for key, n in networks}
+    named = max(totals, key=totals.__getitem__)
+    widest = totals[named]
+    for key, network in networks:
         _write(ax, label_of(summary, key), 0, y, -64, 0, size=13, va="center")
-        y += 0.6 * (i == 0)  # the names of the parts stand over the first bar
+        y += 0.6 * (key == named)  # the names of the parts stand over the widest bar
         for name in names:
             y, start = y + 1, 0.0
             for role, value in macs_by_role(network, name).items():
@@ -247,10 +259,12 @@ def _macs_by_part(summary: Summary) -> str:
                     edgecolor=_PAINT["page"],
                     linewidth=0.6,
                 )
-                if i == 0 and name == names[0]:
-                    last = role == list(macs_by_role(network, name))[-1]
+                if key == named and name == names[0]:
+                    roles = list(macs_by_role(network, name))
+                    place = 0.0 if role == roles[0] else 1.0 if role == roles[-1] else 0.5
                     ink = _PAINT["decoder" if role == "decoder" else "muted"]
-                    ax.text(start + last * value, y - 0.48, role, size=12, color=ink, ha="right" if last else "left")
+                    side = {0.0: "left", 0.5: "center", 1.0: "right"}[place]
+                    ax.text(start + place * value, y - 0.48, role, size=12, color=ink, ha=side)
                 start += value
             _write(ax, name.removeprefix("macs_"), 0, y, -64, 0, va="center", color=_PAINT["muted"])
             total, decoder = number(start, "macs"), macs_by_role(network, name).get("decoder")
@@ -281,16 +295,18 @@ def _rasters(summary: Summary) -> list[str]:
         row = np.empty(units, int)  # where each unit is drawn: the busiest at the bottom
         row[np.argsort(-rates, kind="stable")] = np.arange(units)
         pitch = min(max(1028 / len(events), 8.5), 11)  # fills the page where that keeps the text together
-        fig, ax = _axes(380, (44, 8, 64, 40), width=52 + pitch * len(events))
+        fig, ax = _axes(max(380, min(units, 1024) * 0.6), (44, 8, 64, 40), width=52 + pitch * len(events))
         at = [(x, row[unit]) for x, emitted in enumerate(events) for unit in emitted]
         xs, ys = np.array(at, float).T
         dashes = np.stack([xs - 0.42, xs + 0.42, np.full(len(xs), np.nan)], 1).ravel()
-        thin = {"linewidth": 0.95 * ax.get_window_extent().height / (units + 1), "solid_capstyle": "butt"}
+        room = 0.95 * ax.get_window_extent().height / (units + 1)
+        thin = {"linewidth": max(room, 1.0), "solid_capstyle": "butt"}  # thinner lines are too faint to be seen
         ax.plot(dashes, np.repeat(ys, 3), color=_paint(summary, key), **thin)
         ax.set(xlim=(-0.5, len(events) - 0.5), ylim=(-1, units), xticks=[], yticks=[0, units - 1])
         ax.set_yticklabels(["1", str(units)])
         ax.set_ylabel("units, busiest first", labelpad=-12)
-        strip = ax.inset_axes((0, 1.02, 1, 0.17))
+        height = ax.get_window_extent().height
+        strip = ax.inset_axes((0, 1 + 6 / height, 1, 47 / height))
         share = [100 * len(emitted) / units for emitted in events]
         strip.bar(range(len(events)), share, 0.84, color=_PAINT["net0"])
         strip.set(xlim=ax.get_xlim(), xticks=[], yticks=[max(share)])
@@ -304,6 +320,42 @@ def _rasters(summary: Summary) -> list[str]:
         caption += "above, the share of units that emit."
         figures.append(_figure(fig, f"raster-{len(figures)}", "Who speaks when", caption, wide=True))
     return figures
+
+
+def _masks(summary: Summary) -> list[str]:
+    """Blocks that are left, a square for each gate; drawn by hand, for matplotlib spends five times the bytes on a dash."""
+    found: list[str] = []
+    side, gap = 330, 22
+    for key, network in summary["networks"].items():
+        if not (mask := network.get("mask")):
+            continue
+        columns, gates, (high, wide) = mask["columns"], mask["gates"], mask["block"]
+        bits = [np.frombuffer(bytes.fromhex(row), np.uint8) for row in mask["rows"]]
+        kept = np.unpackbits(np.array(bits), axis=1, count=columns).astype(np.int8)
+        squares = ""
+        for gate, part in enumerate(np.split(kept, gates)):
+            edges = np.diff(part, axis=1, prepend=0, append=0)  # where a run of neighbours begins, and where it is over
+            runs = zip(*np.nonzero(edges > 0), np.nonzero(edges < 0)[1], strict=True)
+            path = "".join(f"M{first} {y}h{last - first}" for y, first, last in runs)
+            moved = f"translate({gate * (side + gap) + 0.5} 20.5) scale({side / columns:.5f} {side / len(part):.5f})"
+            squares += (
+                f"<text x='{gate * (side + gap)}' y='12' font-size='12' fill='var(--muted)'>{'rzn'[gate % 3]}</text>"
+            )
+            squares += f"<path transform='{moved} translate(0 .5)' d='{path}' fill='none' stroke='var(--net{{}})'/>"
+            squares += f"<rect x='{gate * (side + gap) + 0.5}' y='20.5' width='{side}' height='{side}' "
+            squares += "fill='none' stroke='var(--line)'/>"
+        width, height = gates * (side + gap) - gap + 1, side + 21
+        colour = list(summary["networks"]).index(key) % 7
+        svg = (
+            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' height='{height}' "
+        )
+        svg += f"id='mask-{len(found)}' role='img' aria-label='Which blocks are left'>{squares.format(*[colour] * gates)}</svg>"
+        caption = f"{label_of(summary, key)}. Each dash is a block of {high} x {wide} weights that is left, "
+        caption += f"{number(float(kept.mean()), 'share')} of the recurrent matrix, a square for each gate: "
+        caption += "from left to right the units that are read, from top to bottom those that read them."
+        heading = f"<h2>Which blocks are left</h2><figcaption>{escape(caption)}</figcaption>"
+        found.append(f"<figure class=wide>{heading}<div class='scroll'>{svg}</div></figure>")
+    return found
 
 
 MOST_PIXELS = 480  # of a side of a matrix: larger ones are drawn as the share of weights in each cell

@@ -75,9 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
     demo.add_argument("--fresh", action="store_true", help="throw away what an earlier run left there")
     demo.add_argument("--steps", type=int, default=None, help="training steps of each network")
+    demo.add_argument("--full", action="store_true", help="more densities, a sparse decoder, more seeds: longer")
     demo.set_defaults(
         resume=lambda a: [
-            "sparsefold", "demo", "--out", str(a.out), *(["--steps", str(a.steps)] if a.steps is not None else [])
+            "sparsefold", "demo", "--out", str(a.out), *["--full"] * a.full,
+            *(["--steps", str(a.steps)] if a.steps is not None else []),
         ]
     )  # fmt: skip
 
@@ -197,7 +199,7 @@ def _demo(args: argparse.Namespace) -> None:
     from sparsefold.recipes.rivals import ParityError
 
     try:
-        demo(args.out, fresh=args.fresh, steps=args.steps)
+        demo(args.out, fresh=args.fresh, steps=args.steps, full=args.full)
     except (DemoError, ParityError) as error:
         raise SystemExit(f"sparsefold: {error}") from error
 

@@ -19,12 +19,13 @@ from sparsefold.program import write_atomically
 __all__ = ["SCHEMA", "WIDTH", "html", "markdown", "table", "write_report"]
 
 WIDTH = 118  # columns of the terminal table
+EQUAL = 1.02  # up to so many times the dense network's bits per character is called equal quality
 
 # Of each column of the table: heading, its second line, and its width in a terminal.
 _COLUMNS: tuple[tuple[str, str, int], ...] = (
-    ("", "engine", 16), ("bits per", "char", 10), ("event", "rate", 9), ("", "density", 9), ("MACs", "dense", 8),
-    ("MACs", "weight", 8), ("MACs", "effective", 11), ("of it", "decoder", 9), ("", "file", 9), ("µs", "p50", 8),
-    ("µs", "p99", 8), ("ratio to", "rival", 10),
+    ("", "engine", 18), ("bits per", "char", 9), ("event", "rate", 8), ("", "density", 9), ("MACs", "dense", 8),
+    ("MACs", "weight", 8), ("MACs", "effective", 10), ("of it", "decoder", 8), ("", "file", 8), ("µs", "p50", 7),
+    ("µs", "p99", 7), ("ratio to", "rival", 9), ("ratio to", "equal", 9),
 )  # fmt: skip
 
 
@@ -120,7 +121,8 @@ def _rows(summary: Summary) -> list[tuple[str, list[str]]]:
     rows = []
     for row in sorted(summary["rows"], key=lambda r: order.index(r["network"])):
         network = summary["networks"][row["network"]]
-        own = row["engine"] == "sparsefold"
+        own = not row.get("rival")
+        network = {**network, **{name: row[name] for name in ("event_rate", "file_bytes", "cost") if row.get(name)}}
         dense, weight = (macs_by_role(network, name) for name in ("macs_dense", "macs_weight"))
         executed = macs_by_role(network, "macs_effective") if own else dense  # other engines skip nothing
         totals = [sum(part.values()) if part else None for part in (dense, weight, executed)]
@@ -134,6 +136,7 @@ def _rows(summary: Summary) -> list[tuple[str, list[str]]]:
             microseconds(row, "p50"),
             microseconds(row, "p99"),
             number(row.get("ratio_to_fastest_rival"), "ratio"),
+            number(row.get("ratio_to_equal_rival"), "ratio"),
         ]
         rows.append((label_of(summary, row["network"]), cells))
     return rows
@@ -156,8 +159,10 @@ def _quality(ratio: float | None) -> str:
 
 
 def _headline(summary: Summary) -> str:
-    """The result in a sentence: sparsefold's row with the best ratio to the fastest rival."""
+    """The result in a sentence: sparsefold's row with the best ratio to the fastest rival, of equal quality if any is."""
     own = [r for r in summary["rows"] if r["engine"] == "sparsefold" and r.get("ratio_to_fastest_rival")]
+    quality = {key: n.get("bits_per_char_vs_dense") or 1.0 for key, n in summary["networks"].items()}
+    own = [r for r in own if quality[r["network"]] <= EQUAL] or own
     if not own:
         return "What was trained, counted and timed"
     best = max(own, key=lambda r: r["ratio_to_fastest_rival"])
@@ -165,8 +170,8 @@ def _headline(summary: Summary) -> str:
     text = f"{label_of(summary, best['network'])}: a byte in {microseconds(best, 'p50')} µs, "
     text += f"{max(ratio, 1 / ratio):.1f} times {'faster' if ratio >= 1 else 'slower'} than "
     text += f"{clean(rival['engine'])} playing {label_of(summary, rival['network'])}" if rival else "the fastest rival"
-    if quality := _quality(summary["networks"][best["network"]].get("bits_per_char_vs_dense")):
-        text += f", with {quality}"
+    if words := _quality(summary["networks"][best["network"]].get("bits_per_char_vs_dense")):
+        text += f", with {words}"
     return text[0].upper() + text[1:]
 
 
@@ -176,6 +181,11 @@ def _notes(summary: Summary) -> list[str]:
         notes.append(
             f"* rival. The fastest is {clean(rival['engine'])} playing {label_of(summary, rival['network'])}, p50 "
             f"{number(rival['p50'], 'us')} µs; ratio to rival: that p50 ÷ this p50."
+        )
+    if equal := summary.get("equal_rival"):
+        notes.append(
+            f"Ratio to equal: the same to the fastest playing {label_of(summary, equal['network'])}, "
+            f"{clean(equal['engine'])}, p50 {number(equal['p50'], 'us')} µs."
         )
     calls = {r["latency_us"]["calls"] for r in summary["rows"] if (r.get("latency_us") or {}).get("calls")}
     over = f", over {min(calls):,} calls a row" if calls else ""
@@ -265,12 +275,18 @@ def _lede(summary: Summary) -> str:
     if rival := summary.get("fastest_rival"):
         text = f"{clean(rival['engine'])} playing {label_of(summary, rival['network'])}, "
         lines.append(("fastest rival", text + f"{number(rival['p50'], 'us')} µs a byte."))
+    if equal := summary.get("equal_rival"):
+        text = f"{clean(equal['engine'])} playing {label_of(summary, equal['network'])}, "
+        lines.append(("fastest rival at equal quality", text + f"{number(equal['p50'], 'us')} µs a byte."))
     for row in summary["rows"]:
         network = summary["networks"][row["network"]]
         if row["engine"] == "sparsefold" and network.get("bits_per_char_vs_dense") not in (None, 1.0):
-            text = f"{microseconds(row, 'p50')} µs a byte, {_quality(network['bits_per_char_vs_dense'])}, "
-            text += f"{number(network.get('event_rate'), 'share')} of the units emit per step."
-            lines.append((label_of(summary, row["network"]), text))
+            text = f"{microseconds(row, 'p50')} µs a byte, {_quality(network['bits_per_char_vs_dense'])}"
+            if row.get("ratio_to_equal_rival"):
+                text += f", {row['ratio_to_equal_rival']:.1f} times as fast as the fastest rival at equal quality"
+            if network.get("event_rate") != 1.0:
+                text += f"; {number(network.get('event_rate'), 'share')} of the units emit per step"
+            lines.append((label_of(summary, row["network"]), f"{text}."))
     if targets := summary.get("targets"):
         lines.append(("targets", f"{sum(bool(t['held']) for t in targets)} of {len(targets)} held."))
     return "".join(f"<p><b>{_prose(name)}:</b> {_prose(text)}</p>" for name, text in lines)
@@ -294,7 +310,7 @@ def _html_results(summary: Summary) -> str:
             body += "</tbody><tbody>" if body else "<tbody>"
             body += f"<tr><th class='group' scope='rowgroup' colspan='{len(names)}'>{escape(network)}</th></tr>"
         row = "".join(_cell(name.replace("\n", " "), cell) for name, cell in zip(names, cells, strict=True))
-        body += f"<tr class='{'own' if cells[0] == 'sparsefold' else 'other'}'>{row}</tr>"
+        body += f"<tr class='{'other' if cells[0].endswith('*') else 'own'}'>{row}</tr>"
     head = "".join(f"<th scope='col'>{escape(name)}</th>" for name in names)
     return f"<table class='results'><thead><tr>{head}</tr></thead>{body}</tbody></table>"
 
@@ -328,10 +344,11 @@ def _html_training(summary: Summary) -> str:
         bits = (network.get(f"{split}bits_per_char") for split in ("train_", "valid_", ""))
         rows.append([
             label_of(summary, key), *(number(b, "bits") for b in bits),
+            ", ".join(number(other["bits_per_char"], "bits") for other in network.get("seeds") or ()) or "–",
             number(network.get("bits_per_char_vs_dense"), "ratio"), number(log[-1].get("step"), ""),
             number(log[-1].get("seconds"), "seconds"), _settings({k: v for k, v in config.items() if k not in shared}),
         ])  # fmt: skip
-    names = ("network", "train bits", "valid bits", "test bits", "test ÷ dense", "steps", "time")
+    names = ("network", "train bits", "valid bits", "test bits", "other seeds", "test ÷ dense", "steps", "time")
     return _html_table([*((name, False) for name in names), ("config, where they differ", True)], rows)
 
 
