@@ -520,7 +520,7 @@ common = dict(
     H=21, HP=32, D=7, ROWS=16, RESET="threshold", EVENT="threshold", LEAN=False, HEIGHT=0.5, WIDTH=0.5, ZONED=True, MASKED=True,
     KEEP=0.1, ZONED_C=True, MASKED_C=True, KEEP_C=0.0, ENDS=True, HAS_IH=True, HAS_HH=False, HAS_Y=True, HAS_U=True, HAS_O=False,
     HAS_H=True, HAS_C=True, LEARNS=True, HANDS_ON_STATE=True, STATE=tl.float32, IO=tl.float32, MATMUL=tl.bfloat16, BLOCK=256,
-    CHUNK=64,
+    CHUNK=64, CHUNKS=3,
 )
 whole = {"table": "*i64", "counts": "*i64", "columns": "*i32", "starts": "*i32", "t": "i32", "B": "i32"}
 low = ("product", "product_rz", "product_n", "said", "scaled", "q", "q_rz", "q_n", "values")

@@ -429,6 +429,7 @@ def stream_step(
     values, columns, starts, seen, said, onward, hidden, bias, theta, counts,
     H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, RESET: tl.constexpr, EVENT: tl.constexpr, KEEP: tl.constexpr,
     PART: tl.constexpr, HANDS_ON_STATE: tl.constexpr, STATE: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """A step of ROWS units of one sample: of the blocks that exist those are read whose column is not zero.
 
@@ -458,8 +459,8 @@ def stream_step(
 
     sums = tl.zeros((4, ROWS), STATE)
     read = tl.zeros((4, CHUNK), tl.int32)
-    for at in range(0, tl.max(last - first, axis=0), CHUNK):
-        i = first[:, None] + at + tl.arange(0, CHUNK)[None, :]
+    for chunk in range(CHUNKS):
+        i = first[:, None] + chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
         live = i < last[:, None]
         x = tl.load(seen + tl.load(columns + i, mask=live, other=0), mask=live, other=0)
         spoke = live & (x != 0)

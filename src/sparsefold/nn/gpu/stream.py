@@ -101,9 +101,11 @@ class _Layer:
         self.seen = torch.zeros(2, I + 2 * H, dtype=state, device=device)
         self.hidden = torch.zeros(H, dtype=state, device=device)
         self.output = egru.output
+        chunk = _CHUNK if device.type == "cuda" else 16
+        longest = int(self.starts.diff().max())  # blocks of a gate of a group
         self.form = {
             "H": H, "D": I, "ROWS": ROWS, "RESET": egru.reset, "EVENT": egru.event, "KEEP": float(egru.zoneout),
-            "STATE": triton_dtype(state), "CHUNK": _CHUNK if device.type == "cuda" else 16, "num_warps": _WARPS,
+            "STATE": triton_dtype(state), "CHUNK": chunk, "CHUNKS": -(-longest // chunk), "num_warps": _WARPS,
         }  # fmt: skip
 
     def launch(self, parity: int, onward: Tensor, counts: Tensor, last: bool) -> None:
