@@ -257,6 +257,64 @@ def dense_cells() -> str:
     )
 
 
+def on_a_gpu() -> str:
+    """Training, single steps, where skipping pays and an epoch on a GPU, ours and rivals."""
+    found = sorted((ROOT / "bench/results").glob("*/gpu-*.jsonl"), key=lambda path: path.name)
+    if not found:
+        return "Not measured yet."
+    path = found[-1]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    figures = {f: [r for r in rows if r["figure"] == f] for f in ("training", "step", "skipping", "epoch")}
+
+    def ratio(r: dict[str, Any], rival: str) -> str:
+        value = r.get(f"against {rival}")
+        return f"{value:.2f}x" if value else ""
+
+    lines: list[str] = []
+    if figures["training"]:
+        rivals = ["nn.GRU (cuDNN)", "nn.LSTM (cuDNN)", "unrolled loop"]
+        lines += [
+            f"| units, batch | products | layer | ms | against {' | '.join(rivals)} |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    for r in figures["training"]:
+        name = f"**{r['engine']}**" if r["engine"].startswith("ours") else r["engine"]
+        kind = f"{r['dtype']}{', TF32' if r['tf32'] else ''}"
+        against = " | ".join(ratio(r, rival) for rival in rivals)
+        lines.append(f"| {r['units']}, {r['batch']} | {kind} | {name} | {r['ms']:.2f} | {against} |")
+    if figures["step"]:
+        rivals = [r["engine"] for r in figures["step"] if not r["engine"].startswith("ours")]
+        first = figures["step"][0]
+        lines += [
+            "",
+            f"| one step, {first['units']} x {first['layers']} | events | MACs | µs | µs, each waited for "
+            f"| against {' | '.join(rivals)} |",
+            "|---|---|---|---|---|" + "---|" * len(rivals),
+        ]
+    for r in figures["step"]:
+        ours = r["engine"].startswith("ours")
+        counted = f"{r['event_rate']:.1%} | {r['macs_effective']:,}" if ours else " | "
+        against = " | ".join(ratio(r, rival) for rival in rivals)
+        name = f"**{r['engine']}**" if ours else r["engine"]
+        lines.append(f"| {name} | {counted} | {r['us']:.1f} | {r['us_waited_for']:.1f} | {against} |")
+    if figures["skipping"]:
+        lines += ["", "| density | events | MACs | µs | against dense GRU cells in a graph |", "|---|---|---|---|---|"]
+    for r in figures["skipping"]:
+        against = ratio(r, "dense GRU cells in a graph")
+        counted = f"{r['density']:.0%} | {r['event_rate']:.1%} | {r['macs_effective']:,}"
+        lines.append(f"| {counted} | {r['us']:.1f} | {against} |")
+    for r in figures["epoch"]:
+        lines += [
+            "",
+            f"An epoch of {r['windows']} windows of {r['steps']} x {r['batch']} words, {r['layers']} layers of "
+            f"{r['units']} units, {r['dtype']}: **{r['seconds']:.1f} s**.",
+        ]
+    about = rows[0]
+    versions = f"torch {about['torch']}, CUDA {about['cuda']}, cuDNN {about['cudnn']}, Triton {about['triton']}"
+    where = f"{about['processor']}, {versions}, seed {about['seed']}."
+    return "\n".join(lines).strip() + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
+
+
 def whole_byte() -> str:
     """Time and quality of a whole byte, ours in every precision against the dense GRU of every rival."""
     path = newest("bench/results", "*/byte-*.jsonl")
@@ -609,6 +667,7 @@ SECTIONS = {
         "delta": delta,
         "training": training,
         "dense-cells": dense_cells,
+        "gpu": on_a_gpu,
         "whole-byte": whole_byte,
         "multiply": multiplied,
         "kernels": kernels,

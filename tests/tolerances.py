@@ -47,6 +47,25 @@ def gradient_f32(steps, batch, units, largest):
     return 4 * (steps * batch + 3 * units) * 2.0**-24 * 8 * steps * max(largest, 1.0)
 
 
+# --- a GPU's cells in bfloat16 -----------------------------------------------------------------------------------------
+
+EPS_BF16 = 2.0**-9  # relative error of one rounding to bfloat16
+
+# Before a gate stand two products, which round to bfloat16 (|W x| and |W y| below 4 each), of operands of which y was rounded
+# (Σ|w y| below 4): an error of at most 12 roundings, with a slope of at most 1 behind it. What goes out (below 4) rounds once
+# more. At most 3 steps pass it on, each through products of a gain of at most 2 and a gate: 12 · (1 + 2 + 4) + 4.
+BF16_CELL = (12 * 7 + 4) * EPS_BF16
+
+# A gradient is a sum over at most 3 steps of terms that pass three times: each factor on the way (four gates of the tape, the
+# product of the step after, the gradient's own tape) was rounded or is as wrong as the cell, relative to the largest of all.
+BF16_GRADIENT = BF16_CELL
+
+
+# A float32 stream against float64 on the same rounded weights: sums of at most 28 terms below 16 in all, two layers, five steps
+# that pass on what came before.
+STREAM_F32 = 4 * 28 * 2.0**-24 * 16 * 2 * 5
+
+
 # --- runtime side: kernels and one step of the engine ----------------------------------------------------------------
 
 EPS32 = 2.0**-24  # relative error of one float32 operation

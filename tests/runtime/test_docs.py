@@ -84,6 +84,42 @@ def test_the_table_of_streams_is_made_of_the_newest_result(tmp_path: Path, monke
     )
 
 
+def test_the_tables_of_a_gpu_are_made_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = generator()
+    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    assert generate.on_a_gpu() == "Not measured yet."
+    folder = tmp_path / "bench/results/a-gpu"
+    folder.mkdir(parents=True)
+    about = {
+        "processor": "A GPU",
+        "torch": "2.13",
+        "cuda": "13.0",
+        "cudnn": 9,
+        "triton": "3.7",
+        "seed": 0,
+        "units": 1350,
+    }
+    train = {"figure": "training", "batch": 64, "dtype": "float32", "tf32": False}
+    step = {"figure": "step", "layers": 3}
+    lines: list[dict[str, object]] = [
+        train | {"engine": "ours, EGRU", "ms": 2.0, "against nn.GRU (cuDNN)": 1.5},
+        train | {"engine": "nn.GRU (cuDNN)", "ms": 3.0, "against nn.GRU (cuDNN)": 1.0, "tf32": True},
+        step
+        | {"engine": "ours, float32", "us": 10, "us_waited_for": 20, "event_rate": 0.1, "macs_effective": 5000, "against r": 4},
+        step | {"engine": "r", "us": 40, "us_waited_for": 50, "against r": 1},
+        {"figure": "epoch", "windows": 207, "steps": 70, "batch": 64, "layers": 3, "dtype": "float32", "seconds": 4.25},
+    ]  # fmt: skip
+    path = folder / "gpu-2025-01-01-a.jsonl"
+    path.write_text("".join(json.dumps(about | line) + "\n" for line in lines))
+    table = generate.on_a_gpu()
+    assert "| 1350, 64 | float32 | **ours, EGRU** | 2.00 | 1.50x |  |  |" in table
+    assert "| 1350, 64 | float32, TF32 | nn.GRU (cuDNN) | 3.00 | 1.00x |  |  |" in table
+    assert "| **ours, float32** | 10.0% | 5,000 | 10.0 | 20.0 | 4.00x |" in table
+    assert "density" not in table  # a part that the budget did not reach
+    assert "3 layers of 1350 units, float32: **4.2 s**." in table
+    assert table.endswith("From [gpu-2025-01-01-a.jsonl](../bench/results/a-gpu/gpu-2025-01-01-a.jsonl).")
+
+
 def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

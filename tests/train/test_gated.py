@@ -592,7 +592,7 @@ def test_errors_of_a_module_say_what_came(ours):
         layer(x, (one.double(),) * 2 if ours is LSTM else one.double())
     with pytest.raises(ValueError, match=r"the state of .* is .*, got"):
         layer(x, one if ours is LSTM else (one, one))
-    with pytest.raises(ValueError, match="backend is one of 'auto', 'native', 'reference', got 'fast'"):
+    with pytest.raises(ValueError, match="backend is one of 'auto', 'native', 'triton', 'reference', got 'fast'"):
         ours(3, 5, backend="fast")
     with pytest.raises(ValueError, match="zoneout is a probability"):
         ours(3, 5, zoneout=1.5)

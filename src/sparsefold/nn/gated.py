@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, get_args
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import native, reference
+from . import gpu, native, reference
 from .modules import _FEW_STEPS, Backend, _one_of, _probability, _reverse
 
 States = tuple[Tensor, ...]  # h, or h and c
@@ -63,8 +64,11 @@ class _Gated(nn.RNNBase):
         )
         if self.backend == "auto" and not fast and not self._optional():
             return super().forward(input, hx)  # type: ignore[no-any-return]
-        cells = native if fast else reference
-        with torch.autocast(data.device.type, enabled=False):
+        on_gpu = not fast and (
+            self.backend == "triton" or (self.backend == "auto" and data.is_cuda and gpu.available(data))
+        )
+        cells = native if fast else gpu if on_gpu else reference
+        with nullcontext() if on_gpu else torch.autocast(data.device.type, enabled=False):
             if packed:
                 return self._ragged(cells, input._replace(data=data), hx)
             return self._even(cells, data, hx)

@@ -6,6 +6,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
@@ -13,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import native, reference
+from . import gpu, native, reference
 from .activity import Activity
 from .events import Triangle
 from .reference import EGRUTrace, Reset, Tape, carried
 
 Output = Literal["events", "state"]
-Backend = Literal["auto", "native", "reference"]
+Backend = Literal["auto", "native", "triton", "reference"]
 _FEW_STEPS = 4
 
 
@@ -112,14 +113,19 @@ class _EventRecurrent(nn.Module):
     def _run(self, suffix: str, x: Tensor, y: Tensor, h: Tensor) -> EGRUTrace:
         """One layer in one direction over x (T, B, I)."""
         # The kernels turn a weight over once a sequence, which a few steps do not earn back.
-        fast = self.backend == "native" or (self.backend == "auto" and native.available(x) and len(x) >= _FEW_STEPS)
-        egru = native.egru if fast else reference.egru
+        auto = self.backend == "auto"
+        cells: Any = reference
+        if self.backend == "native" or (auto and native.available(x) and len(x) >= _FEW_STEPS):
+            cells = native
+        elif self.backend == "triton" or (auto and x.is_cuda and gpu.available(x)):
+            cells = gpu
         weight_hh = getattr(self, "weight_hh" + suffix)
         if self.training and self.recurrent_dropout:
             mark, weight_hh = getattr(weight_hh, "kept", None), F.dropout(weight_hh, self.recurrent_dropout)
             weight_hh.kept = mark  # type: ignore[attr-defined]
-        with torch.autocast(x.device.type, enabled=False):
-            return egru(
+        # The GPU's kernels make their products in what autocast asks for, and carry the state in float32 all the same.
+        with nullcontext() if cells is gpu else torch.autocast(x.device.type, enabled=False):
+            return cells.egru(  # type: ignore[no-any-return]
                 x,
                 y,
                 h,
@@ -192,8 +198,9 @@ class EGRU(_EventRecurrent):
     `learn_threshold`. `dropout` acts between layers, `recurrent_dropout` drops recurrent weights (one mask per
     forward), `zoneout` keeps a unit's state; all three in training only, zoneout by its mean in evaluation.
 
-    `backend` "auto" trains with the library's own kernels (`sparsefold.nn.native`) where they can: float32 and float64 on the
-    processor, sequences of four steps or more; else, and with "reference", the plain loop of torch operations runs.
+    `backend` "auto" trains with the library's own kernels where they can: `sparsefold.nn.native` for float32 and float64 on the
+    processor, sequences of four steps or more; `sparsefold.nn.gpu` ("triton") on a GPU; else, and with "reference", the plain
+    loop of torch operations runs.
 
     `tape` "full" keeps 20 bytes for each step, unit and sample in float32 beside input and output until the backward has run,
     "recompute" 4, with the forward's work done twice and the same gradients; both are for the kernels alone.
