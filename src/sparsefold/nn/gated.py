@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import native, reference
-from .modules import _FEW_STEPS, Backend, _one_of, _probability, _reverse
+from .modules import Backend, _one_of, _probability, _reverse
 
 States = tuple[Tensor, ...]  # h, or h and c
+_FEW_STEPS = 12  # do not earn back that the kernels pack the weights once a sequence and direction
 
 
 class _Gated(nn.RNNBase):
@@ -164,7 +165,7 @@ class GRU(_Gated, nn.GRU):
     `recurrent_dropout` drops recurrent weights (DropConnect, one mask per forward), in training only; `zoneout` keeps a
     unit's state with that probability in training, and by its mean in evaluation. Equations: `sparsefold.nn.reference.gru`.
 
-    `backend` "auto" runs sequences of four steps or more in float32 on the processor with the library's own kernels
+    `backend` "auto" runs sequences of twelve steps or more in float32 on the processor with the library's own kernels
     (`sparsefold.nn.native`, which "native" always runs, float64 too), forward and backward; all else is torch's own, or
     with an option torch's does not have, the plain loop of torch operations, which "reference" always runs.
 
