@@ -238,7 +238,8 @@ template <class Real>
 static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
     const uint32_t H = a.units, B = a.batch, width = tape_of(a.kind) * H;
     const size_t step = static_cast<size_t>(B) * H;
-    const bool before = a.kind == Gated::gru_before, in_blocks = a.blocks.start != nullptr;
+    const bool before = a.kind == Gated::gru_before, pair = a.kind == Gated::lstm;
+    const bool in_blocks = a.blocks.start != nullptr;
     const Panels<Real>& last = before ? a.panels_n : a.panels;  // after which the state is known
     const Part part(count_of_panels(H, a.panels.vectors), m), last_part(count_of_panels(H, last.vectors), m);
     Real* acc = a.room + m.number * a.room_of_sums;
@@ -302,8 +303,8 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
     for (uint32_t t = 0; t < a.steps; ++t) {
         const uint32_t live = a.live ? static_cast<uint32_t>(a.live[t]) : B;
         const Real* h_old = t ? a.out + (t - 1) * step : a.h0;
-        const Real* c_old = t ? a.cells + (t - 1) * step : a.c0;
-        Real *h_new = a.out + t * step, *c_new = a.cells + t * step, *next = a.state[(t + 1) % 2];
+        const Real* c_old = t && pair ? a.cells + (t - 1) * step : a.c0;
+        Real *h_new = a.out + t * step, *c_new = pair ? a.cells + t * step : nullptr, *next = a.state[(t + 1) % 2];
         const Real* state = in_blocks ? h_old : a.state[t % 2];
         if (before) {
             pass(a.panels, a.blocks, part, t, 0, state, live,
@@ -325,7 +326,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
                  const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
                  const Vec<Real> old = get(h_old + at, left);
                  Vec<Real> h;
-                 if (a.kind == Gated::lstm) {
+                 if (pair) {
                      const Vec<Real> i = gate(load(sums)), f = gate(load(sums + apart));
                      const Vec<Real> g = bounded(load(sums + 2 * apart)), o = gate(load(sums + 3 * apart));
                      const Vec<Real> c = get(c_old + at, left), made = fma(i, g, mul(f, c));
@@ -365,7 +366,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
                     for (uint32_t b = live; b < B; ++b) {
                         const size_t at = static_cast<size_t>(b) * H + j;
                         put(h_new + at, left, get(h_old + at, left));
-                        if (a.kind == Gated::lstm) put(c_new + at, left, get(c_old + at, left));
+                        if (pair) put(c_new + at, left, get(c_old + at, left));
                     }
                 });
         m.wait(m.team);
@@ -451,7 +452,7 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
     for (uint32_t t = a.steps; t-- > 0;) {
         const uint32_t live = a.live ? static_cast<uint32_t>(a.live[t]) : B;
         const Real* h_old = t ? a.out + (t - 1) * step : a.h0;
-        const Real* c_old = t ? a.cells + (t - 1) * step : a.c0;
+        const Real* c_old = t && pair ? a.cells + (t - 1) * step : a.c0;
         Real* sent = a.sent[t % 2];
         own([&](uint32_t j, uint32_t left) {
             Vec<Real> sums[4] = {zero, zero, zero, zero};

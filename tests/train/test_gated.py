@@ -193,9 +193,8 @@ def test_every_instruction_set(isa, monkeypatch, kind, form, dtype):
     team = _native.Team(2, isa)
     monkeypatch.setattr(native, "_team", lambda: team)
     for batch in (1, 2, 3, 4, 5, 6, 7, 8, 17):  # every block of samples
-        for density in (1.0, 0.1):
-            p = in_blocks(kind, inputs(kind, 3, batch, 5, 150, dtype), density)
-            (compare_f64 if dtype == torch.float64 else compare_f32)(kind, p, **form)
+        p = in_blocks(kind, inputs(kind, 2, batch, 5, 70, dtype), 0.1 if batch == 4 else 1.0)
+        (compare_f64 if dtype == torch.float64 else compare_f32)(kind, p, **form)
 
 
 @pytest.mark.parametrize(("kind", "form"), FORMS, ids=str)
@@ -522,10 +521,11 @@ def test_auto_is_torch_s_where_the_kernels_cannot(kind, monkeypatch):
         return torch
 
     ours, _, form = kind
-    x = torch.zeros(6, 2, 3)
+    x = torch.zeros(12, 2, 3)
     assert takes(ours(3, 5, **form), x) is native
-    assert takes(ours(3, 5, **form).double(), x.double()) is native
-    assert takes(ours(3, 5, **form), x[:1]) is torch
+    assert takes(ours(3, 5, **form).double(), x.double()) is torch
+    assert takes(ours(3, 5, **form, backend="native").double(), x.double()) is native
+    assert takes(ours(3, 5, **form), x[:11]) is torch
     assert takes(ours(3, 5, **form, zoneout=0.1), x[:1]) is reference
     assert takes(ours(3, 5, **form, backend="native"), x[:1]) is native
     assert takes(ours(3, 5, **form, backend="reference"), x) is reference

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import gpu, native, reference
-from .modules import _FEW_STEPS, Backend, _one_of, _probability, _reverse
+from .modules import Backend, _one_of, _probability, _reverse
 
 States = tuple[Tensor, ...]  # h, or h and c
+_FEW_STEPS = 12  # do not earn back that the kernels pack the weights once a sequence and direction
 
 
 class _Gated(nn.RNNBase):
@@ -59,8 +60,9 @@ class _Gated(nn.RNNBase):
         if not packed and data.dim() not in (2, 3):
             raise ValueError(f"input has 3 axes (time, batch, feature), or 2 without a batch, got {tuple(data.shape)}.")
         steps = len(input.batch_sizes) if packed else data.shape[self.batch_first and data.dim() == 3]
+        able = native.available(data) and data.dtype == torch.float32  # in float64 they are for checks, and not fast
         fast = self.backend == "native" or (
-            self.backend == "auto" and not self.proj_size and native.available(data) and steps >= _FEW_STEPS
+            self.backend == "auto" and not self.proj_size and able and steps >= _FEW_STEPS
         )
         if self.backend == "auto" and not fast and not self._optional():
             return super().forward(input, hx)  # type: ignore[no-any-return]
@@ -167,9 +169,9 @@ class GRU(_Gated, nn.GRU):
     `recurrent_dropout` drops recurrent weights (DropConnect, one mask per forward), in training only; `zoneout` keeps a
     unit's state with that probability in training, and by its mean in evaluation. Equations: `sparsefold.nn.reference.gru`.
 
-    `backend` "auto" runs sequences of four steps or more in float32 and float64 on the processor with the library's own
-    kernels (`sparsefold.nn.native`), forward and backward; what these do not take is torch's own, or with an option
-    torch's does not have, the plain loop of torch operations, which "reference" always runs.
+    `backend` "auto" runs sequences of twelve steps or more in float32 on the processor with the library's own kernels
+    (`sparsefold.nn.native`, which "native" always runs, float64 too), forward and backward; all else is torch's own, or
+    with an option torch's does not have, the plain loop of torch operations, which "reference" always runs.
 
     Errors: ValueError for an option, input or state that does not fit.
 
