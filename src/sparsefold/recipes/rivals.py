@@ -124,6 +124,7 @@ def openvino(model: Stack) -> Rival:
     y: NDArray[np.float32] = outputs["y"].reshape(-1)
     states = [(inputs[name], outputs[f"{name}_next"]) for name in inputs if name != "x"]
     infer = request.infer
+    _KEPT.append(request)
 
     def call(value: Input) -> NDArray[np.float32]:
         x[:] = value
@@ -136,6 +137,10 @@ def openvino(model: Stack) -> Rival:
         "OpenVINO", call, f"openvino {ov.__version__.split('-')[0]}, float32, latency hint, 1 thread, 1 stream"
     )
 
+
+# A compiled model takes the thread's stack for signals and gives it back when it goes. Of two that do not go in reverse order
+# the thread is left with one that is no more, and the next signal, a Ctrl-C, would end the process: so none goes.
+_KEPT: list[Any] = []
 
 _NUMPY = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 
