@@ -156,7 +156,7 @@ def resident(what: str) -> int:
 
 
 def memory(name: str) -> dict[str, Any]:
-    """One forward and backward of a layer in this process: the peak, and what is kept in between, less x and the weights."""
+    """One forward and backward of a layer in this process: the peak, and what is kept in between, less x, weights and masks."""
     torch.manual_seed(SEED)
     x = torch.randn(STEPS, 20, 1350).abs() * (torch.rand(STEPS, 20, 1350) < 0.1)
     module = MEMORY[name](x)
@@ -168,13 +168,14 @@ def memory(name: str) -> dict[str, Any]:
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    weights = {p.untyped_storage().data_ptr() for p in module.parameters()} | {x.untyped_storage().data_ptr()}
+    given = [x, *module.parameters(), *getattr(getattr(module, "pruner", None), "masks", {}).values()]
+    before_it = {t.untyped_storage().data_ptr() for t in given}
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         out = module(x)[0]
     out.backward(torch.ones_like(out))
-    kept = sum(n for p, n in saved.items() if p not in weights) if isinstance(module, EGRU) else None
+    kept = sum(n for p, n in saved.items() if p not in before_it) if isinstance(module, EGRU) else None
     return {
         "layer": name, "memory": True, "units": 1350, "batch": 20, "steps": STEPS, "peak_mb": (resident("VmHWM") - before) / 1e6,
         "kept_bytes_per_step_unit_sample": None if kept is None else kept / (STEPS * 20 * 1350),

@@ -57,9 +57,8 @@ struct Ready {
     Ready(Team& team, const SequenceKernels<Real>& k, const std::vector<Real>& w, uint32_t first, uint32_t gates,
           uint32_t units, uint32_t cols, bool in_blocks) {
         const Real* from = w.data() + size_t{first} * units * cols;
-        blocks = pack_blocks<Real>(team, k, from, gates, units, cols, nullptr, 0.5, nullptr);
-        blocks =
-            pack_blocks<Real>(team, k, from, gates, units, cols, nullptr, 0.5, &blocks);  // its pattern is known now
+        blocks = pack_blocks<Real>(team, k, from, gates, units, cols, nullptr, 1, nullptr);
+        blocks = pack_blocks<Real>(team, k, from, gates, units, cols, nullptr, 1, &blocks);  // its pattern is known now
         if (in_blocks && !blocks.packed()) throw std::runtime_error("few blocks were not packed");
         dense = {nullptr, gates, units, cols};
         if (in_blocks) {
