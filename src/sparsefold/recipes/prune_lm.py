@@ -3,10 +3,12 @@
 A grid of such points, each in a folder of its own that resumes, all results in one JSON, is what commas make:
 
     python -m sparsefold.recipes.prune_lm cell=gru,lstm method=16x1,glp density=0.5,0.1 --results results/prune_lm/grid.json
+    python -m sparsefold.recipes.prune_lm --results results/prune_lm/grid.json --clock results/prune_lm/latency.json
 
-Text, loop and learning rates are those of the recipe ``text``; the rate of the LSTM was not searched. The recurrent matrix and
-the decoder's are pruned, the input matrix is not. ``method=narang`` takes its threshold from the dense point of the same cell,
-size and seed, which a grid trains first.
+The second line times all of them in one race, beside ONNX Runtime on the dense ones: on a quiet machine. Text and loop are
+those of the recipe ``text``, learning rates those of results/prune_lm/search.json. The recurrent matrix and the decoder's are
+pruned, the input matrix is not. ``method=narang`` takes its threshold from the dense point of the same cell, size and seed,
+which a grid trains first.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from typing import Any, Literal
 
 import torch
 
-from sparsefold.bench import Latency, pinned, provenance, time_calls
+from sparsefold.bench import pinned, provenance, race
 from sparsefold.data import load_text
 from sparsefold.engine import Engine
 from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack, anneal, param_groups
 from sparsefold.program import write_atomically
-from sparsefold.recipes import text
+from sparsefold.recipes import rivals, text
 from sparsefold.recipes._config import check_ranges, from_dict, override
 from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, make_folder, read_checkpoint, train
 from sparsefold.sparsify import Block, Complementary, Cubic, Magnitude, Pruner, RigL, TwoSlopes, thresholds
@@ -50,7 +52,7 @@ class Config:
     density: float = 0.1  # complementary: 1 / density groups of 16 rows are laid over each other; narang finds its own
     hidden: int = 512
     embedding: int = 64
-    steps: int = 1800
+    steps: int = 1200
     batch: int = 32
     window: int = 32
     lr: float | None = None
@@ -137,12 +139,8 @@ def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]
     )
     summary = train(trainer, folder, label)
     # The last model, not the best: that may be one of the steps before it was sparse.
-    tokens = corpus.test[:5000]
-    program = compile_model(model.eval(), sample=tokens[:2000])
-    stream = Engine(program).stream()
-    with pinned():
-        time_calls(stream.step, tokens[:500].tolist())
-        latency = Latency.of(time_calls(stream.step, tokens.tolist()))
+    stream = Engine(compile_model(model.eval(), sample=corpus.test[:2000])).stream()
+    stream.run(corpus.test[:5000])
     return {
         **about,
         **summary,
@@ -150,7 +148,6 @@ def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]
         "density": {name: float((model.get_parameter(name) != 0).float().mean()) for name in PRUNED},
         "event_rate": stream.counters.event_rate(),
         "macs": stream.cost.to_dict(),
-        "latency_us": latency.to_dict(),
         "provenance": provenance("sparsefold train prune_lm"),
     }
 
@@ -188,7 +185,24 @@ def grid(words: Sequence[str], out: Path, results: Path) -> None:
     for n, (name, config) in enumerate(todo):
         known[name] = run(config, out / name, f"{n + 1} of {len(todo)}, {name}")
         write_atomically(results, json.dumps(known, indent=1).encode())
-        print(f"{name}: {known[name]['test_bits_per_char']:.4f} bits, {known[name]['latency_us']['p50']:.2f} us")
+        print(f"{name}: {known[name]['test_bits_per_char']:.4f} bits")
+
+
+def clock(names: Sequence[str], out: Path, tokens: int = 4000) -> dict[str, Any]:
+    """Time of one byte of every point in ``out``, and of ONNX Runtime on the dense GRUs and LSTMs, all in one race."""
+    torch.set_num_threads(1)
+    players: dict[str, Any] = {}
+    for name in names:
+        model, facts = load(out / name)
+        about = facts["about"]["config"]
+        text_read = load_text(about["file"] or None).test[:tokens]
+        players[name] = Engine(compile_model(model, sample=text_read[:2000])).stream().step
+        if about["method"] == "dense" and about["cell"] != "egru":
+            players[f"{name}/ONNX Runtime"] = rivals.onnx_runtime(model).call
+    with pinned():
+        latencies = race(players, text_read.tolist())
+    made = provenance("python -m sparsefold.recipes.prune_lm --clock")
+    return {"provenance": made, "latency_us": {name: latency.to_dict() for name, latency in latencies.items()}}
 
 
 if __name__ == "__main__":
@@ -196,5 +210,10 @@ if __name__ == "__main__":
     parser.add_argument("words", nargs="*", metavar="key=value,value")
     parser.add_argument("--out", type=Path, default=Path("runs/prune_lm"))
     parser.add_argument("--results", type=Path, required=True, help="one JSON of all points")
+    parser.add_argument("--clock", type=Path, help="time the points of --results, into this JSON, instead of training")
     args = parser.parse_intermixed_args()
-    grid(args.words, args.out, args.results)
+    if args.clock:
+        timed = clock(list(json.loads(args.results.read_text())), args.out)
+        write_atomically(args.clock, json.dumps(timed, indent=1).encode())
+    else:
+        grid(args.words, args.out, args.results)
