@@ -6,9 +6,9 @@ A grid of such points, each in a folder of its own that resumes, all results in 
     python -m sparsefold.recipes.prune_lm --results results/prune_lm/grid.json --clock results/prune_lm/latency.json
 
 The second line times all of them in one race, beside ONNX Runtime on the dense ones: on a quiet machine. Text and loop are
-those of the recipe ``text``, learning rates those of results/prune_lm/search.json. The recurrent matrix and the decoder's are
-pruned, the input matrix is not. ``method=narang`` takes its threshold from the dense point of the same cell, size and seed,
-which a grid trains first.
+those of the recipe ``text``, learning rates those of results/prune_lm/search.json. The recurrent matrix is pruned, the input
+matrix is not, the decoder's where ``decoder`` says so. ``method=narang`` takes its threshold from the dense point of the same
+cell, size and seed, which a grid trains first.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from sparsefold.program import write_atomically
 from sparsefold.recipes import rivals, text
 from sparsefold.recipes._config import check_ranges, from_dict, override
 from sparsefold.recipes._loop import Trainer, Windows, bits_per_char, make_folder, read_checkpoint, train
-from sparsefold.sparsify import Block, Complementary, Cubic, Magnitude, Pruner, RigL, TwoSlopes, thresholds
+from sparsefold.sparsify import Block, Complementary, Cubic, Magnitude, Pruner, RigL, Schedule, TwoSlopes, thresholds
 
 BLOCKS = {"4x4": (4, 4), "8x1": (8, 1), "16x1": (16, 1), "16x16": (16, 16), "32x32": (32, 32)}
-PRUNED = ("1.weight_hh_l0", "2.weight")
-LR = {**text.BEST_LR, "lstm": 5e-3}
+RECURRENT, DECODER = "1.weight_hh_l0", "2.weight"
+LR = {"gru": (2.5e-3, 8e-3), "lstm": (1e-2, 1e-2), "egru": (6e-3, 1.2e-2)}  # dense and pruned
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Config:
         "dense", "unstructured", "4x4", "8x1", "16x1", "16x16", "32x32", "complementary", "glp", "narang", "rigl"
     ] = "16x1"
     density: float = 0.1  # complementary: 1 / density groups of 16 rows are laid over each other; narang finds its own
+    decoder: float = 1.0  # density of the decoder, in blocks of 16x1
     hidden: int = 512
     embedding: int = 64
     steps: int = 1200
@@ -58,6 +59,7 @@ class Config:
     lr: float | None = None
     seed: int = 0
     threads: int = 1
+    rate_weight: float = 500.0  # of the penalty that holds an EGRU at 10 % events
     group_lasso: float = 1e-5  # of glp, while it prunes
     dense: str = ""  # folder of the trained dense point, for narang
     prune_begin: float = 0.1
@@ -68,9 +70,16 @@ class Config:
 
     def __post_init__(self) -> None:
         whole = ("steps", "batch", "window", "prune_every", "eval_every", "checkpoint_every", "hidden", "embedding")
-        check_ranges(self, {**dict.fromkeys(whole, (1, math.inf)), "density": (0, 1), "group_lasso": (0, math.inf)})
-        if not 0 <= self.prune_begin <= self.prune_until <= 1 or self.density == 0:
-            raise ValueError("0 <= prune_begin <= prune_until <= 1 and density > 0 must hold.")
+        check_ranges(
+            self,
+            {
+                **dict.fromkeys(whole, (1, math.inf)),
+                **dict.fromkeys(("density", "decoder"), (0, 1)),
+                "group_lasso": (0, math.inf),
+            },
+        )
+        if not 0 <= self.prune_begin <= self.prune_until <= 1 or not self.density * self.decoder:
+            raise ValueError("0 <= prune_begin <= prune_until <= 1, density > 0 and decoder > 0 must hold.")
         if self.method == "narang" and not self.dense:
             raise ValueError("method=narang needs dense=FOLDER, a trained point with method=dense; a grid has its own.")
 
@@ -91,26 +100,26 @@ def pruner_of(config: Config, model: Stack) -> Pruner | None:
     if config.method == "dense":
         return None
     begin, until = (max(1, round(share * config.steps)) for share in (config.prune_begin, config.prune_until))
-    rule: Magnitude | Block | Complementary
+    schedule: Schedule = Cubic(begin, until, config.prune_every)
     if config.method == "narang":
-        ramp = TwoSlopes(begin, (begin + until) // 2, max(until, begin + 1), config.prune_every)
-        return Pruner(model, thresholds(load(Path(config.dense))[0], PRUNED, (4, 4)), ramp)
-    if config.method == "rigl":
-        rules = dict.fromkeys(PRUNED, Magnitude(config.density))
-        return Pruner(model, rules, RigL(config.prune_every, until), seed=config.seed)
-    if config.method == "complementary":
-        rule = Complementary(round(1 / config.density), 16)
-    elif config.method == "unstructured":
-        rule = Magnitude(config.density)
+        rules = thresholds(load(Path(config.dense))[0], [RECURRENT], (4, 4))
+        schedule = TwoSlopes(begin, (begin + until) // 2, max(until, begin + 1), config.prune_every)
+    elif config.method == "complementary":
+        rules = {RECURRENT: Complementary(round(1 / config.density), 16)}
+    elif config.method in ("unstructured", "rigl"):
+        rules = {RECURRENT: Magnitude(config.density, scope="matrix")}
+        schedule = RigL(config.prune_every, until) if config.method == "rigl" else schedule
     else:
-        rule = Block(config.density, BLOCKS.get(config.method, (16, 1)))
+        rules = {RECURRENT: Block(config.density, BLOCKS.get(config.method, (16, 1)), scope="matrix")}
+    if config.decoder < 1:
+        rules[DECODER] = Block(config.decoder, (16, 1))
     lasso = config.group_lasso if config.method == "glp" else 0.0
-    return Pruner(model, dict.fromkeys(PRUNED, rule), Cubic(begin, until, config.prune_every), group_lasso=lasso)
+    return Pruner(model, rules, schedule, seed=config.seed, group_lasso=lasso)
 
 
 def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]:
-    """Train in ``folder``, or resume there; then compile the best model and time a byte of it."""
-    peak = LR[config.cell] if config.lr is None else config.lr
+    """Train in ``folder``, or resume there; then compile the last model and count what a byte of it costs."""
+    peak = LR[config.cell][config.method != "dense"] if config.lr is None else config.lr
     config = replace(config, lr=peak)
     torch.set_num_threads(config.threads)
     corpus, recipe = load_text(config.file or None), text.Config()
@@ -119,7 +128,7 @@ def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]
     target = anneal(recipe.rate_start, 0.1, 0, round(recipe.rate_until * config.steps))
 
     def penalty(activity: Any, step: int) -> Any:
-        events = activity.penalty(target(step), recipe.rate_weight) if activity.rates else 0.0
+        events = activity.penalty(target(step), config.rate_weight) if activity.rates else 0.0
         return events + pruner.penalty() if pruner and config.method == "glp" else events
 
     about = {"recipe": "prune_lm", "config": asdict(config), "corpus": corpus.to_dict()}
@@ -145,7 +154,7 @@ def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]
         **about,
         **summary,
         "test_bits_per_char": bits_per_char(model, corpus.test),
-        "density": {name: float((model.get_parameter(name) != 0).float().mean()) for name in PRUNED},
+        "density": {name: float((model.get_parameter(name) != 0).float().mean()) for name in (RECURRENT, DECODER)},
         "event_rate": stream.counters.event_rate(),
         "macs": stream.cost.to_dict(),
         "provenance": provenance("sparsefold train prune_lm"),
@@ -171,7 +180,8 @@ def points(words: Sequence[str], out: Path) -> Iterator[tuple[str, Config]]:
             wanted.insert(0, replace(wanted[0], method="dense"))
         for c in wanted:
             density = "1" if c.method in ("dense", "narang") else f"{c.density:g}"
-            name = f"{c.cell}-{c.hidden}-{c.method}-{density}-seed{c.seed}"
+            decoder = "" if c.decoder == 1 else f"-decoder{c.decoder:g}"
+            name = f"{c.cell}-{c.hidden}-{c.method}-{density}{decoder}-seed{c.seed}"
             dense = str(out / f"{c.cell}-{c.hidden}-dense-1-seed{c.seed}") if c.method == "narang" else ""
             found.setdefault(name, replace(c, dense=dense, density=float(density)))
     yield from sorted(found.items(), key=lambda item: item[1].method != "dense")
