@@ -60,7 +60,7 @@ class Config:
     seed: int = 0
     threads: int = 1
     rate_weight: float = 500.0  # of the penalty that holds an EGRU at 10 % events
-    group_lasso: float = 1e-5  # of glp, while it prunes
+    group_lasso: float = 1e-4  # of glp, while it prunes
     dense: str = ""  # folder of the trained dense point, for narang
     prune_begin: float = 0.1
     prune_until: float = 0.6
