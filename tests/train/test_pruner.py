@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparsefold.nn import EGRU, EGRUCell, Stack
+from sparsefold.nn.kept import kept
 from sparsefold.sparsify import (
     NM,
     SET,
@@ -464,7 +465,7 @@ def test_rules_and_schedules_that_do_not_belong_together():
         Pruner(nn.ConvTranspose1d(3, 4, 5), {"weight": Magnitude(0.1)})
 
 
-def test_a_mark_says_what_is_held_at_zero_for_good():
+def test_a_mark_says_what_is_held_at_zero_for_good(tmp_path):
     """Set while no weight can return, gone with the pruner, in copies of the model alone, and in pickles."""
     model = nn.GRU(8, 32)
     pruner = Pruner(model, {"weight_hh*": Block(density=0.25, block=(16, 1))}, Cubic(1, 4))
@@ -476,7 +477,9 @@ def test_a_mark_says_what_is_held_at_zero_for_good():
     alone, (copied, held) = copy.deepcopy(model), copy.deepcopy((model, pruner))
     assert getattr(alone.weight_hh_l0, "kept", None) is None
     assert copied.weight_hh_l0.kept() is held.masks["weight_hh_l0"]
-    assert pickle.loads(pickle.dumps(model)).weight_hh_l0.kept is None
+    assert kept(pickle.loads(pickle.dumps(model)).weight_hh_l0) is None
+    torch.save(model.state_dict(keep_vars=True), path := tmp_path / "model.pt")
+    assert kept(torch.load(path, weights_only=True)["weight_hh_l0"]) is None
     resumed = Pruner(alone, {"weight_hh*": Block(density=0.25, block=(16, 1))}, Cubic(1, 4))
     resumed.load_state_dict(pruner.state_dict())
     assert torch.equal(alone.weight_hh_l0.kept(), weight.kept())

@@ -17,7 +17,7 @@ ROWS = 16  # of a block, all of one gate and of one column
 def kept(weight: Tensor) -> Tensor | None:
     """The mask that `weight` carries, if there is one and it fits."""
     mark = getattr(weight, "kept", None)
-    mask: Tensor | None = mark() if mark is not None else None
+    mask: Tensor | None = mark() if callable(mark) else None
     return mask if mask is not None and mask.shape == weight.shape and mask.dtype == torch.bool else None
 
 

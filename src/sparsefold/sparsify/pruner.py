@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class _Kept:
         return self._mask()
 
     def __reduce__(self) -> Any:
-        return type(None), ()
+        return OrderedDict, ()  # nothing, of a type that torch.load takes from anybody
 
 
 class Pruner:
@@ -207,7 +208,8 @@ class Pruner:
         """Say to the parameters what is held at zero for good: nobody asks for its gradient."""
         for name, t in self._targets.items():
             final = t.rule.monotone and not self._schedule.grows
-            t.weight.kept = _Kept(self.masks[name]) if final else None  # type: ignore[attr-defined]
+            if isinstance(t.weight, nn.Parameter):  # a state dict's tensors belong to no layer
+                t.weight.kept = _Kept(self.masks[name]) if final else None  # type: ignore[attr-defined]
 
     def _draw(self) -> None:
         alone = [(t.rule, [name]) for name, t in self._targets.items() if not t.rule.together]
