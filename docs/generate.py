@@ -532,7 +532,8 @@ def _points() -> list[dict[str, Any]]:
         c = point["config"]
         rival = latency.get(f"{name}/ONNX Runtime", {"p50": math.nan})
         point |= {"us": latency[name]["p50"], "onnx_us": rival["p50"]}
-        groups.setdefault((c["cell"], c["hidden"], c["method"], c["density"]), []).append(point)
+        method = c["method"] if c["decoder"] == 1 else f"{c['method']}, decoder {c['decoder']:.0%}"
+        groups.setdefault((c["cell"], c["hidden"], method, c["density"]), []).append(point)
 
     def mean(of: list[dict[str, Any]], *keys: str) -> float:
         values = []
@@ -588,6 +589,7 @@ _CELLS = {"gru": "#6b747c", "lstm": "#a03c86", "egru": "#0067a8"}
 _METHODS = {
     "dense": "#1b1f23", "unstructured": "#0067a8", "16x1": "#0a7d55", "glp": "#d4004f", "8x1": "#7cb518", "4x4": "#e08e0b",
     "16x16": "#9a5b13", "32x32": "#6d4c9f", "complementary": "#00a5b5", "rigl": "#e36bb0", "narang": "#8a949d",
+    "16x1, decoder 30%": "#93d3bb",
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Do the two sparsities multiply? ``sparsefold train ptb-multiply``: quality, counts and time over density × event rate.
 
 One event-based GRU is trained for each event rate, and kept at each density on the way (recipe ``lm``, snapshots). Dense LSTMs
-and GRUs are trained alike and as long. Then every network is compiled, its multiplications are counted by the engine on a sample,
-embedding and decoder included, and a step is timed in one race with other engines that play the dense networks. All of it goes to
-``multiply.json``, written whole after each point, and is resumed from there.
+and GRUs are trained alike and as long, and so are further networks (``also``), with no stops on the way. Then every network is
+compiled, its multiplications are counted by the engine on a sample, embedding and decoder included, and a step is timed in one
+race with other engines that play the dense networks. All of it goes to ``multiply.json``, written whole after each point, and is
+resumed from there; networks may be added to those that it holds.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ from sparsefold.recipes import lm, rivals
 from sparsefold.recipes._checkpoint import make_folder
 from sparsefold.recipes._config import check_ranges, override
 from sparsefold.recipes._lm_config import Config as LMConfig
+from sparsefold.recipes._lm_config import resolved
 from sparsefold.recipes._windows import stream_bits
 
 SCHEMA = "sparsefold-multiply/1"
 PARITY = 256  # tokens on which an engine is compared with torch before it is timed
+_NETWORKS = ("rates", "lstm", "gru", "also")  # settings that only say which networks there are
 SAMPLE = 5000  # tokens of the test split on which events and multiplications are counted
 
 
@@ -52,6 +55,7 @@ class Config:
     hidden: int = 512  # units of a layer of the event networks
     lstm: tuple[int, ...] = (512, 256, 128)  # units of a layer of each dense network
     gru: tuple[int, ...] = (512,)
+    also: str = ""  # further networks by their settings of the recipe lm, with ; between them: "cell=egru density=0.1; cell=egru"
     all: str = ""  # settings of the recipe lm for all networks: "precision=bfloat16 samples=1024"
     egru: str = ""  # and for the event networks alone
     dense: str = ""  # and for the dense ones
@@ -92,6 +96,14 @@ def trainings(config: Config) -> dict[str, LMConfig]:
         words += config.egru.split()
         words += [f"snapshots={','.join(map(str, config.densities))}", f"decoder_density={config.decoder_density}"]
         found[f"egru-{config.hidden}-rate{rate:g}"] = override(LMConfig(), words)
+    for one in filter(str.strip, config.also.split(";")):
+        also = resolved(override(LMConfig(), [*common, *one.split()]))
+        name = f"{also.cell}-{'x'.join(map(str, also.hidden or ()))}"
+        name += f"-rate{also.target_rate:g}" if also.cell == "egru" and also.target_rate else ""
+        name += f"-density{also.density:g}-decoder{also.decoder_density:g}"
+        if also.snapshots or name in found:
+            raise ValueError(f"each network of also is one of its own, kept at its end; {one.strip()!r} is not.")
+        found[name] = also
     return found
 
 
@@ -101,8 +113,9 @@ def _sizes(config: Config, units: int) -> str:
 
 def points(config: Config, training: str) -> dict[str, str]:
     """Names of the networks that a training gives, and the file of each in its folder."""
-    if training.startswith("egru"):
-        return {f"{training}-density{d:g}": f"snapshot-{d:g}.safetensors" for d in config.densities}
+    snapshots = trainings(config)[training].snapshots
+    if snapshots:
+        return {f"{training}-density{d:g}": f"snapshot-{d:g}.safetensors" for d in snapshots}
     return {training: "best.safetensors"}
 
 
@@ -117,27 +130,31 @@ def run(config: Config, folder: Path, label: str = "ptb-multiply") -> dict[str, 
     results = folder / "multiply.json"
     settings = json.loads(json.dumps(asdict(config)))
     found: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {"config": settings, "points": {}}
-    if found["config"] != settings:
-        changed = [k for k in settings if found["config"].get(k) != settings[k]]
+    changed = [k for k in settings if k not in _NETWORKS and found["config"].get(k) != settings[k]]
+    if changed:
         raise ValueError(
             f"{results} holds an experiment with another {', '.join(changed)}. Give the same settings, or another --out."
         )
     torch.set_num_threads(config.threads)
     corpus = load_corpus(config.corpus, "word", config.data_dir or None)
-    found |= {"schema": SCHEMA, "corpus": corpus.to_dict()}
     todo = trainings(config)
+    wanted = [name for training in todo for name in points(config, training)]
+    known = {name: found["points"][name] for name in wanted if name in found["points"]}
+    found |= {"config": settings, "schema": SCHEMA, "corpus": corpus.to_dict(), "points": known}
+    if not set(wanted) == set(known) == {row["network"] for row in found.get("race", ())}:
+        found.pop("race", None)  # it is one of all networks
     for number, (training, settings_of) in enumerate(todo.items()):
-        wanted = {name: file for name, file in points(config, training).items() if name not in found["points"]}
-        if not wanted:
+        missing = {name: file for name, file in points(config, training).items() if name not in known}
+        if not missing:
             continue
         trained = lm.run(settings_of, folder / training, f"{label} {number + 1}/{len(todo)} {training}")
-        for name, file in wanted.items():
-            found["points"][name] = _describe(folder / training / file, folder / f"{name}.sfold", corpus, trained)
+        for name, file in missing.items():
+            known[name] = _describe(folder / training / file, folder / f"{name}.sfold", corpus, trained)
             found["provenance"] = provenance("sparsefold train ptb-multiply")
-            found.pop("race", None)  # it is one of all networks
             write_atomically(results, json.dumps(found, indent=1).encode())
     if "race" not in found:
-        models = {name: lm.load(_file(config, folder, name))[0] for name in found["points"]}
+        found["points"] = {name: known[name] for name in wanted}
+        models = {name: lm.load(_file(config, folder, name))[0] for name in wanted}
         found["race"] = measure(
             models, {n: Program.load(folder / f"{n}.sfold") for n in models}, corpus.test, config.calls
         )

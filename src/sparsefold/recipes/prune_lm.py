@@ -39,7 +39,13 @@ from sparsefold.sparsify import Block, Complementary, Cubic, Magnitude, Pruner, 
 
 BLOCKS = {"4x4": (4, 4), "8x1": (8, 1), "16x1": (16, 1), "16x16": (16, 16), "32x32": (32, 32)}
 RECURRENT, DECODER = "1.weight_hh_l0", "2.weight"
-LR = {"gru": (2.5e-3, 8e-3), "lstm": (1e-2, 1e-2), "egru": (6e-3, 1.2e-2)}  # dense and pruned
+# The best of those searched: peak learning rate up to a density, and group lasso of glp.
+LR: dict[str, dict[float, float]] = {
+    "gru": {0.15: 8e-3, 0.5: 4e-3, 1: 2.5e-3},
+    "lstm": {1: 1e-2},
+    "egru": {0.5: 1.2e-2, 1: 6e-3},
+}
+LASSO = {"gru": 1e-4, "lstm": 1e-5, "egru": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Config:
     seed: int = 0
     threads: int = 1
     rate_weight: float = 500.0  # of the penalty that holds an EGRU at 10 % events
-    group_lasso: float = 1e-4  # of glp, while it prunes
+    group_lasso: float | None = None  # of glp, while it prunes
     dense: str = ""  # folder of the trained dense point, for narang
     prune_begin: float = 0.1
     prune_until: float = 0.6
@@ -115,14 +121,16 @@ def pruner_of(config: Config, model: Stack) -> Pruner | None:
         rules = {RECURRENT: Block(config.density, BLOCKS.get(config.method, (16, 1)), scope="matrix")}
     if config.decoder < 1:
         rules[DECODER] = Block(config.decoder, (16, 1))
-    lasso = config.group_lasso if config.method == "glp" else 0.0
-    return Pruner(model, rules, schedule, seed=config.seed, group_lasso=lasso)
+    lasso = config.group_lasso if config.method == "glp" else None
+    return Pruner(model, rules, schedule, seed=config.seed, group_lasso=lasso or 0.0)
 
 
 def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]:
     """Train in ``folder``, or resume there; then compile the last model and count what a byte of it costs."""
-    peak = LR[config.cell][config.method != "dense"] if config.lr is None else config.lr
-    config = replace(config, lr=peak)
+    final = 1 if config.method in ("dense", "narang") else config.density
+    peak = next(lr for until, lr in LR[config.cell].items() if final <= until) if config.lr is None else config.lr
+    lasso = LASSO[config.cell] if config.group_lasso is None else config.group_lasso
+    config = replace(config, lr=peak, group_lasso=lasso)
     torch.set_num_threads(config.threads)
     corpus, recipe = load_text(config.file or None), text.Config()
     model = build(config, corpus.tokens)
