@@ -578,6 +578,21 @@ def pruned() -> str:
             f"| {r['cell']} {r['hidden']} | {r['method']} | {r['density']:.1%} | {bits} | {r['seeds']} | {rate} "
             f"| {r['macs']:,.0f} | {r['us']:.2f}{onnx} |"
         )
+    lines += [
+        "",
+        "Larger and sparser against smaller and dense, at no more MACs:",
+        "",
+        "| dense | MACs | bits per character | larger and sparser | MACs | bits per character | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in (r for r in rows if r["method"] == "dense"):
+        larger = [o for o in rows if o["cell"] == r["cell"] and o["hidden"] > r["hidden"] and o["density"] < 1]
+        best = min((o for o in larger if o["macs"] <= r["macs"]), key=lambda o: o["bits"], default=None)
+        if best:
+            lines.append(
+                f"| {r['cell']} {r['hidden']} | {r['macs']:,.0f} | {r['bits']:.3f} | {best['cell']} {best['hidden']}, "
+                f"{best['method']}, {best['density']:.1%} | {best['macs']:,.0f} | {best['bits']:.3f} | {best['seeds']} |"
+            )
     point, timed = next(iter(json.loads(GRID.read_text()).values())), json.loads(LATENCY.read_text())["provenance"]
     where = f"Test split, {point['config']['steps']} steps. {timed['processor']}, one thread, pinned, one race of all."
     files = " and ".join(f"[{path.name}](../{path.relative_to(ROOT)})" for path in (GRID, LATENCY))
@@ -650,8 +665,9 @@ def pruned_svg() -> str:
                         )
                         out.append(f'<circle cx="{x}" cy="{y}" r="4" {hollow}><title>{said}</title></circle>')
                         if size != 512:
+                            below = 4 if "," not in method else 14
                             out.append(
-                                f'<text x="{float(x) + 7:.1f}" y="{float(y) + 4:.1f}" fill="{colour}">{size}</text>'
+                                f'<text x="{float(x) + 7:.1f}" y="{float(y) + below:.1f}" fill="{colour}">{size}</text>'
                             )
     x = width - legend
     for i, (method, colour) in enumerate((m, c) for m, c in _METHODS.items() if any(r["method"] == m for r in rows)):
