@@ -129,8 +129,11 @@ def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     monkeypatch.setattr(generate, "LATENCY", tmp_path / "latency.json")
     assert generate.pruned() == "Not measured yet."
 
-    def point(method: str, seed: int, bits: float, us: float, cell: str = "egru") -> dict[str, object]:
-        config = {"cell": cell, "hidden": 512, "method": method, "density": 0.1, "seed": seed, "steps": 1800}
+    def point(
+        method: str, seed: int, bits: float, us: float, cell: str = "egru", hidden: int = 512, decoder: float = 1
+    ) -> dict[str, object]:
+        config = {"cell": cell, "hidden": hidden, "method": method, "density": 0.1, "seed": seed, "steps": 1800}
+        config["decoder"] = decoder
         return {
             "config": config, "test_bits_per_char": bits, "density": {"1.weight_hh_l0": 0.1}, "event_rate": 0.08,
             "macs": {"macs_effective": 20000}, "latency_us": {"p50": us},
@@ -138,6 +141,7 @@ def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
 
     found = [point("glp", 0, 1.75, 4.0), point("glp", 1, 1.85, 5.0), point("4x4", 0, 1.9, 6.0)]
     found.append(point("dense", 0, 1.7, 9.0, "gru"))
+    found += [point("dense", 0, 1.95, 7.0, hidden=64), point("16x1", 0, 1.96, 8.0, decoder=0.3)]
     (tmp_path / "grid.json").write_text(json.dumps({str(i): p for i, p in enumerate(found)}))
     latency = {str(i): p["latency_us"] for i, p in enumerate(found)} | {"3/ONNX Runtime": {"p50": 20.0}}
     timed = {"provenance": {"processor": "A Processor"}, "latency_us": latency}
@@ -146,10 +150,12 @@ def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     assert "| egru 512 | glp | 10.0% | **1.800** | 2 | 8.0% | 20,000 | 4.50 |" in table
     assert "| egru 512 | 4x4 | 10.0% | 1.900 | 1 | 8.0% | 20,000 | 6.00 |" in table
     assert "| gru 512 | dense | 10.0% | **1.700** | 1 |  | 20,000 | 9.00 (ONNX Runtime 20.0) |" in table
+    assert "| egru 512 | 16x1, decoder 30% | 10.0% | 1.960 | 1 | 8.0% | 20,000 | 8.00 |" in table
+    assert "| egru 64 | 20,000 | 1.950 | egru 512, glp, 10.0% | 20,000 | 1.800 | 2 |" in table
     assert "1800 steps. A Processor, one thread, pinned, one race of all." in table
     assert "From [grid.json](../grid.json) and [latency.json](../latency.json)." in table
     drawn = generate.pruned_svg()
-    assert drawn.count("<title>") == 6 and "egru 512, glp, 10.0%: 1.800 bits, 4.50 µs" in drawn
+    assert drawn.count("<title>") == 10 and "egru 512, glp, 10.0%: 1.800 bits, 4.50 µs" in drawn
 
 
 def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
