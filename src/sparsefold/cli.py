@@ -206,7 +206,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _recipe(name: str) -> Any:
     _need_torch()
-    from sparsefold.recipes import RECIPES
+    from sparsefold.recipes.names import RECIPES
 
     if name not in RECIPES:
         what = f"there is no recipe {name!r}" if name else "name the recipe to train"
@@ -221,7 +221,7 @@ def _train_folder(args: argparse.Namespace) -> Path:
 def _train(args: argparse.Namespace) -> None:
     if args.list and not args.recipe:
         _need_torch()
-        from sparsefold.recipes import RECIPES
+        from sparsefold.recipes.names import RECIPES
 
         for name, module in RECIPES.items():
             print(f"{name:<10} {(module.__doc__ or '').partition(chr(10))[0]}")

@@ -90,8 +90,8 @@ def test_a_command_on_a_page_exists(page, line, capsys):
     except SystemExit:
         pytest.fail(capsys.readouterr().err)
     if getattr(args, "recipe", None):
-        from sparsefold.recipes import RECIPES
         from sparsefold.recipes._config import override
+        from sparsefold.recipes.names import RECIPES
 
         override(RECIPES[args.recipe].Config(), [*args.overrides, *extra])
     else:

@@ -23,12 +23,13 @@ from sparsefold.data import load_corpus, load_text
 from sparsefold.engine import Engine
 from sparsefold.lowering import compile_model
 from sparsefold.nn import EGRU, GRU, LSTM, Stack
-from sparsefold.recipes import RECIPES, _loop, lm
+from sparsefold.recipes import _loop, lm
 from sparsefold.recipes._checkpoint import read_checkpoint
 from sparsefold.recipes._config import from_dict, override
 from sparsefold.recipes._language import LockedDropout, SampledLinear, Smoothness, WordEmbedding, build, plain
 from sparsefold.recipes._lm_config import Config, resolved
 from sparsefold.recipes._windows import stream_bits
+from sparsefold.recipes.names import RECIPES
 
 # Of a process with threads; those that are forked here find one thread each, and nothing that another holds.
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sparsefold.cli import main
-from sparsefold.recipes import RECIPES
 from sparsefold.recipes import sweep as module
+from sparsefold.recipes.names import RECIPES
 from sparsefold.recipes.sweep import read_space, sweep, table
 
 pytest.importorskip("optuna", reason="sweeps need Optuna: pip install 'sparsefold[sweep]'.")

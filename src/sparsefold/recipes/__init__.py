@@ -1,16 +1,1 @@
-"""Experiments, one file each, by the name that ``sparsefold train NAME`` takes."""
-
-from __future__ import annotations
-
-from typing import Any
-
-from sparsefold.recipes import lm, multiply, prune_lm, text
-
-RECIPES: dict[str, Any] = {
-    "text": text,
-    "prune_lm": prune_lm,
-    "lm": lm,
-    "ptb": lm,
-    "wikitext2": lm.WIKITEXT2,
-    "ptb-multiply": multiply,
-}
+"""Experiments, one file each; names.py lists them."""

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsefold.program import write_atomically
-from sparsefold.recipes import RECIPES
 from sparsefold.recipes._checkpoint import make_folder
 from sparsefold.recipes._config import override
+from sparsefold.recipes.names import RECIPES
 
 TRIALS = 20
 

@@ -1,0 +1,16 @@
+"""The recipes, by the names that ``sparsefold train NAME`` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsefold.recipes import lm, multiply, prune_lm, text
+
+RECIPES: dict[str, Any] = {
+    "text": text,
+    "prune_lm": prune_lm,
+    "lm": lm,
+    "ptb": lm,
+    "wikitext2": lm.WIKITEXT2,
+    "ptb-multiply": multiply,
+}
