@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -19,6 +21,12 @@ from sparsefold.recipes import _distributed as processes
 
 CHECKPOINT_VERSION = 2
 READABLE = ("1", "2")  # version 1 knew neither averages nor several processes, and means what 2 does without them
+TRANSFER_VERSION = "1"
+# What may differ between the machine that a transfer checkpoint comes from and the one that goes on: how, not what.
+_OF_THE_MACHINE = {
+    "corpus", "data_dir", "minutes", "device", "threads", "precision", "eval_every", "checkpoint_every", "checkpoint_minutes",
+    "tensorboard",
+}  # fmt: skip
 
 
 @dataclass
@@ -78,7 +86,10 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], about: Mapping[st
     meta = {"sparsefold_checkpoint": str(CHECKPOINT_VERSION), "facts": facts}
     owned: dict[int, str] = {}  # weights that two modules share are stored once
     stored = {k: v.detach().cpu().contiguous() for k, v in tensors.items() if owned.setdefault(id(v), k) == k}
-    data = save(stored, meta)
+    _write(path, save(stored, meta))
+
+
+def _write(path: Path, data: bytes) -> None:
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -152,6 +163,143 @@ def resume(trainer: Any, path: Path) -> tuple[Progressed, StackState | None]:
             states.append(tuple(values) if len(values) > 1 else next(iter(values), None))
     carried = StackState(states) if any(s is not None for s in states) else None
     return Progressed(**facts["progress"]), carried
+
+
+def write_transfer(path: Path, trainer: Any, at: Progressed) -> int:
+    """Write the little that another machine needs to go on with a training; returns the bytes of the file.
+
+    Of a matrix that the pruner holds these are the live weights and their second moments, both in bfloat16, and a bit for each
+    weight that says whether it lives; of any other matrix all of both. Vectors are in float32. Left out are first moments,
+    carried states, random states, averages and the best network so far: what goes on from here comes to other bits.
+
+    Raises:
+        ValueError: the optimiser has no second moments: it is not AdamW, or has not stepped yet.
+        OSError: as :func:`save_checkpoint`.
+    """
+    masks = trainer.pruner.masks if trainer.pruner else {}
+    out: dict[str, Tensor] = {}
+    updates = 0
+    for name, p in trainer.model.named_parameters():
+        values = {"weight": p.detach()}
+        if p.requires_grad:
+            moments = trainer.optimizer.state.get(p, {})
+            if "exp_avg_sq" not in moments:
+                raise ValueError(
+                    "a transfer checkpoint holds second moments; the optimiser has none. AdamW has, after a step."
+                )
+            values["moment"], updates = moments["exp_avg_sq"], int(moments["step"])
+        if name in masks:
+            mask = masks[name].to(p.device)
+            values = {kind: value[mask] for kind, value in values.items()}
+            out[f"live.{name}"] = torch.from_numpy(np.packbits(mask.cpu().numpy()))
+        dtype = torch.bfloat16 if p.dim() > 1 else torch.float32
+        out |= {f"{kind}.{name}": value.to("cpu", dtype).contiguous() for kind, value in values.items()}
+    progress = {"step": at.step, "seconds": at.seconds, "loss_mean": at.loss_mean}
+    facts = json.dumps({"about": trainer.about, "progress": progress, "updates": updates})
+    _write(path, data := save(out, {"sparsefold_transfer": TRANSFER_VERSION, "facts": facts}))
+    return len(data)
+
+
+def transfer_facts(path: Path) -> dict[str, Any]:
+    """What a transfer checkpoint says beside its tensors: about, progress, updates. Raises ``ValueError`` for anything else."""
+    if not path.is_file():
+        raise ValueError(f"there is no transfer checkpoint {path}.")
+    try:
+        with safe_open(str(path), "pt") as file:
+            meta = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable transfer checkpoint: {error}. It is damaged or foreign.") from error
+    if meta.get("sparsefold_transfer") != TRANSFER_VERSION:
+        known = "it is the checkpoint of a run" if "sparsefold_checkpoint" in meta else "it says nothing of the kind"
+        known = f"its version is {meta['sparsefold_transfer']}" if "sparsefold_transfer" in meta else known
+        raise ValueError(f"{path} is no transfer checkpoint that this version of sparsefold reads ({known}).")
+    try:
+        facts: dict[str, Any] = json.loads(meta["facts"])
+        progress, steps = facts["progress"], facts["about"]["config"]["steps"]
+        counts = (progress["step"], steps, facts["updates"])
+        if not all(type(n) is int for n in counts) or not 1 <= progress["step"] <= steps or facts["updates"] < 1:
+            raise ValueError(f"step, steps and updates are {counts}")
+        if not all(math.isfinite(progress[key]) and progress[key] >= 0 for key in ("seconds", "loss_mean")):
+            raise ValueError("its seconds or loss are not finite")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is a damaged transfer checkpoint: its facts are not as they should be ({error})."
+        ) from error
+    return facts
+
+
+@torch.no_grad()
+def read_transfer(path: Path, trainer: Any) -> Progressed:
+    """Put a transfer checkpoint into model, optimiser and pruner, first moments being zero; returns how far it had come.
+
+    They stay as they were where it is refused.
+
+    Raises:
+        ValueError: it is none, is damaged, or comes from a training with other settings or another text.
+    """
+    facts = transfer_facts(path)
+    _same_training(path, facts["about"], json.loads(json.dumps(trainer.about)))
+    with safe_open(str(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    parameters = dict(trainer.model.named_parameters())
+    pruned = set(trainer.pruner.masks) if trainer.pruner else set()
+    wanted = {f"weight.{n}" for n in parameters} | {f"moment.{n}" for n, p in parameters.items() if p.requires_grad}
+    if odd := sorted((wanted | {f"live.{n}" for n in pruned}) ^ tensors.keys()):
+        raise ValueError(
+            f"{path} is of another network or pruned otherwise: {', '.join(odd[:3])} is in one of the two alone."
+        )
+    masks = {n: _unpacked(path, n, tensors[f"live.{n}"], parameters[n].shape) for n in pruned}
+    found = {}
+    for name, p in parameters.items():
+        shape = (int(masks[name].sum()),) if name in masks else tuple(p.shape)
+        dtype = torch.bfloat16 if p.dim() > 1 else torch.float32
+        for kind in ("weight", "moment") if p.requires_grad else ("weight",):
+            value = tensors[f"{kind}.{name}"]
+            if (tuple(value.shape), value.dtype) != (shape, dtype):
+                raise ValueError(
+                    f"{path} is damaged or of another network: {kind}.{name} is {tuple(value.shape)} of {value.dtype}, "
+                    f"to be {shape} of {dtype}."
+                )
+            if not value.isfinite().all() or (kind == "moment" and bool((value < 0).any())):
+                raise ValueError(
+                    f"{path} is damaged: {kind}.{name} holds a number that is not finite, or a negative moment."
+                )
+            if name in masks:
+                value = torch.zeros(p.shape).masked_scatter_(masks[name], value.float())
+            found[kind, name] = value.to(p.device, p.dtype)
+    for name, p in parameters.items():
+        p.copy_(found["weight", name])
+        if p.requires_grad:
+            count = torch.tensor(float(facts["updates"]), device=p.device)
+            moments = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": found["moment", name]}
+            trainer.optimizer.state[p] = moments
+    progress = facts["progress"]
+    if trainer.pruner:
+        trainer.pruner.load_state_dict({"step": progress["step"], "masks": masks})
+    return Progressed(step=progress["step"], seconds=progress["seconds"], loss_mean=progress["loss_mean"])
+
+
+def _same_training(path: Path, was: Any, now: Any) -> None:
+    old, new = was["config"], now["config"]
+    changed = [key for key in new if key not in _OF_THE_MACHINE and old.get(key) != new[key]]
+    texts = [about.get("corpus") for about in (was, now)]
+    if not all(isinstance(text, dict) for text in texts) or texts[0].get("sha256") != texts[1].get("sha256"):
+        changed.append("text")
+    if was.get("vocabulary") != now.get("vocabulary"):
+        changed.append("vocabulary")
+    if changed:
+        raise ValueError(
+            f"{path} comes from a training with another {', '.join(changed)}. Give the settings that it had."
+        )
+
+
+def _unpacked(path: Path, name: str, bits: Tensor, shape: torch.Size) -> Tensor:
+    count = shape.numel()
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != (-(-count // 8),):
+        raise ValueError(
+            f"{path} is damaged or of another network: live.{name} is not a bit for each of {count:,} weights."
+        )
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(np.bool_)).view(shape)
 
 
 def whole(tensors: Mapping[str, Tensor], model: torch.nn.Module) -> dict[str, Tensor]:

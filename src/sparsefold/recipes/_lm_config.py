@@ -69,6 +69,7 @@ class Config:
     output: Literal["events", "state"] | None = None  # what the decoder reads
     target_rate: float | None = 0.10  # none: no penalty
     rate_weight: float | None = None  # 0: no penalty
+    rate_per: Literal["unit", "mean"] = "unit"  # whose rate is to be the target: every unit's, or the layer's mean
     rate_start: float = 0.45
     rate_until: float = 0.4  # the target has fallen from rate_start to target_rate by then
     # weights

@@ -61,6 +61,9 @@ class Trainer:
     best_from: int = 0  # no evaluation before this step is the best: the network is not yet as sparse as it is to be
     autocast: torch.dtype | None = None  # of products in training
     tensorboard: bool = False
+    until: float = math.inf  # seconds since 1970: a run that is not done then has saved and stopped
+    evaluation: float = 0.0  # seconds that an evaluation takes, where that is known before the first
+    kept: Callable[[Progressed], None] | None = None  # told of every checkpoint of the run, in the first process
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +84,7 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
     Raises:
         ValueError: the folder cannot be written, or holds a run of another config.
         OSError: a checkpoint could not be written; the one before it is whole.
-        KeyboardInterrupt: after saving, when the user asked to stop; the message says how to resume.
+        KeyboardInterrupt: after saving, when the user asked to stop or ``until`` is near; the command line says how to resume.
         FloatingPointError: the loss is no longer finite.
     """
     with processes.joined(trainer.device):
@@ -160,6 +163,7 @@ class _Run:
                 stale.unlink()
         processes.wait()
         self.at, self.state = Progressed(), None
+        self.slowest = self.writing = 0.0  # seconds of a step, its evaluation included, and of a checkpoint
         if self.last.exists():
             self.at, self.state = resume(trainer, self.last)
             self._trim_log()
@@ -184,10 +188,12 @@ class _Run:
             Progress(trainer.steps, label, at.step, quiet) as progress,
         ):
             while at.step < trainer.steps and not at.stopped:
+                begun = time.monotonic()
                 x, bits, norm, activity, state = _advance(trainer, model, at.step, state)
                 # What a clock or a signal decides, all processes decide alike.
                 late = self.first and time.monotonic() - saved >= 60 * trainer.checkpoint_minutes
-                bits, stop, due = processes.means(trainer.device, bits, asked(), late)
+                late |= trainer.until < math.inf and not self.writing  # how long one takes is to be known
+                bits, stop, due = processes.means(trainer.device, bits, asked() or self._short(begun), late)
                 if not math.isfinite(bits + norm):
                     raise self._diverged(f"the loss is {bits}, its gradient's norm {norm}")
                 at.step += 1
@@ -197,12 +203,18 @@ class _Run:
                 rate, done = activity.event_rate, at.step == trainer.steps
                 if done or at.step % trainer.eval_every == 0 or at.step in trainer.snapshots:
                     board(self._evaluate(rate))
-                    (stop,) = processes.means(trainer.device, asked())
+                    (stop,) = processes.means(trainer.device, asked() or self._short(begun))
+                self.slowest = max(self.slowest, time.monotonic() - begun)
                 if done or at.stopped or stop or due or at.step % trainer.checkpoint_every == 0:
+                    began = time.monotonic()
                     self._keep(self.last, tensors_of(trainer, state))
+                    if trainer.kept and self.first:
+                        trainer.kept(at)
                     saved = time.monotonic()
+                    self.writing = max(self.writing, saved - began)
                 if stop and not done:
-                    raise KeyboardInterrupt(f"stopped after step {at.step}; everything is saved in {self.folder}.")
+                    why = "" if asked() or trainer.until == math.inf else f", before {_clock(trainer.until)}"
+                    raise KeyboardInterrupt(f"stopped after step {at.step}{why}; everything is saved in {self.folder}.")
                 told = f"{at.loss_mean:.3f} bits"
                 if trainer.unit == "perplexity":
                     told = f"perplexity {trainer.told(at.loss_mean):.1f}"
@@ -216,6 +228,14 @@ class _Run:
             f"train_{trainer.unit}": trainer.told(at.loss_mean),
             "stopped_early": at.stopped,
         }
+
+    def _short(self, begun: float) -> bool:
+        """Whether the time until ``until`` may not do for saving now, or for a step, an evaluation and saving after them.
+
+        Everything is taken to last as long as the slowest of its kind so far, and saving twice as long.
+        """
+        step = max(self.slowest, time.monotonic() - begun) + self.trainer.evaluation
+        return self.first and time.time() + step + 2 * self.writing >= self.trainer.until
 
     def _evaluate(self, rate: float) -> dict[str, Any]:
         """The validation split: keeps what is the best or due, begins the average, writes and returns a line of the log."""
@@ -289,6 +309,10 @@ class _Run:
                 writer.flush()
 
             yield show
+
+
+def _clock(moment: float) -> str:
+    return time.strftime("%H:%M:%S", time.localtime(moment))
 
 
 def _log(path: Path, line: Mapping[str, Any]) -> None:

@@ -114,7 +114,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
     smoothness = Smoothness(model, config.alpha or 0.0, config.beta or 0.0)
 
     def penalty(activity: Any, step: int) -> Any:
-        events = activity.penalty(target(step), weight) if target and activity.rates else 0.0
+        events = activity.penalty(target(step), weight, config.rate_per) if target and activity.rates else 0.0
         return events + smoothness()
 
     def lr(step: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsefold.recipes import lm, multiply, prune_lm, text
+from sparsefold.recipes import lm, multiply, paper, prune_lm, text
 
 RECIPES: dict[str, Any] = {
     "text": text,
@@ -13,4 +13,5 @@ RECIPES: dict[str, Any] = {
     "ptb": lm,
     "wikitext2": lm.WIKITEXT2,
     "ptb-multiply": multiply,
+    "ptb-paper": paper,
 }
