@@ -315,6 +315,30 @@ def on_a_gpu() -> str:
     return "\n".join(lines).strip() + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
+def paper() -> str:
+    """Runs of the recipe ptb-paper: what they took, and what came of them."""
+    files = sorted((ROOT / "results/paper").glob("*.json"))
+    if not files:
+        return "Not measured yet."
+    lines = [
+        "| steps, seconds | dropout of input, output, weights | valid | test | density | events | MACs | fewer than dense "
+        "| µs of a word | compiled | transfer | from |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in files:
+        r = json.loads(path.read_text())
+        took, c = r["training"], r["lm"]
+        us = next(row["latency_us"]["p50"] for row in r["race"] if not row["rival"])
+        lines.append(
+            f"| {took['steps']:,}, {took['seconds']:.0f} | {c['drop_input']:g}, {c['drop_output']:g}, {c['drop_connect']:g} "
+            f"| {r['valid_perplexity']:.1f} | {r['test_perplexity']:.1f} | {r['density_of_all']:.1%} | {r['event_rate']:.1%} "
+            f"| {r['macs']['macs_effective']:,.0f} | {r['fewer_macs']:.1f}x | {us:.0f} | {r['file_bytes'] / 1e6:.1f} MB "
+            f"| {r['transfer_bytes'] / 1e6:.1f} MB | [{path.name}](../{path.relative_to(ROOT)}) |"
+        )
+    about = "Perplexity of Penn Treebank's words, each split read as one stream. MACs counted on a sample, decoder included. "
+    return "\n".join(lines) + f"\n\n{about}A word takes so long on one core of the GPU's host, no rival beside it."
+
+
 def whole_byte() -> str:
     """Time and quality of a whole byte, ours in every precision against the dense GRU of every rival."""
     path = newest("bench/results", "*/byte-*.jsonl")
@@ -761,6 +785,7 @@ SECTIONS = {
         "training": training,
         "dense-cells": dense_cells,
         "gpu": on_a_gpu,
+        "paper": paper,
         "whole-byte": whole_byte,
         "multiply": multiplied,
         "kernels": kernels,
