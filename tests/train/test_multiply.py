@@ -62,8 +62,8 @@ def test_every_point_has_quality_counts_and_time(small):
         assert point["macs"]["steps"] == 200
         assert point["file_bytes"] == (folder / f"{name}.sfold").stat().st_size
         density = 0.5 if "density0.5" in name else 1
-        assert point["density"]["1.weight_hh_l0"] == pytest.approx(density, abs=0.015)
-        assert point["density"]["2.weight"] == pytest.approx(density, abs=0.015)
+        assert point["density"]["1.weight_hh_l0"] == pytest.approx(density, abs=0.03)  # 24 units are no whole blocks
+        assert point["density"]["2.weight"] == pytest.approx(density, abs=0.03)  # 24 units are no whole blocks
         assert (point["event_rate"] < 1) == name.startswith("egru")
     ours = [row["network"] for row in found["race"] if row["engine"] == "sparsefold"]
     assert ours == NAMES

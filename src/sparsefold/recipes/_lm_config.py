@@ -69,9 +69,9 @@ class Config:
     output: Literal["events", "state"] | None = None  # what the decoder reads
     target_rate: float | None = 0.10  # none: no penalty
     rate_weight: float | None = None  # 0: no penalty
-    rate_per: Literal["unit", "mean"] = "unit"  # whose rate is to be the target: every unit's, or the layer's mean
+    rate_per: Literal["unit", "mean"] | None = None  # whose rate is to be the target: every unit's, or the layer's mean
     rate_start: float = 0.45
-    rate_until: float = 0.4  # the target has fallen from rate_start to target_rate by then
+    rate_until: float | None = None  # the target has fallen from rate_start to target_rate by then
     # weights
     density: float = 1.0  # of recurrent and input matrices
     input_density: float | None = None  # of the first layer's input matrix; none: density
@@ -154,9 +154,14 @@ _SIZES: dict[str, dict[str, Any]] = {
     "medium": {"hidden": (650, 650), "epochs": 20.0, "drop_word": 0.1, "drop_input": 0.4, "drop_output": 0.4},
 }
 _CELLS: dict[str, dict[str, Any]] = {
-    "lstm": {"lr": 4e-3, "embedding_scale": 8.0},
-    "gru": {"lr": 3e-3, "embedding_scale": 8.0},
-    "egru": {"lr": 8e-3, "embedding_scale": 16.0},
+    "lstm": {"lr": 4e-3, "embedding_scale": 8.0, "rate_until": 0.4, "rate_per": "unit"},
+    "gru": {"lr": 3e-3, "embedding_scale": 8.0, "rate_until": 0.4, "rate_per": "unit"},
+    "egru": {
+        "lr": 3e-3,
+        "embedding_scale": 8.0,
+        "rate_until": 0.1,
+        "rate_per": "mean",
+    },  # of PTB, one layer of 512 units
 }
 
 

@@ -107,7 +107,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(config.beta1 or 0.0, 0.999), fused=True)
     pruner, pruned_at = pruner_of(config, model)
     parts, windows = segments(config), _windows(config, corpus)
-    rate_until = round(config.rate_until * parts[0][1])
+    rate_until = round((config.rate_until or 0.0) * parts[0][1])
     weight, target = config.rate_weight or 0.0, None
     if config.target_rate is not None and weight:
         target = anneal(config.rate_start, config.target_rate, 0, rate_until)
