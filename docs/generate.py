@@ -705,8 +705,9 @@ def pruned_svg() -> str:
 def _scatter(title: str, points: list[tuple[float, float, str, str]], figure: str) -> str:
     """Points (µs, quality, colour, name) over a logarithmic axis of time."""
     xs, ys = ([math.log10(p[0]) for p in points], [p[1] for p in points])
-    (x0, x1), (y0, y1) = ((min(v) - 0.05, max(v) + 0.05) for v in (xs, ys))
-    width, height, left, bottom = 860, 520, 60, 50
+    (x0, x1), (y0, y1) = (min(xs) - 0.05, max(xs) + 0.05), (min(ys), max(ys))
+    y0, y1 = y0 - 0.2 * (y1 - y0) - 0.01, y1 + 0.05 * (y1 - y0) + 0.01  # labels below a point stay above the axis
+    width, height, left, bottom = 900, 600, 60, 50
 
     def at(us: float, quality: float) -> tuple[float, float]:
         x = left + (math.log10(us) - x0) / (x1 - x0) * (width - left - 150)
@@ -724,9 +725,13 @@ def _scatter(title: str, points: list[tuple[float, float, str, str]], figure: st
         (x, _), (_, y) = at(us, y0), at(10**x0, quality)
         out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{figure.format(quality)}</text>')
         out.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{us:.3g}</text>')
-    for us, quality, colour, name in points:
+    taken: list[tuple[float, float]] = []
+    for us, quality, colour, name in sorted(points, key=lambda p: -p[1]):
         x, y = at(us, quality)
         out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>')
+        while any(abs(y - b) < 12 and abs(x - a) < 170 for a, b in taken):
+            y += 3
+        taken.append((x, y))
         out.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
     return "\n".join([*out, "</svg>", ""])
 

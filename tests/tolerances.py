@@ -385,3 +385,12 @@ FREE_RUNNING_F32 = 1e-4
 
 # An int8 weight is a code times its scale: either rounds by 2^-24 of the weight, and both may do so in two roundings compared.
 ROUNDED_I8 = 2.0**-22
+
+# One loss or logit of a small float32 network, its sums taken in another order: some ten roundings, relative.
+REORDERED_F32 = 1e-6
+# A split read as one stream and as 32 pieces that are warmed up, or by the engine: some hundred of them.
+STREAMED_F32 = 1e-5
+# A float32 training by one process and by two, dozens of steps, each fed by what the one before rounded.
+TRAINED_F32 = 1e-3
+# The same in float64 over 20 steps: what the loop promises.
+TRAINED_F64 = 1e-9

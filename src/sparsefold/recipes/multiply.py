@@ -185,9 +185,10 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
     program.save(file)
     stream = Engine(program).stream()
     stream.run(corpus.test[:SAMPLE])
-    quality = {
-        f"{split}_perplexity": 2.0 ** stream_bits(model, getattr(corpus, split))[0] for split in ("valid", "test")
-    }
+    quality: dict[str, Any] = {}
+    for split in ("valid", "test"):
+        bits, rates = stream_bits(model, getattr(corpus, split))
+        quality |= {f"{split}_perplexity": 2.0**bits, f"{split}_event_rates": rates}
     return {
         "cell": config["cell"],
         "hidden": config["hidden"][0],
