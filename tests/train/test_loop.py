@@ -469,7 +469,7 @@ TORCHRUN = """
 import sys
 from pathlib import Path
 import torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, str(Path({tests!r}).parent)]
 torch.set_num_threads(1)
 from test_loop import trainer
 from sparsefold.recipes._loop import train
