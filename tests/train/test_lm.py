@@ -65,6 +65,8 @@ def test_every_default_survives_the_command_line_and_json(setting):
         (["snapshots=0.1,0.5"], "snapshots"), (["snapshots=1.5,0.5"], "snapshots"), (["snapshots=0.5,0"], "snapshots"),
         (["snapshots=0.5", "density=0.5"], "leave density out"), (["snapshots=x"], "numbers like 0.5,0.25"),
         (["drop_input=1"], "drop_input"), (["lr=0"], "lr"), (["prune_begin=0.9"], "prune_begin"),
+        (["cutoffs=0x5"], "cutoffs"), (["cutoffs=9x5"], "cutoffs"), (["cutoffs=5", "tied=true"], "leave out tied"),
+        (["divide=0"], "divide"), (["decoder_frequency=2"], "decoder_frequency"),
         (["surrogate_width=0"], "surrogate_width"), (["cell=rnn"], "cell"), (["precision=half"], "precision"),
     ],
 )  # fmt: skip
@@ -220,6 +222,48 @@ def test_what_compiles_plays_as_what_was_trained(cell, tied):
     assert played.shape == wanted.shape
 
 
+@pytest.mark.parametrize("cutoffs", [(), (4, 20)])
+def test_frequent_words_keep_more_of_a_decoder_pruned_by_frequency(cutoffs):
+    share = torch.linspace(1, 0.01, 48) ** 4
+    share /= share.sum()
+    kept = []
+    for power in (0.0, 1.0):
+        config = Config(
+            hidden=(32,),
+            steps=1,
+            cutoffs=cutoffs,
+            tied=False,
+            decoder_density=0.5,
+            decoder_frequency=power,
+            block=(1, 1),
+        )
+        model = build(resolved(config), 48, share)
+        pruner, _ = lm.pruner_of(resolved(config), model, share)
+        (name,) = pruner.masks
+        assert name.endswith("head.weight" if cutoffs else "weight")
+        target = pruner._targets[name]
+        kept.append(target.rule.mask(target.weight).float().mean(1))
+    often, seldom = ([4], [3]) if cutoffs else ([0, 1], [-1, -2])  # row 4: the words 4 to 19 together
+    assert (kept[1][often] > kept[0][often]).any() and (kept[1][seldom] < kept[0][seldom]).any()
+    assert [k.mean().item() for k in kept] == pytest.approx([0.5, 0.5])
+
+
+def test_products_of_our_layers_take_bfloat16_where_that_is_the_precision():
+    x, w = torch.randn(64, 64), torch.randn(64, 64)
+
+    class On:
+        autocast, device = torch.bfloat16, torch.device("cpu")
+
+    before = x @ w
+    with _loop._float32_products(On):
+        asked = torch.backends.mkldnn.matmul.fp32_precision
+    assert asked == "bf16"
+    assert torch.equal(x @ w, before)
+    On.autocast = None
+    with _loop._float32_products(On):
+        assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +285,8 @@ RUNS = {
     "awd": {"cell": "lstm", "optimizer": "sgd", "schedule": "constant", "lr": 5.0, "average_from": 0.4, "density": 0.5,
             "block": (4, 1), "prune_every": 2},
     "gru": {"cell": "gru", "precision": "bfloat16", "drop_connect": 0.0},
+    "adaptive": {"cell": "egru", "cutoffs": (30, 90), "density": 0.5, "decoder_density": 0.5, "decoder_frequency": 0.5,
+                 "block": (4, 1)},
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from sparsefold.sparsify import (
     RigL,
     Threshold,
     TwoSlopes,
+    Weighted,
     block_mask,
     magnitude_mask,
     masks,
@@ -183,6 +184,23 @@ def test_each_gate_may_have_its_own_density():
     for g, density in enumerate((0.05, 0.5, 1.0)):
         assert mask[4 * g : 4 * g + 4].equal(magnitude_mask(weight[4 * g : 4 * g + 4], density))
     assert Block((0.0, 0.25), (2, 1)).mask(weight, gates=2).view(2, -1).sum(1).tolist() == [0, 16]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Magnitude(0.3), Block(0.3, (2, 1), "matrix"), ColumnBalanced(0.3), Magnitude(0.2, keep_diagonal=True)],
+)
+def test_weighted_rows_rank_as_the_weight_times_their_factors(rule):
+    random = torch.Generator().manual_seed(1)
+    w, rows = torch.randn(8, 8, generator=random), torch.rand(8, generator=random) * 3
+    within = torch.rand(8, 8, generator=random) < 0.8
+    assert torch.equal(Weighted(rule, rows).mask(w), rule.mask(w * rows[:, None]))
+    assert torch.equal(
+        Weighted(rule, rows).mask(w, value=0.5, within=within), rule.mask(w * rows[:, None], 1, 0.5, within)
+    )
+    assert not torch.equal(Weighted(rule, rows).mask(w), rule.mask(w))
+    with pytest.raises(ValueError, match="each of 8 rows"):
+        Weighted(rule, rows[:7]).mask(w)
 
 
 @pytest.mark.parametrize("rule", [Magnitude(0.2, keep_diagonal=True), Block(0.2, (2, 2), keep_diagonal=True)])

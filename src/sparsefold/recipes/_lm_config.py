@@ -20,7 +20,11 @@ class Config:
     size: Literal["small", "medium", "paper"] = "small"
     hidden: tuple[int, ...] | None = None  # units of each layer, 1350x1350x750
     embedding: int | None = None
-    tied: bool = True  # decoder and embedding are one matrix
+    tied: bool | None = None  # decoder and embedding are one matrix; none: unless there are cutoffs
+    cutoffs: tuple[
+        int, ...
+    ] = ()  # adaptive softmax, 300x1000x3000: rarer words are met by cluster, one from each on; none: no
+    divide: float = 2.0  # each cluster reads so many times fewer numbers than the one before it
     embedding_scale: float | None = None  # what layers read is the embedding times this
     # training
     epochs: float | None = None
@@ -42,7 +46,7 @@ class Config:
     )
     average_from: float | None = None  # whatever validation says, averaging begins after this share of the steps
     clip: float | None = None
-    samples: int = 0  # words that the softmax of a window is estimated from in training; 0: all
+    samples: int = 0  # words that the softmax of a window is estimated from in training; 0, or with cutoffs: all
     precision: Literal["float32", "bfloat16"] = "float32"  # of products in training, but for those of our own kernels
     device: str = "cpu"
     seed: int = 0
@@ -76,7 +80,8 @@ class Config:
     density: float = 1.0  # of recurrent and input matrices
     input_density: float | None = None  # of the first layer's input matrix; none: density
     embedding_density: float = 1.0  # single weights; not where it is tied
-    decoder_density: float = 1.0
+    decoder_density: float = 1.0  # of an adaptive softmax that of what every word needs
+    decoder_frequency: float = 0.0  # a word's w² counts in pruning times its frequency to this power; 1: as in the loss
     block: tuple[int, int] = (16, 1)  # 1x1: unstructured
     scope: Literal["gate", "matrix"] = "matrix"
     prune_begin: float = 0.1
@@ -88,8 +93,9 @@ class Config:
 
     def __post_init__(self) -> None:
         drops = ("drop_word", "drop_input", "drop_hidden", "drop_output", "drop_connect")
-        shares = ("density", "input_density", "embedding_density", "decoder_density", "warmup", "target_rate", "rate_start",
-                  "rate_until", "constant_until", "snapshot_first", "restart", "average_from")  # fmt: skip
+        shares = ("density", "input_density", "embedding_density", "decoder_density", "decoder_frequency", "warmup",
+                  "target_rate", "rate_start", "rate_until", "constant_until", "snapshot_first", "restart",
+                  "average_from")  # fmt: skip
         counts = ("steps", "batch", "bptt", "eval_every", "checkpoint_every", "prune_every")
         amounts = ("weight_decay", "recurrent_decay", "clip", "alpha", "beta", "threshold", "rate_weight", "surrogate",
                    "patience", "average_patience", "samples", "checkpoint_minutes")  # fmt: skip
@@ -103,7 +109,11 @@ class Config:
                 **{"embedding": (1, 2**14), "threads": (1, 256), "seed": (0, 2**63 - 1), "beta1": (0, 0.9999)},
             },
         )
-        for key in ("lr", "minutes", "epochs", "surrogate_width", "embedding_scale"):
+        if not all(a < b for a, b in zip((0, *self.cutoffs), self.cutoffs, strict=False)):
+            raise ValueError(f"cutoffs are numbers of words that rise, got {self.cutoffs}.")
+        if self.cutoffs and self.tied:
+            raise ValueError("an adaptive softmax has no matrix of all words to share: with cutoffs, leave out tied.")
+        for key in ("divide", "lr", "minutes", "epochs", "surrogate_width", "embedding_scale"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{key} is positive and finite, got {value}.")
@@ -172,7 +182,7 @@ def resolved(config: Config) -> Config:
         corpus = config.corpus if config.corpus == "wikitext2" else "ptb"
         found |= _PAPER["lstm" if config.cell == "lstm" else "egru", corpus]
     hidden = config.hidden or found["hidden"]
-    found["embedding"] = hidden[-1]
+    found |= {"embedding": hidden[-1], "tied": not config.cutoffs}
     if config.steps is not None or config.minutes is not None:
         del found["epochs"]
     said = {f.name: getattr(config, f.name) for f in fields(config) if getattr(config, f.name) is not None}

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class Trainer:
     targets: Callable[[Tensor], Tensor] = lambda y: (
         y
     )  # what the model's outputs are compared with, told before they are made
+    # nats of the outputs (T, B, …) against the targets (T, B)
+    loss: Callable[[Tensor, Tensor], Tensor] = lambda out, y: cross_entropy(out.flatten(0, 1), y.flatten())
     average: Average | None = None
     snapshots: Mapping[int, str] = field(default_factory=dict)  # after these steps the model is kept under a name
     best_from: int = 0  # no evaluation before this step is the best: the network is not yet as sparse as it is to be
@@ -101,8 +103,19 @@ def pace(trainer: Trainer, windows: int = 8) -> tuple[float, float]:
         x, *_, state = _advance(trainer, trainer.model, i, state)
         steps += len(x) if i >= 2 else 0
     spent = time.monotonic() - began
-    trainer.evaluate()
+    with _float32_products(trainer):
+        trainer.evaluate()
     return spent / steps * trainer.windows.length, time.monotonic() - began - spent
+
+
+def _float32_products(trainer: Trainer) -> AbstractContextManager[Any]:
+    """The dense products that our layers make in float32 on a processor take bfloat16 factors, if that is the precision."""
+    if trainer.autocast is not torch.bfloat16 or trainer.device.type != "cpu":
+        return nullcontext()
+    found: Any = torch.backends.mkldnn
+    return cast(
+        "AbstractContextManager[Any]", found.flags(found.enabled, found.deterministic, found.allow_tf32, "bf16")
+    )
 
 
 def _advance(
@@ -123,12 +136,13 @@ def _advance(
     narrow: AbstractContextManager[Any] = nullcontext()
     if trainer.autocast:
         narrow = torch.autocast(trainer.device.type, trainer.autocast)
-    with narrow:
-        logits, state, activity = model(x, None if fresh else state)
-    logits = logits.float() if trainer.autocast else logits
-    loss = cross_entropy(logits.flatten(0, 1), y.flatten())
-    total: Any = loss + trainer.penalty(activity, step)
-    total.backward()
+    with _float32_products(trainer):
+        with narrow:
+            logits, state, activity = model(x, None if fresh else state)
+        logits = logits.float() if trainer.autocast else logits
+        loss = trainer.loss(logits, y)
+        total: Any = loss + trainer.penalty(activity, step)
+        total.backward()
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     norm = float(torch.nn.utils.clip_grad_norm_(trained, trainer.clip))
     bits = float(loss.detach()) / math.log(2)
@@ -240,7 +254,8 @@ class _Run:
     def _evaluate(self, rate: float) -> dict[str, Any]:
         """The validation split: keeps what is the best or due, begins the average, writes and returns a line of the log."""
         trainer, at = self.trainer, self.at
-        with trainer.average.in_place() if trainer.average else nullcontext():
+        in_place = trainer.average.in_place() if trainer.average else nullcontext()
+        with in_place, _float32_products(trainer):
             valid = processes.from_first(trainer.device, trainer.evaluate() if self.first else 0.0)
             if not math.isfinite(valid):
                 raise self._diverged(f"the loss on the validation split is {valid}")

@@ -29,7 +29,7 @@ from sparsefold.recipes._lm_config import Config, resolved
 from sparsefold.recipes._loop import Trainer, pace, train
 from sparsefold.recipes._windows import RandomWindows, Windows, stream_bits
 from sparsefold.recipes.text import one_cycle
-from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner, Staircase
+from sparsefold.sparsify import Block, Cubic, Magnitude, Pruner, Staircase, Weighted
 
 _EVALUATIONS = 10
 
@@ -105,7 +105,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
         optimizer = torch.optim.SGD(groups, lr=peak)
     else:
         optimizer = torch.optim.AdamW(groups, lr=peak, betas=(config.beta1 or 0.0, 0.999), fused=True)
-    pruner, pruned_at = pruner_of(config, model)
+    pruner, pruned_at = pruner_of(config, model, share)
     parts, windows = segments(config), _windows(config, corpus)
     rate_until = round((config.rate_until or 0.0) * parts[0][1])
     weight, target = config.rate_weight or 0.0, None
@@ -141,6 +141,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
         about={"recipe": "lm", "config": asdict(config), **corpus.metadata()},
         unit="perplexity" if config.level == "word" else "bits_per_char",
         targets=decoder.targets,
+        loss=decoder.loss,
         average=_average(config, model),
         snapshots={last: f"snapshot-{d:g}" for (_, last), d in zip(parts, config.snapshots, strict=False)},
         best_from=max(pruned_at, rate_until if target and config.cell == "egru" else 0),
@@ -167,7 +168,7 @@ def shape(config: Config, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - until) / (1 - until)))
 
 
-def pruner_of(config: Config, model: Stack) -> tuple[Pruner | None, int]:
+def pruner_of(config: Config, model: Stack, share: torch.Tensor) -> tuple[Pruner | None, int]:
     """Rules and schedule, and the step from which the network is as sparse as it is to be."""
 
     def rule(density: float) -> Magnitude | Block:
@@ -181,10 +182,15 @@ def pruner_of(config: Config, model: Stack) -> tuple[Pruner | None, int]:
     for k in range(len(hidden)):
         first = density if config.input_density is None or k else config.input_density
         densities |= {f"{2 * k + 2}.weight_hh_l0": density, f"{2 * k + 2}.weight_ih_l0": first}
-    decoder = "0.weight" if config.tied else f"{len(model) - 1}.weight"
+    last = len(model) - 1
+    decoder = f"{last}.head.weight" if config.cutoffs else "0.weight" if config.tied else f"{last}.weight"
     rules: dict[str, Any] = {name: rule(d) for name, d in densities.items() if d < 1}
     if config.decoder_density < 1:
         rules[decoder] = rule(config.decoder_density)
+        if config.decoder_frequency:
+            edges = (*config.cutoffs, len(share)) if config.cutoffs else (len(share),)
+            rows = [share[: edges[0]], *(share[a:b].sum(0, keepdim=True) for a, b in pairwise(edges))]
+            rules[decoder] = Weighted(rules[decoder], torch.cat(rows) ** (config.decoder_frequency / 2))
     if config.embedding_density < 1:
         rules["0.weight"] = Magnitude(config.embedding_density, scope="matrix")
     if not rules:

@@ -101,6 +101,7 @@ def trainings(config: Config) -> dict[str, LMConfig]:
         name = f"{also.cell}-{'x'.join(map(str, also.hidden or ()))}"
         name += f"-rate{also.target_rate:g}" if also.cell == "egru" and also.target_rate else ""
         name += f"-density{also.density:g}-decoder{also.decoder_density:g}"
+        name += f"-cutoffs{'x'.join(map(str, also.cutoffs))}" if also.cutoffs else ""
         if also.snapshots or name in found:
             raise ValueError(f"each network of also is one of its own, kept at its end; {one.strip()!r} is not.")
         found[name] = also

@@ -171,6 +171,49 @@ class Block(_Ranked):
         return _advice(("rows per gate", rows, self.block[0]), ("columns", columns, self.block[1]))
 
 
+class Weighted(Rule):
+    """Another rule, in whose scores each row of the weight (R, C) is taken `rows` (R,) times as large.
+
+    What a weight does to the loss is not its size alone. In a decoder a change δ of the logit of a word costs p (1 - p) δ² / 2 to
+    second order, so that with its word's frequency p a weight counts as p w², or |w| √p: pass the root of the frequencies.
+
+    Source of the criterion: LeCun, Denker and Solla (1990), Optimal brain damage.
+    """
+
+    def __init__(self, rule: Rule, rows: Tensor) -> None:
+        self.rule, self.rows = rule, rows
+        self.score, self.monotone, self.together, self.unit = rule.score, rule.monotone, rule.together, rule.unit  # type: ignore[misc]
+
+    @property
+    def final(self) -> Density:
+        """The density in the end."""
+        return self.rule.final
+
+    def candidates(self, rows: int, columns: int, gates: int) -> Tensor:
+        """Those of the other rule. ValueError where there is not a factor for each row."""
+        if self.rows.shape != (rows,):
+            raise ValueError(f"a factor for each of {rows} rows is needed, got shape {tuple(self.rows.shape)}.")
+        return self.rule.candidates(rows, columns, gates)
+
+    def scores(self, weight: Tensor, at: Tensor, within: Tensor | None = None) -> Tensor:
+        """Those of the other rule, of the weight times `rows`."""
+        return self.rule.scores(weight * self.rows.to(weight)[:, None], at, within)
+
+    def choose(
+        self, scores: Sequence[Tensor], ats: Sequence[Tensor], columns: Sequence[int], value: Density
+    ) -> list[Tensor]:
+        """As the other rule."""
+        return self.rule.choose(scores, ats, columns, value)
+
+    def always(self, rows: int, columns: int, gates: int) -> Tensor | None:
+        """As the other rule."""
+        return self.rule.always(rows, columns, gates)
+
+    def advice(self, rows: int, columns: int) -> str | None:
+        """As the other rule."""
+        return self.rule.advice(rows, columns)
+
+
 @dataclass(frozen=True)
 class NM(Rule):
     """Of every m neighbouring inputs of a row the n of largest |w|; of a short last group at most n. Density n / m.
