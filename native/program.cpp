@@ -665,6 +665,8 @@ void Program::add_cluster(const MatrixView& projection, const MatrixView& weight
     if (projection.cols != linear.inputs)
         refuse("the projection of a cluster reads what the linear op reads, " + number(linear.inputs) +
                " values; it has " + number(projection.cols) + " columns.");
+    if (projection.rows == 0 || weight.rows == 0)
+        refuse("a cluster holds at least one word, and its projection gives at least one number.");
     if (weight.cols != projection.rows)
         refuse("the weight of a cluster has a column for each of the " + number(projection.rows) +
                " rows of its projection; it has " + number(weight.cols) + ".");

@@ -818,6 +818,10 @@ def _validate_cluster(where: str, op: Cluster, ops: tuple[Op, ...], i: int) -> N
         f"{where}: projection reads what the linear op reads, {first.inputs} values; it has {op.projection.shape[1]} columns.",
     )
     _check(
+        op.words > 0 and op.projection.shape[0] > 0,
+        f"{where}: a cluster holds at least one word, and its projection gives at least one number.",
+    )
+    _check(
         op.weight.shape[1] == op.projection.shape[0],
         f"{where}: weight has a column for each of the {op.projection.shape[0]} rows of projection; it has {op.weight.shape[1]}.",
     )
