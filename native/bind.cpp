@@ -322,7 +322,8 @@ void check_scores(const Program& program) {
     check_steps(program);
     if (!program.scores())
         throw std::invalid_argument(
-            "a score needs a program whose last op is a linear, a log_softmax or a cluster, which gives a value for each "
+            "a score needs a program whose last op is a linear, a log_softmax or a cluster, which gives a value for "
+            "each "
             "class; this one ends in another. Compile it without that op.");
 }
 

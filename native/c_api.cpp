@@ -243,8 +243,8 @@ sparsefold_status sparsefold_score_tokens(sparsefold_stream* stream, size_t step
     return score(stream, true, steps, tokens, nullptr, targets, scores);
 }
 
-sparsefold_status sparsefold_score_rows(sparsefold_stream* stream, size_t steps, const float* x,
-                                        const int64_t* targets, float* scores) {
+sparsefold_status sparsefold_score_rows(sparsefold_stream* stream, size_t steps, const float* x, const int64_t* targets,
+                                        float* scores) {
     return score(stream, false, steps, nullptr, x, targets, scores);
 }
 

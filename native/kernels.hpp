@@ -141,7 +141,7 @@ struct NormArgs {
 /// What a log-softmax of `units` values takes from each: x - largest - log_sum.
 struct LogSumArgs {
     uint32_t units;
-    const float* x;        // (padded); what is read beyond `units` counts for nothing
+    const float* x;          // (padded); what is read beyond `units` counts for nothing
     float largest, log_sum;  // out
 };
 

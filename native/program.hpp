@@ -173,7 +173,7 @@ struct Op {
     uint32_t k = 0, groups = 1;  // KWTA; k of a top-k too
     uint32_t kernel = 1,
              dilation = 1;  // convolution only; its input matrix has kernel * inputs columns, the newest last
-    uint32_t at = 0;     // cluster only: which of the values it reads is the cluster
+    uint32_t at = 0;        // cluster only: which of the values it reads is the cluster
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
@@ -185,7 +185,7 @@ struct Op {
     }
     bool sends_changes() const { return delta.input >= 0 || delta.hidden >= 0; }
     bool recurrent() const { return gates != 0; }
-    uint32_t words() const { return hidden.rows(); }                // of a cluster
+    uint32_t words() const { return hidden.rows(); }              // of a cluster
     uint32_t history() const { return (kernel - 1) * dilation; }  // inputs that are carried from step to step
     bool picks() const {
         return kind == Kind::relu || kind == Kind::events || kind == Kind::kwta;

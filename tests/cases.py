@@ -331,7 +331,8 @@ NETWORKS = {
     "cluster-alone": lambda r: adaptive(r, 9, 1, (1, 1), (3, 16), (2, 2)),
     "cluster-of-winners": lambda r: [linear(r, 9, 33), KWTA(33, 5), *adaptive(r, 33, 18, (8, 7)), TopK(25, 3)],
     "cluster-then-relu": lambda r: [
-        embedding(r, 7, 12), *adaptive(r, 12, 7, (3, 5)), layer_norm(r, 12), ReLU(12), *adaptive(r, 12, 2, (9, 15), storages=CLUSTERED)
+        embedding(r, 7, 12), *adaptive(r, 12, 7, (3, 5)), layer_norm(r, 12), ReLU(12),
+        *adaptive(r, 12, 2, (9, 15), storages=CLUSTERED),
     ],
     "cluster-i8": lambda r: rounded([egru(r, 9, 20), *adaptive(r, 20, 5, (7, 17), (3, 4), storages=CLUSTERED)], "i8"),
     "cluster-bf16": lambda r: rounded([gru(r, 9, 20), *adaptive(r, 20, 5, (7, 17), (3, 4), storages=CLUSTERED[1:])], "bf16"),

@@ -7,7 +7,8 @@ called *counted*.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -200,19 +201,14 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
             read = 0 if folded else 4 * op.outputs * counts.steps
             parts.append(Part(i, "embedding", 0, 0, 0, read, 0, 1.0))
         elif isinstance(op, Linear):
-            decodes = i == len(program.ops) - 1 or any(isinstance(behind, Cluster) for behind in program.ops[i + 2 : i + 3])
+            decodes = i == len(program.ops) - 1 or any(
+                isinstance(behind, Cluster) for behind in program.ops[i + 2 : i + 3]
+            )
             role = "decoder" if decodes else "linear"
             parts.append(_product(i, role, op.weight, counts.steps, counts.input_reads.get(i)))
         elif isinstance(op, Cluster):
             times = counts.times(i)
-            parts.append(
-                _both(
-                    _product(i, "decoder", op.projection, times, counts.input_reads.get(i)),
-                    _product(i, "decoder", op.weight, times, None),
-                    (op.projection.elements + op.weight.elements)
-                    / (op.projection.shape[0] * op.projection.shape[1] + op.weight.shape[0] * op.weight.shape[1]),
-                )
-            )
+            parts.append(_cluster(i, op, times, counts.input_reads.get(i)))
             unit_updates += op.words * times
         elif isinstance(op, Conv1d):
             parts.append(_product(i, "convolution", op.weight, counts.steps, counts.input_reads.get(i), op.groups))
@@ -244,10 +240,14 @@ def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | No
     )
 
 
-def _both(a: Part, b: Part, density: float) -> Part:
-    """Two products as one part."""
+def _cluster(i: int, op: Cluster, times: int, reads: Integers | None) -> Part:
+    """Both products of a cluster as one part."""
+    projection = _product(i, "decoder", op.projection, times, reads)
+    weight = _product(i, "decoder", op.weight, times, None)
+    elements, dense = op.projection.elements + op.weight.elements, prod(op.projection.shape) + prod(op.weight.shape)
     names = ("macs_dense", "macs_weight", "macs_effective", "bytes_weights", "bytes_index")
-    return Part(a.op, a.role, *(getattr(a, n) + getattr(b, n) for n in names), density)
+    sums = {name: getattr(projection, name) + getattr(weight, name) for name in names}
+    return replace(projection, density=elements / dense, **sums)
 
 
 def _state_bytes(i: int, op: Op, counts: Counts) -> int:

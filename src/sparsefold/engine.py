@@ -575,8 +575,9 @@ def interpret(
 
 
 def _log_softmax(x: NDArray[Any]) -> NDArray[Any]:
-    below: NDArray[Any] = x - x.max()
-    return below - np.log(np.exp(below).sum())
+    below = x - x.max()
+    found: NDArray[Any] = below - np.log(np.exp(below).sum())
+    return found
 
 
 def _largest(values: NDArray[Any], k: int) -> NDArray[np.intp]:

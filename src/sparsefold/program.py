@@ -310,8 +310,8 @@ class Cluster:
 
         y = [q_0 ... q_(at - 1), q_at + log_softmax(W P x + b), q_(at + 1) ...]
 
-    q are the log-probabilities that the op before gives, a LogSoftmax or another Cluster, of a lower place; x is what the Linear in
-    front of that LogSoftmax reads. ``Stream.score`` computes a cluster only where the word that is asked for lies in it.
+    q are the log-probabilities that the op before gives, a LogSoftmax or another Cluster, of a lower place; x is what the Linear
+    in front of that LogSoftmax reads. ``Stream.score`` computes a cluster only where the word that is asked for lies in it.
 
     Source: Grave, Joulin, Cissé, Grangier and Jégou (2017), arXiv 1609.04309.
     """
@@ -363,7 +363,22 @@ Op = Embedding | Linear | Conv1d | Recurrent | LayerNorm | ReLU | Events | KWTA 
 Speaking = EGRU | Picks  # at every step each of their units emits an event or not
 OPS: dict[str, type[Op]] = {
     op.kind: op
-    for op in (Embedding, Linear, Conv1d, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, Cluster, TopK)
+    for op in (
+        Embedding,
+        Linear,
+        Conv1d,
+        GRU,
+        EGRU,
+        LSTM,
+        RNN,
+        ReLU,
+        Events,
+        KWTA,
+        LayerNorm,
+        LogSoftmax,
+        Cluster,
+        TopK,
+    )
 }
 
 
@@ -831,7 +846,8 @@ def _validate_cluster(where: str, op: Cluster, ops: tuple[Op, ...], i: int) -> N
     if isinstance(before, Cluster):
         end = before.at + before.words
         _check(
-            op.at >= end, f"{where}: clusters stand in rising order: the one before ends at {end}, this one is at {op.at}."
+            op.at >= end,
+            f"{where}: clusters stand in rising order: the one before ends at {end}, this one is at {op.at}.",
         )
     _check(op.outputs < MAX_OUTPUTS, f"{where}: a cluster gives fewer than 2^28 values, this one {op.outputs}.")
 

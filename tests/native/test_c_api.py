@@ -222,7 +222,12 @@ def test_scores_are_the_bits_and_counts_of_python(name, lib, isa):
 
 
 def test_a_refused_score_changes_nothing(lib):
-    for name, last in (("tokens-cluster", OK), ("cluster-of-state", OK), ("top-k", ARGUMENT), ("two-ways-gru", SEQUENCE)):
+    for name, last in (
+        ("tokens-cluster", OK),
+        ("cluster-of-state", OK),
+        ("top-k", ARGUMENT),
+        ("two-ways-gru", SEQUENCE),
+    ):
         program = network(name)
         _, engine, _ = load(lib, program.to_bytes())
         handle, found = lib.sparsefold_stream_new(engine), np.full(3, 5, np.float32)

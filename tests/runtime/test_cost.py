@@ -57,12 +57,17 @@ def test_clusters_cost_what_they_cost_at_the_steps_that_asked_for_them(name, isa
     targets = cases.rng(5).integers(0, program.outputs, steps)
     stream.score(x, targets)
     asked = {
-        i: (targets >= op.at) & (targets < op.at + op.words) for i, op in enumerate(program.ops) if isinstance(op, Cluster)
+        i: (targets >= op.at) & (targets < op.at + op.words)
+        for i, op in enumerate(program.ops)
+        if isinstance(op, Cluster)
     }
     assert all(0 < flags.sum() < steps for flags in asked.values())
     counted = sf.Counts.from_trace(program, trace, asked=asked)
     assert stream.counters.asked == counted.asked == {i: flags.sum() for i, flags in asked.items()}
-    for ours, recorded in ((stream.counters.events, counted.events), (stream.counters.input_reads, counted.input_reads)):
+    for ours, recorded in (
+        (stream.counters.events, counted.events),
+        (stream.counters.input_reads, counted.input_reads),
+    ):
         assert {i: e.tolist() for i, e in ours.items()} == {i: e.tolist() for i, e in recorded.items()}
     assert stream.cost == sf.cost(program, counted, stream.engine.folded)
     assert stream.cost != sf.cost(program, sf.Counts.from_trace(program, trace), stream.engine.folded)
@@ -74,7 +79,9 @@ def test_a_hand_counted_decoder_in_clusters():
     """Three steps of 4 inputs -> 2 words and a cluster of 5 by way of 3 numbers, of which one step asks for it."""
     ones = lambda rows, cols: sf.Dense(np.ones((rows, cols), np.float32))  # noqa: E731
     cluster = Cluster(ones(3, 4), ones(5, 3), np.zeros(5, np.float32), 3, 2)
-    program = sf.Program((sf.program.Events(4), Linear(ones(3, 4), np.zeros(3, np.float32)), sf.program.LogSoftmax(3), cluster))
+    program = sf.Program(
+        (sf.program.Events(4), Linear(ones(3, 4), np.zeros(3, np.float32)), sf.program.LogSoftmax(3), cluster)
+    )
     trace = {0: np.array([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]], bool)}
     counts = sf.Counts.from_trace(program, trace, asked={3: np.array([0, 0, 1])})
     assert counts.times(3) == 1 and counts.read_rate(3, "decoder") == 1 / 4 and counts.read_rate(1, "decoder") == 7 / 12
@@ -142,7 +149,9 @@ def brute(program, trace, before, changes, steps, folded):
     """{(op, role): [dense, weight, effective]} of a run, every step and every element by itself."""
     parts, past = {}, {}
     for t in range(steps):
-        speaking = None  # which of the values that the next op reads are events; None: all are read
+        speaking = of_linear = (
+            None  # which of the values that the next op, or the last linear, reads are events; None: all are read
+        )
         for i, op in enumerate(program.ops):
             if isinstance(op, Embedding):
                 parts.setdefault((i, "embedding"), [0, 0, 0])

@@ -22,7 +22,8 @@ F = np.float32
 def three_clusters(**options):
     """Of 5 first words and 17, 3 and 1 more, behind events; the clusters stand at 5, 22 and 25."""
     r = cases.rng(9)
-    return Program((cases.embedding(r, 11, 8), cases.egru(r, 8, 20, **options), *cases.adaptive(r, 20, 5, (7, 17), (3, 3), (2, 1))))
+    decoder = cases.adaptive(r, 20, 5, (7, 17), (3, 3), (2, 1))
+    return Program((cases.embedding(r, 11, 8), cases.egru(r, 8, 20, **options), *decoder))
 
 
 @pytest.mark.parametrize("fold", [True, False])
@@ -143,7 +144,9 @@ def test_a_cluster_behind_a_layer_that_reads_both_ways(isa):
     program = Program((*layer, *cases.adaptive(r, 18, 4, (3, 5), (2, 7)), *cases.two_ways(cases.rnn, r, 16, 3)))
     x = cases.sequence(program, 9)
     stream = sf.Engine(program, isa=isa).stream()
-    np.testing.assert_allclose(stream.run(x), sf.interpret(program, x).outputs, rtol=0, atol=tolerances.FREE_RUNNING_F32)
+    np.testing.assert_allclose(
+        stream.run(x), sf.interpret(program, x).outputs, rtol=0, atol=tolerances.FREE_RUNNING_F32
+    )
     assert stream.counters.asked == {4: 9, 5: 9}
     with pytest.raises(ValueError, match=r"plays whole sequences, not one step. Pass the sequence to Stream.run"):
         stream.score(x, [0] * 9)
@@ -201,7 +204,9 @@ def test_what_cannot_be_scored_is_refused_and_nothing_is_played(x, target, sente
     assert stream.counters.steps == 0 and not any(v.any() for v in stream.save_state().values())
 
 
-@pytest.mark.parametrize("x", [np.zeros(8, F), np.zeros(9), np.zeros((1, 9), F), 3, [0.0] * 9], ids=["size", "type", "axes", "token", "list"])
+@pytest.mark.parametrize(
+    "x", [np.zeros(8, F), np.zeros(9), np.zeros((1, 9), F), 3, [0.0] * 9], ids=["size", "type", "axes", "token", "list"]
+)
 def test_values_of_another_shape_or_type_are_refused(x):
     stream = sf.Engine(network("cluster-alone")).stream()
     with pytest.raises(ValueError, match="x must be float32 of shape"):
@@ -216,13 +221,17 @@ def test_a_program_that_ends_in_another_op_is_refused(name):
     program = network(name)
     stream, x = sf.Engine(program).stream(), cases.sequence(program, 2)
     for of, target in ((x[0], 0), (x, [0, 0])):
-        with pytest.raises(ValueError, match="a score needs a program whose last op is a linear, a log_softmax or a cluster"):
+        with pytest.raises(
+            ValueError, match="a score needs a program whose last op is a linear, a log_softmax or a cluster"
+        ):
             stream.score(of, target)
     assert stream.counters.steps == 0
 
 
 def test_a_stream_in_use_is_refused_to_another_thread():
-    program = Program((cases.egru(cases.rng(1), 600, 600, output="state"), *cases.adaptive(cases.rng(2), 600, 5, (9, 17))))
+    program = Program(
+        (cases.egru(cases.rng(1), 600, 600, output="state"), *cases.adaptive(cases.rng(2), 600, 5, (9, 17)))
+    )
     stream, x, seen = sf.Engine(program).stream(), np.ones((300, 600), F), []
 
     def work():

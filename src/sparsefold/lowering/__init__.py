@@ -58,9 +58,9 @@ def compile_model(
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, GRU, LSTM, RNN (also
             torch's), CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, AdaptiveDecoder, BatchNorm1d (folded into one
-            beside it), Dropout and Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
-            Identity: its outputs are those of the causal convolution from the step on at which all of its taps have an input.
-            Evaluation mode is compiled: dropout is gone, zoneout is its mean.
+            beside it), Dropout and Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU,
+            BatchNorm1d, Dropout and Identity: its outputs are those of the causal convolution from the step on at which all of
+            its taps have an input. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
         weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32;
             "w8a8" rounds dense inputs of a product to int8 too, with one scale a step, and sums are exact integers.

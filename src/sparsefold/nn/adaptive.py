@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class AdaptiveDecoder(torch.nn.Module):
     ) -> None:
         super().__init__()
         edges = [*cutoffs, words]
-        if len(edges) < 2 or edges[0] < 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+        if len(edges) < 2 or edges[0] < 1 or any(a >= b for a, b in pairwise(edges)):
             raise ValueError(
                 f"cutoffs rise, each at least 1 and less than the number of words, {words}; got {list(cutoffs)}. "
                 "Without a cluster, take a Linear."
@@ -57,7 +58,7 @@ class AdaptiveDecoder(torch.nn.Module):
         self._wanted: Tensor | None = None
         if share is not None:
             mass = share.clamp(min=1e-8)
-            parts = [mass[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+            parts = [mass[a:b] for a, b in pairwise(edges)]
             with torch.no_grad():
                 self.head.bias.copy_(torch.cat([mass[: edges[0]], torch.stack([p.sum() for p in parts])]).log())
                 for tail, part in zip(self.tails, parts, strict=True):
