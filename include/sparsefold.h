@@ -33,7 +33,7 @@ typedef enum {
     SPARSEFOLD_ERROR_READ = 1,     /* the file cannot be read */
     SPARSEFOLD_ERROR_PROGRAM = 2,  /* it is not a program that this version plays */
     SPARSEFOLD_ERROR_ARGUMENT = 3, /* a null pointer, an unknown instruction set, op or counter, the other kind of step,
-                                    * a stream of another engine, or twice */
+                                    * a stream of another engine, or twice, a score of a program that gives none */
     SPARSEFOLD_ERROR_TOKEN = 4,    /* the token is outside the vocabulary */
     SPARSEFOLD_ERROR_BUSY = 5,     /* another thread is using this stream */
     SPARSEFOLD_ERROR_MEMORY = 6,

@@ -364,22 +364,9 @@ Speaking = EGRU | Picks  # at every step each of their units emits an event or n
 OPS: dict[str, type[Op]] = {
     op.kind: op
     for op in (
-        Embedding,
-        Linear,
-        Conv1d,
-        GRU,
-        EGRU,
-        LSTM,
-        RNN,
-        ReLU,
-        Events,
-        KWTA,
-        LayerNorm,
-        LogSoftmax,
-        Cluster,
-        TopK,
+        Embedding, Linear, Conv1d, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, Cluster, TopK,
     )
-}
+}  # fmt: skip
 
 
 def reads_backwards(op: Op) -> bool:
