@@ -33,11 +33,12 @@ typedef enum {
     SPARSEFOLD_ERROR_READ = 1,     /* the file cannot be read */
     SPARSEFOLD_ERROR_PROGRAM = 2,  /* it is not a program that this version plays */
     SPARSEFOLD_ERROR_ARGUMENT = 3, /* a null pointer, an unknown instruction set, op or counter, the other kind of step,
-                                    * a stream of another engine, or twice */
+                                    * a stream of another engine, or twice, a score of a program that gives none */
     SPARSEFOLD_ERROR_TOKEN = 4,    /* the token is outside the vocabulary */
     SPARSEFOLD_ERROR_BUSY = 5,     /* another thread is using this stream */
     SPARSEFOLD_ERROR_MEMORY = 6,
-    SPARSEFOLD_ERROR_SEQUENCE = 7  /* a step of a program that plays whole sequences */
+    SPARSEFOLD_ERROR_SEQUENCE = 7, /* a step of a program that plays whole sequences */
+    SPARSEFOLD_ERROR_TARGET = 8    /* the target is outside the outputs */
 } sparsefold_status;
 
 /* What a status means: one sentence, never null, never to be freed. */
@@ -85,6 +86,19 @@ SPARSEFOLD_API sparsefold_status sparsefold_run_tokens(sparsefold_stream *stream
                                                        float *y);
 SPARSEFOLD_API sparsefold_status sparsefold_run_values(sparsefold_stream *stream, size_t steps, const float *x, float *y);
 
+/* One step, of which only the natural logarithm of the probability of output `target` is wanted: the last op is a linear, whose
+ * outputs are taken for logits, a log_softmax or a cluster; any other is SPARSEFOLD_ERROR_ARGUMENT. It reads no more of a decoder
+ * in clusters than that takes: of all clusters the one that holds the target, or none. State and counters go on as in a step.
+ * Then the same of `steps` steps: tokens (steps), or x (steps, inputs); targets and scores (steps). None allocates. */
+SPARSEFOLD_API sparsefold_status sparsefold_score_token(sparsefold_stream *stream, int64_t token, int64_t target,
+                                                        float *score);
+SPARSEFOLD_API sparsefold_status sparsefold_score_values(sparsefold_stream *stream, const float *x, int64_t target,
+                                                         float *score);
+SPARSEFOLD_API sparsefold_status sparsefold_score_tokens(sparsefold_stream *stream, size_t steps, const int64_t *tokens,
+                                                         const int64_t *targets, float *scores);
+SPARSEFOLD_API sparsefold_status sparsefold_score_rows(sparsefold_stream *stream, size_t steps, const float *x,
+                                                       const int64_t *targets, float *scores);
+
 /* One step of each of `count` different streams of this engine, bit for bit what a step of each alone gives: tokens (count), or
  * x (count, inputs); y (count, outputs). They share what is read of the weights, and the engine's threads. Neither allocates.
  * A stream of another engine, or named twice, is SPARSEFOLD_ERROR_ARGUMENT. */
@@ -104,8 +118,9 @@ typedef enum {
     SPARSEFOLD_STEPS = 0,       /* one value: steps played; op is not read */
     SPARSEFOLD_EVENTS = 1,      /* one value per unit of an egru or relu: events it emitted */
     SPARSEFOLD_INPUT_READS = 2, /* one per input column of an op that reads their events, or changes: how often it read one */
-    SPARSEFOLD_HIDDEN_READS = 3 /* one per unit of an egru, or of an op that sends the changes of its units: how often its own
-                                 * recurrent matrix read one */
+    SPARSEFOLD_HIDDEN_READS = 3, /* one per unit of an egru, or of an op that sends the changes of its units: how often its own
+                                  * recurrent matrix read one */
+    SPARSEFOLD_ASKED = 4        /* one value of a cluster: steps that computed it */
 } sparsefold_counter;
 
 /* Copies a counter of one op. *count: in, the room in values; out, how many values there are (0 where the op does not count

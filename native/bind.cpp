@@ -243,6 +243,10 @@ struct PyEngine {
         open();
         program.add_top_k(units, k);
     }
+    void add_cluster(const PyMatrix& projection, const PyMatrix& weight, Vector bias, uint32_t units, uint32_t at) {
+        open();
+        program.add_cluster(projection.view, weight.view, vector(bias, weight.view.rows, "bias"), units, at);
+    }
     void add_layer_norm(Vector weight, Vector bias, float epsilon) {
         open();
         const uint32_t units = size32(weight.shape(0));
@@ -313,6 +317,23 @@ void check_token(const Program& program, int64_t token) {
                                     std::to_string(program.inputs() - 1) + ".");
 }
 
+/// For a score, of one step or of many.
+void check_scores(const Program& program) {
+    check_steps(program);
+    if (!program.scores())
+        throw std::invalid_argument(
+            "a score needs a program whose last op is a linear, a log_softmax or a cluster, which gives a value for "
+            "each "
+            "class; this one ends in another. Compile it without that op.");
+}
+
+void check_target(const Program& program, int64_t target) {
+    if (target < 0 || target >= static_cast<int64_t>(program.outputs()))
+        throw std::invalid_argument("target " + std::to_string(target) +
+                                    " is outside the outputs: this program gives values 0 to " +
+                                    std::to_string(program.outputs() - 1) + ".");
+}
+
 class PyStream {
   public:
     explicit PyStream(const PyEngine& engine) : engine_(engine.engine), stream_((engine.get(), engine.engine)) {}
@@ -327,6 +348,29 @@ class PyStream {
             const FloatBuffer source(x, program.inputs(), "x", false);
             run_one(0, source.data(), target.data());
         }
+    }
+
+    float score(nb::handle x, nb::handle target) {
+        const Program& program = engine_->program;
+        check_scores(program);
+        const int64_t wanted = whole(target, "a target is a whole number", "target");
+        check_target(program, wanted);
+        if (program.takes_tokens()) return score_one(token(x), nullptr, wanted);
+        const FloatBuffer source(x, program.inputs(), "x", false);
+        return score_one(0, source.data(), wanted);
+    }
+
+    void score_tokens(Array<int64_t, 1> tokens, Array<int64_t, 1> targets,
+                      nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+        if (!engine_->program.takes_tokens()) throw std::invalid_argument("this program reads values, not tokens.");
+        for (size_t t = 0; t < tokens.shape(0); ++t) check_token(tokens(t));
+        score_all(tokens.shape(0), tokens.data(), nullptr, targets, out);
+    }
+    void score_values(Array<float, 2> x, Array<int64_t, 1> targets,
+                      nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) {
+        if (engine_->program.takes_tokens() || x.shape(1) != engine_->program.inputs())
+            throw std::invalid_argument("sequence does not fit the program's input.");
+        score_all(x.shape(0), nullptr, x.data(), targets, out);
     }
 
     void run_tokens(Array<int64_t, 1> tokens, nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
@@ -379,6 +423,8 @@ class PyStream {
         if (name == "events") return counters(s.events);
         if (name == "input_reads") return counters(s.input_reads);
         if (name == "hidden_reads") return counters(s.hidden_reads);
+        if (name == "asked" && engine_->program.ops()[op].kind == Op::Kind::cluster)
+            return copy(&s.asked, 1, nb::dtype<uint64_t>());
         throw std::invalid_argument("an op has no '" + name + "'.");
     }
     void write(size_t op, const std::string& name, Vector values) {
@@ -417,22 +463,41 @@ class PyStream {
         return stream_.state(op);
     }
     void check_token(int64_t token) const { sparsefold::check_token(engine_->program, token); }
-    int64_t token(nb::handle x) const {
+    static int64_t whole(nb::handle x, const char* wanted, const char* what) {
         PyObject* index = PyLong_CheckExact(x.ptr()) ? (Py_INCREF(x.ptr()), x.ptr()) : PyNumber_Index(x.ptr());
         if (!index) {
             PyErr_Clear();
-            throw std::invalid_argument(
-                "this program starts with an embedding, so step() takes one token id, an int; got " +
-                nb::cast<std::string>(nb::str(nb::handle(x).type().attr("__name__"))) + ".");
+            throw std::invalid_argument(std::string(wanted) + ", an int; got " +
+                                        nb::cast<std::string>(nb::str(nb::handle(x).type().attr("__name__"))) + ".");
         }
         const long long value = PyLong_AsLongLong(index);
         Py_DECREF(index);
         if (value == -1 && PyErr_Occurred()) {
             PyErr_Clear();
-            throw std::invalid_argument("token id does not fit 64 bits.");
+            throw std::invalid_argument(std::string(what) + " does not fit 64 bits.");
         }
+        return value;
+    }
+    int64_t token(nb::handle x) const {
+        const int64_t value =
+            whole(x, "this program starts with an embedding, so step() takes one token id", "token id");
         check_token(value);
         return value;
+    }
+    float score_one(int64_t token, const float* x, int64_t target) {
+        const Lock lock(stream_);
+        nb::gil_scoped_release release;
+        return stream_.score(token, x, static_cast<uint32_t>(target));
+    }
+    void score_all(size_t steps, const int64_t* tokens, const float* x, const Array<int64_t, 1>& targets,
+                   nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>& out) {
+        check_scores(engine_->program);
+        if (targets.shape(0) != steps || out.shape(0) != steps)
+            throw std::invalid_argument("targets or output do not fit the sequence.");
+        for (size_t t = 0; t < steps; ++t) check_target(engine_->program, targets(t));
+        const Lock lock(stream_);
+        nb::gil_scoped_release release;
+        stream_.score(steps, tokens, x, targets.data(), out.data());
     }
     void run_one(int64_t token, const float* x, float* out) {
         const Lock lock(stream_);
@@ -562,6 +627,7 @@ NB_MODULE(_native, m) {
         .def("add_kwta", &PyEngine::add_kwta, "units"_a, "k"_a, "groups"_a)
         .def("add_log_softmax", &PyEngine::add_log_softmax, "units"_a)
         .def("add_top_k", &PyEngine::add_top_k, "units"_a, "k"_a)
+        .def("add_cluster", &PyEngine::add_cluster, "projection"_a, "weight"_a, "bias"_a, "units"_a, "at"_a)
         .def("add_layer_norm", &PyEngine::add_layer_norm, "weight"_a, "bias"_a, "epsilon"_a)
         .def("finish", &PyEngine::finish, "isa"_a, "fold_limit"_a, "threads"_a = 1)
         .def("step_batch_tokens", &PyEngine::step_batch_tokens, "streams"_a, "tokens"_a, "out"_a)
@@ -573,6 +639,9 @@ NB_MODULE(_native, m) {
     nb::class_<PyStream>(m, "Stream")
         .def(nb::init<const PyEngine&>(), "engine"_a)
         .def("step", &PyStream::step, "x"_a.none(), "out"_a)
+        .def("score", &PyStream::score, "x"_a.none(), "target"_a.none())
+        .def("score_tokens", &PyStream::score_tokens, "tokens"_a, "targets"_a, "out"_a)
+        .def("score_values", &PyStream::score_values, "x"_a, "targets"_a, "out"_a)
         .def("run_tokens", &PyStream::run_tokens, "tokens"_a, "out"_a, "trace"_a)
         .def("run_values", &PyStream::run_values, "x"_a, "out"_a, "trace"_a)
         .def("reset", &PyStream::reset)

@@ -75,6 +75,26 @@ sparsefold_status run(sparsefold_stream* handle, bool takes_tokens, size_t steps
     return guarded(nullptr, 0, [&] { stream.run(steps, tokens, x, y); });
 }
 
+sparsefold_status score(sparsefold_stream* handle, bool takes_tokens, size_t steps, const int64_t* tokens,
+                        const float* x, const int64_t* targets, float* scores) {
+    if (!handle || (steps && (!targets || !scores || !(takes_tokens ? static_cast<const void*>(tokens) : x))))
+        return SPARSEFOLD_ERROR_ARGUMENT;
+    Stream& stream = handle->stream;
+    const Program& program = stream.engine().program;
+    if (program.takes_tokens() != takes_tokens) return SPARSEFOLD_ERROR_ARGUMENT;
+    if (program.whole_sequences()) return SPARSEFOLD_ERROR_SEQUENCE;
+    if (!program.scores()) return SPARSEFOLD_ERROR_ARGUMENT;
+    for (size_t t = 0; t < steps; ++t) {
+        if (takes_tokens && (tokens[t] < 0 || tokens[t] >= static_cast<int64_t>(program.inputs())))
+            return SPARSEFOLD_ERROR_TOKEN;
+        if (targets[t] < 0 || targets[t] >= static_cast<int64_t>(program.outputs())) return SPARSEFOLD_ERROR_TARGET;
+    }
+    const Claim claim(stream);
+    if (!claim) return SPARSEFOLD_ERROR_BUSY;
+    stream.score(steps, tokens, x, targets, scores);
+    return SPARSEFOLD_OK;
+}
+
 sparsefold_status step_batch(const sparsefold_engine* handle, sparsefold_stream* const* handles, size_t n,
                              bool takes_tokens, const int64_t* tokens, const float* x, float* y) {
     if (!handle || (n && (!handles || !y || !(takes_tokens ? static_cast<const void*>(tokens) : x))))
@@ -120,6 +140,8 @@ const char* sparsefold_status_text(sparsefold_status status) {
         case SPARSEFOLD_ERROR_SEQUENCE:
             return "This program plays whole sequences, not one step: a layer reads backwards. Call "
                    "sparsefold_run_....";
+        case SPARSEFOLD_ERROR_TARGET:
+            return "The target is outside the outputs: it must be at least 0 and less than the engine's outputs.";
     }
     return "This status is unknown.";
 }
@@ -208,6 +230,24 @@ sparsefold_status sparsefold_run_values(sparsefold_stream* stream, size_t steps,
     return run(stream, false, steps, nullptr, x, y);
 }
 
+sparsefold_status sparsefold_score_token(sparsefold_stream* stream, int64_t token, int64_t target, float* score_of) {
+    return score(stream, true, 1, &token, nullptr, &target, score_of);
+}
+
+sparsefold_status sparsefold_score_values(sparsefold_stream* stream, const float* x, int64_t target, float* score_of) {
+    return score(stream, false, 1, nullptr, x, &target, score_of);
+}
+
+sparsefold_status sparsefold_score_tokens(sparsefold_stream* stream, size_t steps, const int64_t* tokens,
+                                          const int64_t* targets, float* scores) {
+    return score(stream, true, steps, tokens, nullptr, targets, scores);
+}
+
+sparsefold_status sparsefold_score_rows(sparsefold_stream* stream, size_t steps, const float* x, const int64_t* targets,
+                                        float* scores) {
+    return score(stream, false, steps, nullptr, x, targets, scores);
+}
+
 sparsefold_status sparsefold_step_batch_tokens(const sparsefold_engine* engine, sparsefold_stream* const* streams,
                                                size_t count, const int64_t* tokens, float* y) {
     return step_batch(engine, streams, count, true, tokens, nullptr, y);
@@ -242,9 +282,9 @@ sparsefold_status sparsefold_counters(sparsefold_stream* handle, size_t op, spar
                                           : counter == SPARSEFOLD_INPUT_READS  ? &state.input_reads
                                           : counter == SPARSEFOLD_HIDDEN_READS ? &state.hidden_reads
                                                                                : nullptr;
-        if (!of) return SPARSEFOLD_ERROR_ARGUMENT;
-        from = of->data();
-        size = of->size();
+        if (!of && counter != SPARSEFOLD_ASKED) return SPARSEFOLD_ERROR_ARGUMENT;
+        from = of ? of->data() : &state.asked;
+        size = of ? of->size() : stream.engine().program.ops()[op].kind == Op::Kind::cluster;
     }
     const size_t room = *count;
     *count = size;

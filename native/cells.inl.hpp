@@ -151,17 +151,30 @@ static void cell_kwta(CellArgs& a) {
     a.event_count = count;
 }
 
-/// x - max x - log(sum of exp(x - max x)), what lies 87 below the largest counted as e^-87.
-static void cell_log_softmax(NormArgs& a) {
-    float largest = a.y[0];
-    for (uint32_t j = 1; j < a.units; ++j) largest = a.y[j] > largest ? a.y[j] : largest;
+/// max x and log(sum of exp(x - max x)), what lies 87 below the largest counted as e^-87.
+static void cell_log_sum(LogSumArgs& a) {
+    F16 most = set1(a.x[0]);
+    uint32_t whole = 0;
+    for (; whole + kLanes <= a.units; whole += kLanes) most = max(most, load(a.x + whole));
+    float lane[kLanes];
+    store(lane, most);
+    float largest = lane[0];
+    for (uint32_t j = 1; j < kLanes; ++j) largest = lane[j] > largest ? lane[j] : largest;
+    for (uint32_t j = whole; j < a.units; ++j) largest = a.x[j] > largest ? a.x[j] : largest;
     F16 total = set1(0.0f);
     for (uint32_t j = 0; j < a.units; j += kLanes) {
-        const F16 below = sub(load(a.y + j), set1(largest));
+        const F16 below = sub(load(a.x + j), set1(largest));
         total = add(total, keep(existing(a.units - j), exp(max(set1(-87.0f), below))));
     }
-    const F16 log_sum = set1(static_cast<float>(__builtin_log(sum(total))));
-    for (uint32_t j = 0; j < a.units; j += kLanes) store(a.y + j, sub(sub(load(a.y + j), set1(largest)), log_sum));
+    a.largest = largest;
+    a.log_sum = static_cast<float>(__builtin_log(sum(total)));
+}
+
+static void cell_log_softmax(NormArgs& a) {
+    LogSumArgs of{a.units, a.y, 0, 0};
+    cell_log_sum(of);
+    const F16 largest = set1(of.largest), log_sum = set1(of.log_sum);
+    for (uint32_t j = 0; j < a.units; j += kLanes) store(a.y + j, sub(sub(load(a.y + j), largest), log_sum));
 }
 
 static void cell_top_k(TopArgs& a) {

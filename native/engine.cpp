@@ -103,14 +103,19 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
     static_assert(sizeof(float) == sizeof(uint32_t), "event indices live in the arena of floats");
     const std::vector<Op>& ops = engine_->program.ops();
     states_.resize(ops.size());
-    uint32_t most_changes = 0, most_sums = 0;
-    for (const Op& op : ops)
+    uint32_t most_changes = 0, most_sums = 0, most_projected = 0, most_words = 0;
+    for (const Op& op : ops) {
+        if (op.kind == Op::Kind::cluster) {
+            most_projected = std::max(most_projected, op.input.padded_rows());
+            most_words = std::max(most_words, op.hidden.padded_rows());
+        }
         for (const auto& [threshold, size, matrix] :
              {std::tuple(op.delta.input, op.inputs, &op.input), std::tuple(op.delta.hidden, op.outputs, &op.hidden)})
             if (threshold >= 0) {
                 most_changes = std::max(most_changes, size);
                 most_sums = std::max(most_sums, matrix->padded_rows());
             }
+    }
     const auto lay_out = [&](float* base) {  // once to measure, once to assign
         float* at = base;
         const auto take = [&](size_t n) {
@@ -122,6 +127,16 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
             const Op& op = ops[i];
             OpState& s = states_[i];
             const uint32_t units = pad(op.outputs);
+            if (op.kind == Op::Kind::cluster) {  // grows where it stands: many small ones cost no more than the last
+                s.output = states_[i - 1].output;
+                continue;
+            }
+            if (op.kind == Op::Kind::log_softmax) {
+                size_t last = i;
+                while (last + 1 < ops.size() && ops[last + 1].kind == Op::Kind::cluster) ++last;
+                s.output = take(ops[last].outputs);
+                continue;
+            }
             if (!op.recurrent() && !op.speaks() && op.kind != Op::Kind::embedding) s.output = take(units);
             if (op.kind == Op::Kind::conv1d) {
                 const size_t slots = size_t{op.kernel} * op.dilation, window = size_t{op.kernel} * op.inputs;
@@ -159,6 +174,8 @@ Stream::Stream(std::shared_ptr<const Engine> engine) : engine_(std::move(engine)
         changed_ = reinterpret_cast<uint32_t*>(take(most_changes));
         change_ = take(most_changes);
         sums_ = take(most_sums);
+        projected_ = take(most_projected);
+        words_ = take(most_words);
         return static_cast<size_t>(at - base);
     };
     Buffer<float> unit(1);  // pointer arithmetic needs a real object; nothing is written in the measuring pass
@@ -204,8 +221,10 @@ void Stream::reset() {
 
 void Stream::reset_counters() {
     steps_ = 0;
-    for (OpState& s : states_)
+    for (OpState& s : states_) {
+        s.asked = 0;
         for (auto* counters : {&s.events, &s.input_reads, &s.hidden_reads}) counters->assign(counters->size(), 0);
+    }
 }
 
 Carried Stream::changes(size_t op, const std::string& name) {
@@ -476,9 +495,26 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
     }
 }
 
+/// A logit for each word of cluster i, of every stream: `read` is what the linear op of its log-softmax read.
+template <class N>
+void Stream::words_of(size_t i, Stream* const* streams, N n, const Signal* read) {
+    const Op& op = streams[0]->engine_->program.ops()[i];
+    float *projected[room<N>]{}, *words[room<N>]{};
+    const float* x[room<N>]{};
+    for (size_t s = 0; s < n; ++s) {
+        x[s] = projected[s] = streams[s]->projected_;
+        words[s] = streams[s]->words_;
+        std::memset(projected[s], 0, op.input.padded_rows() * sizeof(float));
+        copy(words[s], op.bias_hidden);
+        ++streams[s]->states_[i].asked;
+    }
+    input_product(i, streams, n, read, projected);
+    product(op.hidden, streams, n, x, words);
+}
+
 template <class N>
 void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const int64_t* token, Signal* signals,
-                  uint8_t* trace) {
+                  Signal* read, uint8_t* trace) {
     const std::vector<Op>& ops = streams[0]->engine_->program.ops();
     const Kernels& k = *streams[0]->engine_->kernels;
     for (size_t i = first; i < last; ++i) {
@@ -493,7 +529,10 @@ void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const 
             case Op::Kind::conv1d: {
                 float* y[room<N>]{};
                 for (size_t s = 0; s < n; ++s) {
-                    if (op.kind == Op::Kind::conv1d) signals[s] = streams[s]->window(i, signals[s]);
+                    if (op.kind == Op::Kind::conv1d)
+                        signals[s] = streams[s]->window(i, signals[s]);
+                    else
+                        read[s] = signals[s];
                     y[s] = streams[s]->states_[i].output;
                     std::memcpy(y[s], op.bias_input.data(), op.bias_input.size() * sizeof(float));
                 }
@@ -501,6 +540,20 @@ void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const 
                 for (size_t s = 0; s < n; ++s) signals[s].dense = y[s];
                 break;
             }
+            case Op::Kind::cluster:
+                words_of(i, streams, n, read);
+                for (size_t s = 0; s < n; ++s) {
+                    const uint32_t words = op.words();
+                    const float* const given = streams[s]->words_;
+                    float* const y = streams[s]->states_[i].output;
+                    NormArgs args{words, 0, nullptr, nullptr, streams[s]->words_};
+                    k.cell_log_softmax(args);
+                    const float cluster = y[op.at];
+                    std::memmove(y + op.at + words, y + op.at + 1, (op.inputs - op.at - 1) * sizeof(float));
+                    for (uint32_t j = 0; j < words; ++j) y[op.at + j] = cluster + given[j];
+                    signals[s].dense = y;
+                }
+                break;
             case Op::Kind::relu:
             case Op::Kind::events:
             case Op::Kind::kwta:
@@ -527,28 +580,67 @@ void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const 
     }
 }
 
-void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace, bool shared) {
-    const FlushDenormals flush;
-    const Program& program = engine_->program;
+/// What op `last` - 1 hands on in one step; with it the step is over for the layers.
+Stream::Signal Stream::play_one(size_t last, int64_t token, const float* x, Signal* read, uint8_t* trace, bool shared) {
     Stream* const self = this;
     Companion* const companion = engine_->companion.get();
     if (shared && companion && companion->offer(*this)) companion_ = companion;
     Signal signal;
     signal.dense = x;
-    play(0, program.ops().size(), &self, One{}, &token, &signal, trace);
+    play(0, last, &self, One{}, &token, &signal, read, trace);
     if (companion_) companion_->end();
     companion_ = nullptr;
-    std::memcpy(out, signal.dense, program.outputs() * sizeof(float));
     ++steps_;
+    return signal;
+}
+
+void Stream::step(int64_t token, const float* x, float* out, uint8_t* trace, bool shared) {
+    const FlushDenormals flush;
+    const Program& program = engine_->program;
+    Signal read;
+    const Signal signal = play_one(program.ops().size(), token, x, &read, trace, shared);
+    std::memcpy(out, signal.dense, program.outputs() * sizeof(float));
+}
+
+float Stream::score(int64_t token, const float* x, uint32_t target) {
+    const FlushDenormals flush;
+    const std::vector<Op>& ops = engine_->program.ops();
+    const Kernels& k = *engine_->kernels;
+    const size_t clusters = engine_->program.before_clusters(ops.size());
+    const size_t head = clusters - (ops[clusters - 1].kind == Op::Kind::log_softmax);
+    Signal read;
+    const float* const y = play_one(head, token, x, &read, nullptr, true).dense;
+    LogSumArgs all{ops[clusters - 1].outputs, y, 0, 0};
+    k.cell_log_sum(all);
+    const auto first_step = [&](uint32_t j) { return y[j] - all.largest - all.log_sum; };
+    uint32_t grown = 0;  // how far the clusters before have moved what lies behind them
+    for (size_t i = clusters; i < ops.size() && target >= ops[i].at; ++i) {
+        const Op& op = ops[i];
+        if (target - op.at < op.words()) {
+            Stream* const self = this;
+            words_of(i, &self, One{}, &read);
+            LogSumArgs own{op.words(), words_, 0, 0};
+            k.cell_log_sum(own);
+            return first_step(op.at - grown) + (words_[target - op.at] - own.largest - own.log_sum);
+        }
+        grown += op.words() - 1;
+    }
+    return first_step(target - grown);
+}
+
+void Stream::score(size_t steps, const int64_t* token, const float* x, const int64_t* target, float* out) {
+    const uint32_t inputs = engine_->program.inputs();
+    for (size_t t = 0; t < steps; ++t)
+        out[t] = score(token ? token[t] : 0, x ? x + t * inputs : nullptr, static_cast<uint32_t>(target[t]));
 }
 
 void Stream::step_group(Stream* const* streams, size_t n, const int64_t* token, const float* const* x,
                         float* const* out) {
     const FlushDenormals flush;
     const Program& program = streams[0]->engine_->program;
-    Signal signals[kBatch];
+    Signal signals[kBatch], read[kBatch];
     for (size_t s = 0; s < n; ++s) signals[s].dense = x[s];
-    play(0, program.ops().size(), streams, n, token, signals, nullptr);
+    play(0, program.ops().size(), streams, n, token, signals, read, nullptr);
     for (size_t s = 0; s < n; ++s) {
         std::memcpy(out[s], signals[s].dense, program.outputs() * sizeof(float));
         ++streams[s]->steps_;
@@ -626,9 +718,10 @@ void Stream::run_whole(size_t steps, const int64_t* token, const float* x, float
     const FlushDenormals flush;
     Stream* const self = this;
     const auto play_step = [&](size_t from, size_t to, size_t t) {
-        Signal signal = from_x ? Signal{} : read->at(t);
+        Signal signal = from_x ? Signal{} : read->at(t), of_linear;
         if (from_x) signal.dense = x ? x + t * program.inputs() : nullptr;
-        play(from, to, &self, One{}, token ? token + t : nullptr, &signal, trace ? trace + t * trace_width_ : nullptr);
+        play(from, to, &self, One{}, token ? token + t : nullptr, &signal, &of_linear,
+             trace ? trace + t * trace_width_ : nullptr);
         return signal;
     };
     reset();

@@ -49,7 +49,7 @@ struct History {
 struct OpState {
     CellArgs cell{};
     float* scaled = nullptr;                     // r * y or r * h, when the reset gate acts before the product
-    float* output = nullptr;                     // linear, layer norm
+    float* output = nullptr;                     // linear, layer norm; one of a log-softmax and the clusters behind it
     float *sent_x = nullptr, *sent_h = nullptr;  // of a delta network; its memories are cell.gi and cell.gh
     float* age = nullptr;                        // steps since they were summed anew
     History history;
@@ -57,6 +57,7 @@ struct OpState {
     std::vector<uint64_t> events;        // EGRU, ReLU: per unit, events emitted
     std::vector<uint64_t> input_reads;   // per input column, how often its event was read; empty for dense x
     std::vector<uint64_t> hidden_reads;  // the same for the recurrent matrix; empty for dense h
+    uint64_t asked = 0;                  // cluster: how often its words were computed
 };
 
 /// Some of what a stream carries: `parts` parts of `units` values, each padded to whole vectors.
@@ -89,6 +90,13 @@ class Stream {
     /// program that plays whole sequences starts from zero at each call, and first of all takes memory for what two of
     /// its layers hand on at all steps; others take none.
     void run(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace = nullptr);
+
+    /// One step, of a program that `scores()`: the log-probability of output `target`, which the caller has checked; to
+    /// the bit that of `step` where the last op gives log-probabilities. Of clusters at the end only the one that holds
+    /// the target is computed.
+    float score(int64_t token, const float* x, uint32_t target);
+    /// `steps` of them; target and out (steps).
+    void score(size_t steps, const int64_t* token, const float* x, const int64_t* target, float* out);
 
     /// One step of each of `n` different streams of one engine, at most kBatch, as `step` would play it, to the bit:
     /// op by op, so that they share what the caches hold of its weights.
@@ -124,10 +132,14 @@ class Stream {
     class Sequence;
     void run_whole(size_t steps, const int64_t* token, const float* x, float* out, uint8_t* trace);
     // Ops [first, last) of `n` streams: a compile-time 1 for `step`, so that a step and a batch are one text. `signals`
-    // are what the first of them reads, and then what the last one hands on.
+    // are what the first of them reads, and then what the last one hands on; `read` receives what the last linear op
+    // read.
     template <class N>
     static void play(size_t first, size_t last, Stream* const* streams, N n, const int64_t* token, Signal* signals,
-                     uint8_t* trace);
+                     Signal* read, uint8_t* trace);
+    Signal play_one(size_t last, int64_t token, const float* x, Signal* read, uint8_t* trace, bool shared);
+    template <class N>
+    static void words_of(size_t i, Stream* const* streams, N n, const Signal* read);
     Signal window(size_t i, const Signal& x);
     template <class N>
     static void recurrent(size_t i, Stream* const* streams, N n, const int64_t* token, Signal* signals);
@@ -148,6 +160,7 @@ class Stream {
     // Room for the changes of one product, and for its sums.
     uint32_t* changed_ = nullptr;
     float *change_ = nullptr, *sums_ = nullptr;
+    float *projected_ = nullptr, *words_ = nullptr;  // of the cluster that is played: P x, and a logit for each word
     uint64_t steps_ = 0;
     size_t trace_width_ = 0;
     Companion* companion_ = nullptr;  // where it helps with the step that is played

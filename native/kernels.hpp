@@ -138,6 +138,13 @@ struct NormArgs {
     float* y;  // in and out
 };  // log_softmax reads units and y alone
 
+/// What a log-softmax of `units` values takes from each: x - largest - log_sum.
+struct LogSumArgs {
+    uint32_t units;
+    const float* x;          // (padded); what is read beyond `units` counts for nothing
+    float largest, log_sum;  // out
+};
+
 /// Indices and values of the `k` largest of `units` values, largest first, ties to the lower index, NaN above all.
 struct TopArgs {
     uint32_t units, k;

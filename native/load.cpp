@@ -396,11 +396,12 @@ class Builder {
                 weightless(name);
             else if (name == "layer_norm")
                 layer_norm();
+            else if (name == "cluster")
+                cluster();
             else
                 refuse(
                     "is not one of embedding, linear, conv1d, gru, egru, lstm, rnn, relu, events, kwta, layer_norm, "
-                    "log_softmax, "
-                    "top_k");
+                    "log_softmax, cluster, top_k");
         } catch (const std::invalid_argument& error) {  // what the program itself finds wrong
             std::string why = error.what();
             if (!why.empty() && why.back() == '.') why.pop_back();
@@ -487,6 +488,12 @@ class Builder {
         const uint32_t k = whole("k");
         if (kind == "top_k") return program_.add_top_k(units, k);
         program_.add_kwta(units, k, whole("groups"));
+    }
+    void cluster() {
+        const MatrixView projection = matrix("projection"), weight = matrix("weight");
+        const float* bias = vector("bias", weight.rows);
+        const uint32_t units = whole("units");
+        program_.add_cluster(projection, weight, bias, units, whole("at"));
     }
     void layer_norm() {
         const Tensor weight = tensor("weight", Type::f32);

@@ -645,6 +645,48 @@ void Program::complete() const {
     refuse("a program needs an op with weights.");
 }
 
+size_t Program::before_clusters(size_t end) const {
+    while (end && ops_[end - 1].kind == Op::Kind::cluster) --end;
+    return end;
+}
+
+bool Program::scores() const {
+    const Op::Kind last = ops_.back().kind;
+    return last == Op::Kind::linear || last == Op::Kind::log_softmax || last == Op::Kind::cluster;
+}
+
+void Program::add_cluster(const MatrixView& projection, const MatrixView& weight, const float* bias, uint32_t units,
+                          uint32_t at) {
+    const size_t head = before_clusters(ops_.size());  // one behind the log-softmax
+    if (head < 2 || ops_[head - 1].kind != Op::Kind::log_softmax || ops_[head - 2].kind != Op::Kind::linear)
+        refuse("a cluster stands behind a linear and a log_softmax, or behind another cluster of theirs.");
+    if (projection.gates != 1 || weight.gates != 1) refuse("the matrices of a cluster have one gate each.");
+    const Op &linear = ops_[head - 2], &before = ops_.back();
+    if (projection.cols != linear.inputs)
+        refuse("the projection of a cluster reads what the linear op reads, " + number(linear.inputs) +
+               " values; it has " + number(projection.cols) + " columns.");
+    if (projection.rows == 0 || weight.rows == 0)
+        refuse("a cluster holds at least one word, and its projection gives at least one number.");
+    if (weight.cols != projection.rows)
+        refuse("the weight of a cluster has a column for each of the " + number(projection.rows) +
+               " rows of its projection; it has " + number(weight.cols) + ".");
+    if (at == 0 || at >= units)
+        refuse("a cluster stands at one of the values 1 to " + number(uint64_t{units} - 1) + ", got " + number(at) +
+               ".");
+    if (before.kind == Op::Kind::cluster && at < before.at + before.words())
+        refuse("clusters stand in rising order: the one before ends at " + number(before.at + before.words()) +
+               ", this one is at " + number(at) + ".");
+    const uint64_t outputs = uint64_t{units} - 1 + weight.rows;
+    if (outputs >= kOutputs) refuse("a cluster gives fewer than 2^28 values, this one " + number(outputs) + ".");
+    Op op = make(Op::Kind::cluster, units, static_cast<uint32_t>(outputs));
+    op.reads_events = linear.reads_events;
+    op.input = Matrix(projection, op.reads());
+    op.hidden = Matrix(weight, Matrix::Reads::dense);
+    op.bias_hidden = padded(bias, 1, weight.rows);
+    op.at = at;
+    ops_.push_back(std::move(op));
+}
+
 void Program::add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon) {
     Op op = make(Op::Kind::layer_norm, units, units);
     op.scale = padded(weight, 1, units);

@@ -54,6 +54,7 @@ class Buffer {
 constexpr size_t kBatch = 16;             // streams that play together
 constexpr uint32_t kDeltaRefresh = 1024;  // steps after which the memories of changes are summed anew
 constexpr uint64_t kHistory = 1u << 22;   // values that all convolutions of a program remember
+constexpr uint64_t kOutputs = 1u << 28;   // of an op, fewer than that
 
 /// A weight matrix as a file holds it; pointers are borrowed.
 struct MatrixView {
@@ -151,6 +152,7 @@ struct Op {
         kwta,
         layer_norm,
         log_softmax,
+        cluster,
         top_k
     };
     Kind kind = Kind::linear;
@@ -159,7 +161,8 @@ struct Op {
     bool reads_events = false;         // its input is the event list of the op before
     Buffer<float> table;               // embedding rows, or the folded input product of every token
     bool folded = false;               // embedding: skipped, the next op holds the table
-    Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z
+    Matrix input, hidden, hidden_n;    // hidden_n only when !reset_after: the rows of n, apart from those of r and z;
+                                       // of a cluster its projection, and in `hidden` the weight behind it
     Buffer<float> bias_input, bias_hidden;
     Deltas delta;
     bool reverse = false;  // of a recurrent op: reads what the op before it reads, backwards; both outputs go on
@@ -170,6 +173,7 @@ struct Op {
     uint32_t k = 0, groups = 1;  // KWTA; k of a top-k too
     uint32_t kernel = 1,
              dilation = 1;  // convolution only; its input matrix has kernel * inputs columns, the newest last
+    uint32_t at = 0;        // cluster only: which of the values it reads is the cluster
     // EGRU only
     Reset reset = Reset::threshold;
     float zoneout = 0;
@@ -181,6 +185,7 @@ struct Op {
     }
     bool sends_changes() const { return delta.input >= 0 || delta.hidden >= 0; }
     bool recurrent() const { return gates != 0; }
+    uint32_t words() const { return hidden.rows(); }              // of a cluster
     uint32_t history() const { return (kernel - 1) * dilation; }  // inputs that are carried from step to step
     bool picks() const {
         return kind == Kind::relu || kind == Kind::events || kind == Kind::kwta;
@@ -210,6 +215,9 @@ class Program {
     void add_kwta(uint32_t units, uint32_t k, uint32_t groups) { add_weightless(Op::Kind::kwta, units, k, groups); }
     void add_log_softmax(uint32_t units) { add_weightless(Op::Kind::log_softmax, units); }
     void add_top_k(uint32_t units, uint32_t k) { add_weightless(Op::Kind::top_k, units, k); }
+    /// Behind a log-softmax of a linear op, whose x the projection reads, or behind another cluster of lower places.
+    void add_cluster(const MatrixView& projection, const MatrixView& weight, const float* bias, uint32_t units,
+                     uint32_t at);
     void add_layer_norm(const float* weight, const float* bias, uint32_t units, float epsilon);
     /// Replaces embedding and input product by one table where it takes at most `limit` bytes. The product is made by
     /// the same kernel, so that folding changes no bit of any output.
@@ -223,6 +231,10 @@ class Program {
     /// Whether an op reads backwards: only `Stream::run` plays such a program, and each run starts from zero.
     bool whole_sequences() const;
     bool takes_tokens() const { return ops_.front().kind == Op::Kind::embedding; }
+    /// Whether the last op gives a logit or a log-probability for each output, so that `Stream::score` plays it.
+    bool scores() const;
+    /// How many of the first `end` ops are not clusters at their end.
+    size_t before_clusters(size_t end) const;
     size_t nbytes() const;
 
   private:

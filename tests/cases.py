@@ -17,6 +17,7 @@ from sparsefold.program import (
     KWTA,
     LSTM,
     RNN,
+    Cluster,
     Conv1d,
     Embedding,
     Events,
@@ -231,6 +232,25 @@ def layer_norm(r: np.random.Generator, units: int) -> LayerNorm:
     return LayerNorm(vector(r, units), vector(r, units))
 
 
+def adaptive(
+    r: np.random.Generator, inputs: int, first: int, *clusters: tuple[int, int], storages: Any = ((None, None),)
+) -> list[Any]:
+    """A decoder of ``first`` words and (numbers of the projection, words) of each cluster; its matrices' storages take turns."""
+    units = first + len(clusters)
+    ops: list[Any] = [linear(r, inputs, units), LogSoftmax(units)]
+    for k, (narrow, words) in enumerate(clusters):
+        projection, weight = storages[k % len(storages)]
+        density = lambda storage: 1.0 if storage is None else 0.6  # noqa: E731
+        ops.append(
+            Cluster(
+                matrix(r, narrow, inputs, 1, projection, density(projection)),
+                matrix(r, words, narrow, 1, weight, density(weight)), vector(r, words), units, first,
+            )
+        )  # fmt: skip
+        first, units = first + words, units - 1 + words
+    return ops
+
+
 EGRU_OPTIONS = [
     {"reset": reset, "reset_after": after, "output": output, "event": event, "zoneout": zoneout}
     for reset, after, output, event, zoneout in product(
@@ -254,6 +274,9 @@ def network(name: str) -> sf.Program:
     r = rng(*name.encode())
     return sf.Program(tuple((NETWORKS | WHOLE_SEQUENCES)[name](r)), {"name": name})
 
+
+# Of projection and weight, every format once each.
+CLUSTERED = (((4, 4), "csc"), (Overlay(4), (16, 1)), ("csc", Overlay(2)), (None, None))
 
 # One to three layers, with and without an embedding, every kind of last op, every format, sizes around a vector.
 NETWORKS = {
@@ -298,6 +321,24 @@ NETWORKS = {
     "tokens-log-softmax": lambda r: [embedding(r, 7, 8), egru(r, 8, 20), linear(r, 20, 37), LogSoftmax(37)],
     "top-k": lambda r: [gru(r, 9, 20), linear(r, 20, 33), TopK(33, 3)],
     "tokens-argmax": lambda r: [embedding(r, 7, 8), egru(r, 8, 20), linear(r, 20, 7), LogSoftmax(7), TopK(7, 1)],
+    "tokens-cluster": lambda r: [embedding(r, 7, 8), egru(r, 8, 20), *adaptive(r, 20, 5, (3, 17))],
+    "tokens-cluster-2": lambda r: [
+        embedding(r, 7, 8), egru(r, 8, 33, (16, 1), 0.5), *adaptive(r, 33, 10, (17, 16), (5, 1), storages=CLUSTERED)
+    ],
+    "cluster-of-state": lambda r: [
+        egru(r, 9, 20, output="state"), *adaptive(r, 20, 3, (16, 33), (4, 20), storages=CLUSTERED[2:])
+    ],
+    "cluster-alone": lambda r: adaptive(r, 9, 1, (1, 1), (3, 16), (2, 2)),
+    "cluster-of-winners": lambda r: [linear(r, 9, 33), KWTA(33, 5), *adaptive(r, 33, 18, (8, 7)), TopK(25, 3)],
+    "cluster-then-relu": lambda r: [
+        embedding(r, 7, 12), *adaptive(r, 12, 7, (3, 5)), layer_norm(r, 12), ReLU(12),
+        *adaptive(r, 12, 2, (9, 15), storages=CLUSTERED),
+    ],
+    "cluster-i8": lambda r: rounded([egru(r, 9, 20), *adaptive(r, 20, 5, (7, 17), (3, 4), storages=CLUSTERED)], "i8"),
+    "cluster-bf16": lambda r: rounded([gru(r, 9, 20), *adaptive(r, 20, 5, (7, 17), (3, 4), storages=CLUSTERED[1:])], "bf16"),
+    "cluster-w8a8": lambda r: rounded(
+        [gru(r, 9, 20), *adaptive(r, 20, 5, (7, 17), (3, 40)), layer_norm(r, 62), ReLU(62), *adaptive(r, 62, 5, (17, 20))], "w8a8"
+    ),
     "layer-norm": lambda r: [layer_norm(r, 17)],
     "layer-norm-relu": lambda r: [
         layer_norm(r, 9), linear(r, 9, 33), layer_norm(r, 33), ReLU(33), linear(r, 33, 17), layer_norm(r, 17)

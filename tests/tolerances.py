@@ -287,6 +287,7 @@ def program_step(program, x, state):
     What the next op reads is wrong by the bound; a unit whose event may fall either way is wrong by all it could say.
     """
     found, value, error = {}, x, None
+    of_linear = None  # what the last linear read
     others = {"lstm": lstm_step, "rnn": rnn_step}
     for i, op in enumerate(program.ops):
         if op.kind == "embedding":
@@ -296,6 +297,7 @@ def program_step(program, x, state):
         value = np.asarray(value, np.float64)
         error = np.zeros(len(value)) if error is None else error
         if op.kind == "linear":
+            of_linear = value, error
             value, error = matrix_product(op.weight, op.bias.astype(np.float64), value, error)
         elif op.kind == "conv1d":
             past = state.get(f"{i}.x", np.zeros((0, op.inputs))).astype(np.float64)
@@ -320,6 +322,8 @@ def program_step(program, x, state):
                 value = np.where(_winners(op, value), value, 0)
         elif op.kind == "log_softmax":
             value, error = log_softmax(value, error)
+        elif op.kind == "cluster":
+            value, error = cluster(op, value, error, *of_linear)
         elif op.kind == "top_k":
             value, error = top_k(op, value, error)
         elif op.kind == "layer_norm":
@@ -362,6 +366,17 @@ def log_softmax(value, error):
     n = len(value)
     own = 4e-7 + 2 * n * EPS32 + 4 * EPS32 * (np.abs(below) + np.abs(value) + np.abs(value.max()) + np.abs(log_sum))
     return below - log_sum, own + error + error.max()
+
+
+def cluster(op, q, q_error, x, x_error):
+    """(q with the words of its cluster in the cluster's place, bound): two products, their log-softmax, and one sum."""
+    narrow = matrix_product(op.projection, np.zeros(op.projection.shape[0]), x, x_error)
+    words, error = log_softmax(*matrix_product(op.weight, op.bias.astype(np.float64), *narrow))
+    words = q[op.at] + words
+    error = q_error[op.at] + error
+    error = error + 2 * EPS32 * (np.abs(words) + error)
+    parts = zip((q, q_error), (words, error), strict=True)
+    return tuple(np.concatenate([of[: op.at], new, of[op.at + 1 :]]) for of, new in parts)
 
 
 def top_k(op, value, error):

@@ -142,6 +142,14 @@ class Engine:
     def add_kwta(self, units: int, k: int, groups: int) -> None: ...
     def add_log_softmax(self, units: int) -> None: ...
     def add_top_k(self, units: int, k: int) -> None: ...
+    def add_cluster(
+        self,
+        projection: Matrix,
+        weight: Matrix,
+        bias: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        units: int,
+        at: int,
+    ) -> None: ...
     def add_layer_norm(
         self,
         weight: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu", writable=False)],
@@ -171,6 +179,19 @@ class Engine:
 class Stream:
     def __init__(self, engine: Engine) -> None: ...
     def step(self, x: object | None, out: object) -> None: ...
+    def score(self, x: object | None, target: object | None) -> float: ...
+    def score_tokens(
+        self,
+        tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        targets: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+    ) -> None: ...
+    def score_values(
+        self,
+        x: Annotated[NDArray[numpy.float32], dict(shape=(None, None), order="C", device="cpu", writable=False)],
+        targets: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu", writable=False)],
+        out: Annotated[NDArray[numpy.float32], dict(shape=(None,), order="C", device="cpu")],
+    ) -> None: ...
     def run_tokens(
         self,
         tokens: Annotated[NDArray[numpy.int64], dict(shape=(None,), order="C", device="cpu", writable=False)],

@@ -7,14 +7,15 @@ called *counted*.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsefold.formats import Format
-from sparsefold.program import EGRU, Conv1d, Embedding, Linear, Op, Program, Recurrent, Weightless
+from sparsefold.program import EGRU, Cluster, Conv1d, Embedding, Linear, Op, Program, Recurrent, Weightless
 
 Integers = NDArray[np.integer[Any]]
 
@@ -26,13 +27,14 @@ class Counts:
     ``events[i]``: (H,) how often each unit of op ``i`` emitted, an EGRU or one that picks. ``input_reads[i]``: (I,) how often
     each input column of op ``i`` was read, where its input is an event list (of a convolution (kernel I,), tap after tap) or
     changes; absent where the input is dense. ``hidden_reads[i]``: (H,) the same for the recurrent matrix of an EGRU, or of an
-    op that sends the changes of its units.
+    op that sends the changes of its units. ``asked[i]``: in how many of the steps Cluster ``i`` was computed; absent: in all.
     """
 
     steps: int
     events: Mapping[int, Integers] = field(default_factory=dict)
     input_reads: Mapping[int, Integers] = field(default_factory=dict)
     hidden_reads: Mapping[int, Integers] = field(default_factory=dict)
+    asked: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def from_trace(
@@ -41,12 +43,14 @@ class Counts:
         trace: Mapping[int, NDArray[Any]],
         emitted_before: Mapping[int, NDArray[Any]] | None = None,
         steps: int = 0,
+        asked: Mapping[int, NDArray[Any]] | None = None,
     ) -> Counts:
         """Counts of a recorded run: ``trace[i]`` (T, H) says which units of op ``i`` emitted at each step.
 
         ``emitted_before[i]`` (H,) says which of EGRU ``i`` had emitted at the step before the first, or (history, I) which of
         the inputs that convolution ``i`` remembers were events; none, when left out.
-        ``steps`` is read only where the program has neither, so that no trace tells the number.
+        ``steps`` is read only where the program has neither, so that no trace tells the number. ``asked[i]`` (T,) says at which
+        steps Cluster ``i`` was computed; at all of those it does not speak of.
 
         Raises:
             ValueError: the program sends changes, which no trace records. Take ``Stream.counters``.
@@ -67,19 +71,33 @@ class Counts:
         for i, reader in enumerate(program.ops):
             if not program.reads_events(i):
                 continue
-            flags = np.concatenate([emitted[j] for j in program.sources(i)], axis=1)
+            flags = np.concatenate([emitted[j] for j in program.sources(program.first_step(i))], axis=1)
+            if isinstance(reader, Cluster) and asked is not None and i in asked:
+                flags = flags[np.asarray(asked[i]) != 0]
             input_reads[i] = flags.sum(0)
             if isinstance(reader, Conv1d):
                 remembered = (emitted_before or {}).get(i, np.zeros((reader.history, reader.inputs)))
                 seen = np.concatenate([np.asarray(remembered) != 0, flags])
                 taps = range(0, reader.history + 1, reader.dilation)
                 input_reads[i] = np.concatenate([seen[first : first + len(flags)].sum(0) for first in taps])
-        return cls(steps, events, input_reads, hidden_reads)
+        times = {
+            i: steps if asked is None or i not in asked else int((np.asarray(asked[i]) != 0).sum())
+            for i, op in enumerate(program.ops)
+            if isinstance(op, Cluster)
+        }
+        return cls(steps, events, input_reads, hidden_reads, times)
+
+    def times(self, op: int) -> int:
+        """In how many steps ``op`` was played: all of them, or of a Cluster those that asked for it."""
+        return self.asked.get(op, self.steps)
 
     def read_rate(self, op: int, role: str) -> float | None:
-        """Share of the columns of the "recurrent" or any other product of ``op`` that a step read; None where it reads all."""
+        """Share of the columns of the "recurrent" or any other product of ``op`` that a step read; None where it reads all.
+
+        Of a Cluster its projection's, over the steps that asked for it.
+        """
         reads = (self.hidden_reads if role == "recurrent" else self.input_reads).get(op)
-        return None if reads is None else float(np.sum(reads)) / (max(self.steps, 1) * len(reads))
+        return None if reads is None else float(np.sum(reads)) / (max(self.times(op), 1) * len(reads))
 
     def event_rate(self, op: int | None = None) -> float:
         """Events per unit and step, of one op or over all that speak."""
@@ -90,10 +108,11 @@ class Counts:
 
 @dataclass(frozen=True)
 class Part:
-    """One product of the network, totals over all steps.
+    """One product of the network, or both of a cluster; totals over all steps.
 
-    ``role`` is embedding, input, recurrent, convolution, linear or decoder (a linear that is the last op). ``macs_dense``: of the
-    unfolded dense network, within its groups where a convolution has any. ``macs_weight``: zero weights skipped (elements in
+    ``role`` is embedding, input, recurrent, convolution, linear or decoder (a linear that is the last op, or a cluster and the
+    linear it refines). ``macs_dense``: of the unfolded dense network played the same way, of a cluster where it was asked for;
+    within its groups where a convolution has any. ``macs_weight``: zero weights skipped (elements in
     stored blocks). ``macs_effective``: executed, silent units skipped too. ``bytes_*``: read from memory.
     """
 
@@ -182,8 +201,15 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
             read = 0 if folded else 4 * op.outputs * counts.steps
             parts.append(Part(i, "embedding", 0, 0, 0, read, 0, 1.0))
         elif isinstance(op, Linear):
-            role = "decoder" if i == len(program.ops) - 1 else "linear"
+            decodes = i == len(program.ops) - 1 or any(
+                isinstance(behind, Cluster) for behind in program.ops[i + 2 : i + 3]
+            )
+            role = "decoder" if decodes else "linear"
             parts.append(_product(i, role, op.weight, counts.steps, counts.input_reads.get(i)))
+        elif isinstance(op, Cluster):
+            times = counts.times(i)
+            parts.append(_cluster(i, op, times, counts.input_reads.get(i)))
+            unit_updates += op.words * times
         elif isinstance(op, Conv1d):
             parts.append(_product(i, "convolution", op.weight, counts.steps, counts.input_reads.get(i), op.groups))
         elif isinstance(op, Recurrent):
@@ -193,7 +219,7 @@ def cost(program: Program, counts: Counts, folded: bool = False) -> Cost:
                 product = Part(i, "input", product.macs_dense, product.macs_weight, 0, read, 0, product.density)
             parts.append(product)
             parts.append(_product(i, "recurrent", op.weight_hh, counts.steps, counts.hidden_reads.get(i)))
-        if not isinstance(op, Embedding | Linear | Conv1d):
+        if not isinstance(op, Embedding | Linear | Conv1d | Cluster):
             unit_updates += (op.units if isinstance(op, Weightless) else op.outputs) * counts.steps
         if isinstance(op, Recurrent):  # whoever sends changes looks at every value
             unit_updates += sum(n for name, n in op.carried().items() if name.startswith("sent")) * counts.steps
@@ -212,6 +238,16 @@ def _product(i: int, role: str, matrix: Format, steps: int, reads: Integers | No
     return Part(
         i, role, dense * steps, elements * steps, executed, matrix.value_bytes * executed, index_bytes, elements / dense
     )
+
+
+def _cluster(i: int, op: Cluster, times: int, reads: Integers | None) -> Part:
+    """Both products of a cluster as one part."""
+    projection = _product(i, "decoder", op.projection, times, reads)
+    weight = _product(i, "decoder", op.weight, times, None)
+    elements, dense = op.projection.elements + op.weight.elements, prod(op.projection.shape) + prod(op.weight.shape)
+    names = ("macs_dense", "macs_weight", "macs_effective", "bytes_weights", "bytes_index")
+    sums = {name: getattr(projection, name) + getattr(weight, name) for name in names}
+    return replace(projection, density=elements / dense, **sums)
 
 
 def _state_bytes(i: int, op: Op, counts: Counts) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -19,6 +19,7 @@ from sparsefold.program import (
     GRU,
     KWTA,
     RNN,
+    Cluster,
     Conv1d,
     Embedding,
     Events,
@@ -82,6 +83,9 @@ class Engine:
                 self._core.add_kwta(op.units, op.k, op.groups)
             elif isinstance(op, LogSoftmax):
                 self._core.add_log_softmax(op.units)
+            elif isinstance(op, Cluster):
+                matrices_of = native_matrix(op.projection), native_matrix(op.weight)
+                self._core.add_cluster(*matrices_of, op.bias, op.units, op.at)
             elif isinstance(op, TopK):
                 self._core.add_top_k(op.units, op.k)
             elif isinstance(op, LayerNorm):
@@ -201,6 +205,7 @@ class Stream:
         self.engine = engine
         self._core = _native.Stream(engine._core)
         self._step = self._core.step
+        self._score = self._core.score
         self._outputs = engine.program.outputs
 
     def step(self, x: int | Float, out: Float | None = None) -> Float:
@@ -227,6 +232,42 @@ class Stream:
         """
         return self._run(sequence, np.empty((0, 0), np.uint8))
 
+    @overload
+    def score(self, x: int | Float, target: int) -> float: ...
+    @overload
+    def score(self, x: Any, target: Sequence[int] | NDArray[np.integer[Any]]) -> Float: ...
+    def score(self, x: Any, target: Any) -> Any:
+        """The natural logarithm of the probability of output ``target``, after one step or after each of a sequence.
+
+        A step as :meth:`step` plays it, of a program whose last op is a LogSoftmax or a Cluster, or a Linear, whose outputs are
+        taken for logits. Of clusters at the end only the one that holds the target is computed, if any does: of the others
+        nothing is read, and counters say so. What it gives is, of log-probabilities, bit for bit what ``step(x)[target]`` is.
+
+        Args:
+            x: a token id or float32 (I,) for one step; (T,) token ids or (T, I) values for a sequence, without Python in between.
+            target: a whole number; of a sequence (T,).
+
+        Returns:
+            A float, or float32 (T,) of a sequence.
+
+        Raises:
+            ValueError: the last op is another one, a program that plays whole sequences, a target outside the outputs, or what
+                :meth:`step` and :meth:`run` refuse. Nothing was played then.
+        """
+        if type(target) is int or np.ndim(target) == 0:
+            return self._score(x, target)
+        targets = np.asarray(target)
+        values = self._sequence(x)
+        if targets.shape != values.shape[:1] or (targets.size and targets.dtype.kind not in "iu"):
+            raise ValueError(
+                f"a sequence of {len(values)} steps is scored at ({len(values)},) whole numbers, a target for each; "
+                f"got {targets.dtype} {targets.shape}."
+            )
+        out = np.empty(len(values), np.float32)
+        play = self._core.score_tokens if self.engine.program.takes_tokens else self._core.score_values
+        play(values, np.array(targets, np.int64), out)
+        return out
+
     def run_traced(self, sequence: Any) -> tuple[Float, dict[int, NDArray[np.bool_]]]:
         """Like :meth:`run`; also which units emitted, by op index: {op: (T, H) bool} for every EGRU and ReLU."""
         sequence = np.asarray(sequence)
@@ -240,7 +281,8 @@ class Stream:
                 at += op.outputs
         return outputs, emitted
 
-    def _run(self, sequence: Any, trace: NDArray[np.uint8]) -> Float:
+    def _sequence(self, sequence: Any) -> NDArray[Any]:
+        """(T,) token ids, a copy, or (T, I) values as the extension takes them."""
         program = self.engine.program
         if program.takes_tokens:
             tokens = np.asarray(sequence)
@@ -248,15 +290,18 @@ class Stream:
                 raise ValueError(
                     f"this program starts with an embedding, so a sequence is (T,) token ids; got {tokens.dtype} {tokens.shape}."
                 )
-            out = np.empty((len(tokens), program.outputs), np.float32)
             # A copy: tokens are checked first and played without the interpreter's lock, when another thread may write.
-            self._core.run_tokens(np.array(tokens, np.int64), out, trace)
-            return out
+            return np.array(tokens, np.int64)
         values = np.ascontiguousarray(sequence, np.float32)
         if values.ndim != 2 or values.shape[1] != program.inputs:
             raise ValueError(f"a sequence for this program has shape (T, {program.inputs}); got {values.shape}.")
-        out = np.empty((len(values), program.outputs), np.float32)
-        self._core.run_values(values, out, trace)
+        return values
+
+    def _run(self, sequence: Any, trace: NDArray[np.uint8]) -> Float:
+        values = self._sequence(sequence)
+        out = np.empty((len(values), self.engine.program.outputs), np.float32)
+        play = self._core.run_tokens if self.engine.program.takes_tokens else self._core.run_values
+        play(values, out, trace)
         return out
 
     def reset(self) -> None:
@@ -317,8 +362,10 @@ class Stream:
     @property
     def counters(self) -> Counts:
         """Integers counted since the start or :meth:`reset_counters`."""
-        events, input_reads, hidden_reads = {}, {}, {}
+        events, input_reads, hidden_reads, asked = {}, {}, {}, {}
         for i, op in enumerate(self.engine.program.ops):
+            if isinstance(op, Cluster):
+                asked[i] = int(self._read(i, "asked", np.uint64, 1)[0])
             if isinstance(op, Speaking):
                 events[i] = self._read(i, "events", np.uint64, op.outputs).astype(np.int64)
             if self.engine.program.by_events(i, "weight_hh"):
@@ -326,7 +373,7 @@ class Stream:
             if self.engine.program.by_events(i, next(iter(matrices(op)), "")):
                 columns = next(iter(matrices(op).values())).shape[1]
                 input_reads[i] = self._read(i, "input_reads", np.uint64, columns).astype(np.int64)
-        return Counts(self._core.steps, events, input_reads, hidden_reads)
+        return Counts(self._core.steps, events, input_reads, hidden_reads, asked)
 
     @property
     def cost(self) -> Cost:
@@ -447,10 +494,12 @@ def interpret(
     us: dict[int, list[NDArray[Any]]] = {i: [] for i in events if isinstance(program.ops[i], EGRU)}
     read: list[Any] = []  # by op i - 1, at every step
     values: list[Any] = [x if program.takes_tokens else np.asarray(x, dtype) for x in sequence]
+    of_linear: list[Any] = []  # what the last Linear read, at every step
     for i, op in enumerate(program.ops):
         backwards, given = reads_backwards(op), []
         read = read if backwards else values
-        for value in read[::-1] if backwards else read:
+        of_linear = read if isinstance(op, Linear) else of_linear
+        for t, value in enumerate(read[::-1] if backwards else read):
             if isinstance(op, Embedding):
                 value = op.weight[value].astype(dtype)
             elif isinstance(op, Linear):
@@ -485,8 +534,10 @@ def interpret(
                 events[i].append(kept)
                 value = np.where(kept, value, 0)
             elif isinstance(op, LogSoftmax):
-                below = value - value.max()
-                value = below - np.log(np.exp(below).sum())
+                value = _log_softmax(value)
+            elif isinstance(op, Cluster):
+                logits = op.weight.matvec(op.projection.matvec(of_linear[t])) + op.bias.astype(dtype)
+                value = np.concatenate([value[: op.at], value[op.at] + _log_softmax(logits), value[op.at + 1 :]])
             elif isinstance(op, TopK):
                 best = _largest(value, op.k)
                 value = np.concatenate([best.astype(dtype), value[best]])
@@ -521,6 +572,12 @@ def interpret(
         {key: now[key] for key in now if key in carried},
         {key: np.array(rows) for key, rows in changes.items()},
     )
+
+
+def _log_softmax(x: NDArray[Any]) -> NDArray[Any]:
+    below = x - x.max()
+    found: NDArray[Any] = below - np.log(np.exp(below).sum())
+    return found
 
 
 def _largest(values: NDArray[Any], k: int) -> NDArray[np.intp]:

@@ -24,6 +24,7 @@ from sparsefold.program import (
     KWTA,
     LSTM,
     RNN,
+    Cluster,
     Conv1d,
     Embedding,
     LayerNorm,
@@ -241,12 +242,16 @@ class _Writer:
         self.table = self._table(fold)
         self.scratch = 0
         ops, value = program.ops, "x"  # what the next op reads: a C expression, or the op whose events it reads
+        of_linear: tuple[str, int | None] = "x", None  # what the last linear read, and the op whose events that was
         for i, op in enumerate(ops):
             events_of = i - 1 if program.reads_events(i) else None
             if isinstance(op, Embedding):
                 value = self._embedding(i, op)
             elif isinstance(op, Linear):
+                of_linear = value, events_of
                 value = self._linear(i, op, value, events_of)
+            elif isinstance(op, Cluster):
+                value = self._cluster(i, op, value, *of_linear)
             elif isinstance(op, Conv1d):
                 value = self._conv1d(i, op, value, events_of)
             elif isinstance(op, Picks):
@@ -488,6 +493,28 @@ class _Writer:
         self.used |= {"log_softmax"} if isinstance(op, LogSoftmax) else {"order_of", "top_k"}
         out, k = self._output(i, op), f"{op.k}, " if isinstance(op, TopK) else ""
         self.calls.append(f"    {op.kind}({x}, {op.units}, {k}{out}); /* op {i} */")
+        return out
+
+    def _cluster(self, i: int, op: Cluster, q: str, x: str, events_of: int | None) -> str:
+        self.used.add("log_softmax")
+        projection = self._matrix(f"projection_{i}", op.projection)
+        weight, bias = self._matrix(f"weight_{i}", op.weight), self._array(f"bias_{i}", op.bias)
+        narrow = op.projection.shape[0]
+        out, projected = self._output(i, op), self._member("float", f"projected_{i}", narrow, f"op {i}: of one step")
+        words = f"y + {op.at}"
+        body = [
+            f"    for (j = 0; j < {narrow}; ++j) {projected}[j] = 0.0f;",
+            *self._product(projection, op.projection, "x" if events_of is None else x, events_of, projected),
+            f"    for (j = 0; j < {op.words}; ++j) y[{op.at} + j] = {bias}[j];",
+            *self._product(weight, op.weight, projected, None, words),
+            f"    log_softmax({words}, {op.words}, {words});",
+            f"    for (j = 0; j < {op.words}; ++j) y[{op.at} + j] += q[{op.at}];",
+            f"    for (j = 0; j < {op.at}; ++j) y[j] = q[j];",
+            f"    for (j = {op.at + 1}; j < {op.units}; ++j) y[j + {op.words - 1}] = q[j];",
+        ]
+        dense = "const float *x, " if events_of is None else ""
+        call = self._function(i, op, f"{self.name}_state *s, {dense}const float *q, float *y", body)
+        self.calls.append(f"    {call}(s, {x + ', ' if dense else ''}{q}, {out});")
         return out
 
     def _layer_norm(self, i: int, op: LayerNorm, x: str) -> str:

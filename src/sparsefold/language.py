@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from sparsefold.bench import Latency, pinned, time_calls
 from sparsefold.cost import Cost
 from sparsefold.engine import Engine, Stream
-from sparsefold.program import Program
+from sparsefold.program import Cluster, Program
 from sparsefold.progress import Progress
 from sparsefold.vocabulary import EOS, Vocabulary
 
@@ -166,15 +167,21 @@ def bits(logits: NDArray[np.float32], targets: NDArray[np.int64]) -> float:
 def scores(stream: Stream, tokens: NDArray[np.int64]) -> Iterator[tuple[float, int]]:
     """Plays a text from the stream's state, once; yields bits and tokens told so far, some tokens at a time.
 
-    Every token but the first is told by those before it. Raises ``FloatingPointError`` where outputs are no numbers.
+    Every token but the first is told by those before it; of a decoder in clusters no cluster is computed but its own. Raises
+    ``FloatingPointError`` where outputs are no numbers.
     """
     program = stream.engine.program
-    chunk = max(16, min(4096, CHUNK_VALUES // program.outputs, CHUNK_BYTES // program.nbytes))
+    clusters = isinstance(program.ops[-1], Cluster)
+    held = 1 if clusters else program.outputs
+    chunk = max(16, min(4096, CHUNK_VALUES // held, CHUNK_BYTES // program.nbytes))
     total = 0.0
     for at in range(0, len(tokens) - 1, chunk):
         x, y = tokens[at : at + chunk], tokens[at + 1 : at + chunk + 1]
         with np.errstate(invalid="ignore"):  # told below
-            total += bits(stream.run(x[: len(y)]), y)
+            if clusters:
+                total -= float(stream.score(x[: len(y)], y).sum(dtype=np.float64)) / float(np.log(2))
+            else:
+                total += bits(stream.run(x[: len(y)]), y)
         if not np.isfinite(total):
             raise FloatingPointError(f"the model's outputs overflow within the first {at + len(y):,} tokens.")
         yield total, at + len(y)
@@ -263,11 +270,15 @@ def _own_test(program: Program, vocabulary: Vocabulary, data_dir: Path | None) -
 
 
 def _times(engine: Engine, tokens: list[int]) -> NDArray[np.int64]:
-    """Nanoseconds of single steps, as many as some seconds hold."""
+    """Nanoseconds of single steps, as many as some seconds hold; with a decoder in clusters, of scores of the next token."""
     stream = engine.stream()
+    play: Callable[[Any], Any] = stream.step
+    inputs: list[Any] = tokens
+    if isinstance(engine.program.ops[-1], Cluster):
+        play, inputs = lambda both: stream.score(*both), list(pairwise(tokens))
     with pinned():
-        usual = float(np.median(time_calls(stream.step, tokens[:WARMUP_CALLS])))
-        return time_calls(stream.step, tokens[: max(WARMUP_CALLS, int(TIMED_SECONDS * 1e9 / max(usual, 1)))])
+        usual = float(np.median(time_calls(play, inputs[:WARMUP_CALLS])))
+        return time_calls(play, inputs[: max(WARMUP_CALLS, int(TIMED_SECONDS * 1e9 / max(usual, 1)))])
 
 
 def _quality(vocabulary: Vocabulary, bits_per_token: float) -> str:

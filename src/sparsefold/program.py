@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
 MAX_OPS = 1024
 MAX_DEPTH = 64  # of lists and objects inside one another
+MAX_OUTPUTS = 2**28  # of an op, fewer than that
 MAX_HISTORY = 2**22  # values that all convolutions of a program remember: dilation is memory that no array pays for
 RESETS = ("threshold", "output", "none")
 DELTA_REFRESH = 1024  # steps after which the sums of changes are made anew, so that rounding cannot gather for ever
@@ -302,6 +303,43 @@ class TopK(Weightless):
 
 
 @dataclass(frozen=True, eq=False)
+class Cluster:
+    """The words of a cluster in the cluster's place: the second step of an adaptive softmax.
+
+    ::
+
+        y = [q_0 ... q_(at - 1), q_at + log_softmax(W P x + b), q_(at + 1) ...]
+
+    q are the log-probabilities that the op before gives, a LogSoftmax or another Cluster, of a lower place; x is what the Linear
+    in front of that LogSoftmax reads. ``Stream.score`` computes a cluster only where the word that is asked for lies in it.
+
+    Source: Grave, Joulin, Cissé, Grangier and Jégou (2017), arXiv 1609.04309.
+    """
+
+    projection: Format  # (d, I)
+    weight: Format  # (words, d)
+    bias: Float  # (words,)
+    units: int  # values of q
+    at: int  # which of them is the cluster, >= 1
+    kind: ClassVar[str] = "cluster"
+
+    @property
+    def inputs(self) -> int:
+        """Values of q."""
+        return self.units
+
+    @property
+    def words(self) -> int:
+        """Values that stand in the cluster's place."""
+        return self.weight.shape[0]
+
+    @property
+    def outputs(self) -> int:
+        """Values given."""
+        return self.units - 1 + self.words
+
+
+@dataclass(frozen=True, eq=False)
 class LayerNorm:
     """``y = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + epsilon) * weight + bias``, over all values of a step."""
 
@@ -321,12 +359,14 @@ class LayerNorm:
         return self.weight.size
 
 
-Op = Embedding | Linear | Conv1d | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | TopK
+Op = Embedding | Linear | Conv1d | Recurrent | LayerNorm | ReLU | Events | KWTA | LogSoftmax | Cluster | TopK
 Speaking = EGRU | Picks  # at every step each of their units emits an event or not
 OPS: dict[str, type[Op]] = {
     op.kind: op
-    for op in (Embedding, Linear, Conv1d, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, TopK)
-}
+    for op in (
+        Embedding, Linear, Conv1d, GRU, EGRU, LSTM, RNN, ReLU, Events, KWTA, LayerNorm, LogSoftmax, Cluster, TopK,
+    )
+}  # fmt: skip
 
 
 def reads_backwards(op: Op) -> bool:
@@ -338,6 +378,13 @@ def _sources(ops: tuple[Op, ...], i: int) -> tuple[int, ...]:
     if i < len(ops) and reads_backwards(ops[i]):
         return _sources(ops, i - 1)
     return tuple(range(i - 1 - reads_backwards(ops[i - 1]), i)) if i else ()
+
+
+def _first_step(ops: tuple[Op, ...], i: int) -> int:
+    """The Linear that gives logits of first words and clusters, of which the Cluster ``i`` is one; -1 where there is none."""
+    while i > 0 and isinstance(ops[i], Cluster):
+        i -= 1
+    return i - 1 if i and isinstance(ops[i], LogSoftmax) and isinstance(ops[i - 1], Linear) else -1
 
 
 def matrices(op: Op) -> dict[str, Format]:
@@ -389,8 +436,16 @@ class Program:
         """The ops whose outputs, side by side, op ``i`` reads; none where it reads the input. ``len(ops)``: those handed out."""
         return _sources(self.ops, i)
 
+    def first_step(self, i: int) -> int:
+        """The Linear whose x the Cluster ``i`` reads; of any other op ``i`` itself."""
+        return _first_step(self.ops, i) if isinstance(self.ops[i], Cluster) else i
+
     def reads_events(self, i: int) -> bool:
-        """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing."""
+        """Whether op ``i`` reads the event list of the op before it, so that silent units cost it nothing.
+
+        A Cluster reads what :meth:`first_step` reads.
+        """
+        i = self.first_step(i)
         sources = self.sources(i)
         before = self.ops[sources[-1]] if sources else None  # both directions of a layer emit, or none
         emits = isinstance(before, Picks) or (isinstance(before, EGRU) and before.output == "events")
@@ -402,6 +457,8 @@ class Program:
         op = self.ops[i]
         if name == "weight_hh":
             return isinstance(op, EGRU) or (isinstance(op, Recurrent) and op.delta_hidden is not None)
+        if isinstance(op, Cluster) and name == "weight":  # of what the projection gives
+            return False
         return self.reads_events(i) or (isinstance(op, Recurrent) and op.delta_input is not None)
 
     @property
@@ -655,6 +712,8 @@ def _validate(ops: tuple[Op, ...]) -> None:
             _validate_conv1d(where, op)
         elif isinstance(op, Weightless):
             _validate_weightless(where, op, ops[:i])
+        elif isinstance(op, Cluster):
+            _validate_cluster(where, op, ops, i)
         elif isinstance(op, LayerNorm):
             _check(op.weight.ndim == 1, f"{where}: weight has one axis; got {op.weight.shape}.")
             _check(op.bias.shape == op.weight.shape, f"{where}: bias must be {op.weight.shape}, got {op.bias.shape}.")
@@ -743,6 +802,41 @@ def _validate_conv1d(where: str, op: Conv1d) -> None:
         row, column, values = op.weight.coordinates()
         outside = (row // (rows // parts) != column % op.inputs // (op.inputs // parts)) & (values != 0)
         _check(not outside.any(), f"{where}: a weight joins an input and an output of two of its {parts} groups.")
+
+
+def _validate_cluster(where: str, op: Cluster, ops: tuple[Op, ...], i: int) -> None:
+    first = ops[_first_step(ops, i)] if _first_step(ops, i) >= 0 else None
+    _check(
+        isinstance(first, Linear),
+        f"{where}: a cluster stands behind a linear and a log_softmax, or behind another cluster of theirs.",
+    )
+    assert isinstance(first, Linear)
+    _check(
+        op.projection.gates == op.weight.gates == 1,
+        f"{where}: its matrices have one gate each, got {op.projection.gates} and {op.weight.gates}.",
+    )
+    _check(
+        op.projection.shape[1] == first.inputs,
+        f"{where}: projection reads what the linear op reads, {first.inputs} values; it has {op.projection.shape[1]} columns.",
+    )
+    _check(
+        op.words > 0 and op.projection.shape[0] > 0,
+        f"{where}: a cluster holds at least one word, and its projection gives at least one number.",
+    )
+    _check(
+        op.weight.shape[1] == op.projection.shape[0],
+        f"{where}: weight has a column for each of the {op.projection.shape[0]} rows of projection; it has {op.weight.shape[1]}.",
+    )
+    _check(op.bias.shape == (op.words,), f"{where}: bias must be ({op.words},), got {op.bias.shape}.")
+    _check(1 <= op.at < op.units, f"{where}: at is one of the values 1 to {op.units - 1}, got {op.at}.")
+    before = ops[i - 1]
+    if isinstance(before, Cluster):
+        end = before.at + before.words
+        _check(
+            op.at >= end,
+            f"{where}: clusters stand in rising order: the one before ends at {end}, this one is at {op.at}.",
+        )
+    _check(op.outputs < MAX_OUTPUTS, f"{where}: a cluster gives fewer than 2^28 values, this one {op.outputs}.")
 
 
 def _validate_weightless(where: str, op: Weightless, before: tuple[Op, ...]) -> None:

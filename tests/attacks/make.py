@@ -358,6 +358,81 @@ def _conv_complementary(file: File) -> None:
     }  # fmt: skip
 
 
+def _cluster(*changes: Any, **options: Any) -> Any:
+    """A log_softmax of the three outputs, and the last of them as a cluster of two words by way of one number."""
+
+    def change(file: File) -> None:
+        layout = {"format": "dense", "gates": 1}
+        file.ops.append({"op": "log_softmax", "units": 3})
+        projection, weight = {**layout, "rows": 1, "cols": 2}, {**layout, "rows": 2, "cols": 1}
+        file.ops.append({"op": "cluster", "projection": projection, "weight": weight, "units": 3, "at": 2, **options})
+        file.tensors |= {
+            "4.projection.values": ["F32", [1, 2], _f32(1, -1)], "4.weight.values": ["F32", [2, 1], _f32(1, 2)],
+            "4.bias": ["F32", [2], _f32(0, 1)],
+        }  # fmt: skip
+        for more in changes:
+            more(file)
+
+    return change
+
+
+def _two_clusters(at: int) -> Any:
+    """The same, and behind the first cluster, at 1, another."""
+
+    def change(file: File) -> None:
+        _cluster(at=1)(file)
+        file.ops.append({**deepcopy(file.ops[4]), "units": 4, "at": at})
+        file.tensors |= {f"5{name[1:]}": list(t) for name, t in file.tensors.items() if name.startswith("4.")}
+
+    return change
+
+
+def _cluster_behind(*ops: dict[str, Any], after: int) -> Any:
+    """The cluster behind ``ops`` that follow op ``after``, the last one that is left."""
+
+    def change(file: File) -> None:
+        _cluster()(file)
+        at = after + 1 + len(ops)
+        file.ops = [*file.ops[: after + 1], *ops, file.ops[4]]
+        moved = {f"{at}{name[1:]}": t for name, t in file.tensors.items() if name.startswith("4.")}
+        file.tensors = {name: t for name, t in file.tensors.items() if int(name[0]) <= after} | moved
+
+    return change
+
+
+def _cluster_of_two_gates(name: str) -> Any:
+    """One matrix of the cluster in two gates of a row each."""
+
+    def change(file: File) -> None:
+        rows, cols = 2, 2 if name == "projection" else 1
+        file.ops[4][name].update(rows=rows, gates=2)
+        file.tensors[f"4.{name}.values"] = ["F32", [rows, cols], bytes(4 * rows * cols)]
+        if name == "projection":
+            file.ops[4]["weight"]["cols"] = 2
+            file.tensors["4.weight.values"] = ["F32", [2, 2], bytes(16)]
+
+    return change
+
+
+def _cluster_of_three_inputs(file: File) -> None:
+    """A projection of three columns, where the linear op reads two."""
+    file.ops[4]["projection"]["cols"] = 3
+    file.tensors["4.projection.values"] = ["F32", [1, 3], bytes(12)]
+
+
+def _cluster_of_two_numbers(file: File) -> None:
+    """A weight of two columns behind a projection of one row."""
+    file.ops[4]["weight"]["cols"] = 2
+    file.tensors["4.weight.values"] = ["F32", [2, 2], bytes(16)]
+
+
+def _cluster_w8a8(file: File) -> None:
+    """A projection of codes, which would round the events that it reads."""
+    file.ops[4]["projection"]["precision"] = "w8a8"
+    file.tensors["4.projection.values"] = ["I8", [1, 2], bytes(2)]
+    file.tensors["4.projection.scale"] = ["F32", [1], _f32(1)]
+
+
 def _wide_block(file: File) -> None:
     """A linear of 2^28 - 1 inputs with no block at all."""
     file.ops = [
@@ -522,6 +597,46 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "conv_live_between_groups": (_file(_conv(_conv_complementary, groups=3)), "two of its 3 groups"),
     "conv_of_three_gates": (_file(_conv(_set(3, "weight", "gates", 3))), "a convolution has one gate"),
     "conv_short_bias": (_file(_conv(_tensor("3.bias", shape=[2], data=_f32(1, 2)))), "bias must be (3,), got (2,)"),
+    "cluster_first": (_file(lambda f: (_cluster()(f), setattr(f, "ops", f.ops[4:]), setattr(f, "tensors", {
+        f"0{name[1:]}": t for name, t in f.tensors.items() if name.startswith("4.")
+    }))), "a cluster stands behind a linear and a log_softmax"),
+    "cluster_behind_a_linear": (_file(_cluster_behind(after=2)), "a cluster stands behind a linear and a log_softmax"),
+    "cluster_behind_a_relu": (
+        _file(_cluster_behind({"op": "log_softmax", "units": 3}, {"op": "relu", "units": 3}, after=2)),
+        "a cluster stands behind a linear and a log_softmax",
+    ),
+    "cluster_of_a_softmax_of_a_relu": (
+        _file(_cluster_behind({"op": "relu", "units": 3}, {"op": "log_softmax", "units": 3}, after=2)),
+        "a cluster stands behind a linear and a log_softmax",
+    ),
+    "cluster_of_a_softmax_of_an_egru": (
+        _file(_cluster_behind({"op": "log_softmax", "units": 2}, after=1)), "a cluster stands behind a linear and a log_softmax"
+    ),
+    "cluster_at_zero": (_file(_cluster(at=0)), "at must be a whole number between 1 and 2^28"),
+    "cluster_at_a_float": (_file(_cluster(at=1.0)), "at must be a whole number between 1 and 2^28"),
+    "cluster_at_true": (_file(_cluster(at=True)), "at must be a whole number between 1 and 2^28"),
+    "cluster_at_its_units": (_file(_cluster(at=3)), "at is one of the values 1 to 2, got 3"),
+    "cluster_at_enormous": (_file(_cluster(at=2**28 - 1)), "at is one of the values 1 to 2, got 268435455"),
+    "cluster_without_at": (_file(_cluster(lambda f: f.ops[4].pop("at"))), "at must be a whole number"),
+    "cluster_without_units": (_file(_cluster(lambda f: f.ops[4].pop("units"))), "units must be a whole number"),
+    "cluster_of_other_units": (_file(_cluster(units=4)), "op 4 (cluster) reads 4 values, but op 3 (log_softmax) gives 3"),
+    "cluster_of_enormous_units": (_file(_cluster(units=2**28 - 1)), "gives fewer than 2^28 values, this one 268435456"),
+    "cluster_of_three_inputs": (
+        _file(_cluster(_cluster_of_three_inputs)), "projection reads what the linear op reads, 2 values; it has 3 columns"
+    ),
+    "cluster_of_two_numbers": (
+        _file(_cluster(_cluster_of_two_numbers)), "weight has a column for each of the 1 rows of projection; it has 2"
+    ),
+    "cluster_projection_of_two_gates": (
+        _file(_cluster(_cluster_of_two_gates("projection"))), "its matrices have one gate each, got 2 and 1"
+    ),
+    "cluster_weight_of_two_gates": (_file(_cluster(_cluster_of_two_gates("weight"))), "one gate each, got 1 and 2"),
+    "cluster_short_bias": (_file(_cluster(_tensor("4.bias", shape=[1], data=_f32(1)))), "bias must be (2,), got (1,)"),
+    "cluster_w8a8": (_file(_cluster(_cluster_w8a8)), "projection reads events or changes"),
+    "cluster_within_another": (_file(_two_clusters(2)), "the one before ends at 3, this one is at 2"),
+    "cluster_before_another": (_file(_two_clusters(1)), "the one before ends at 3, this one is at 1"),
+    "cluster_without_a_projection": (_file(_cluster(lambda f: f.ops[4].pop("projection"))), "matrix projection is not stored"),
+    "cluster_nan": (_file(_cluster(_tensor("4.bias", data=_f32(0, float("nan"))))), "holds nan at [1]"),
     "bool_a_string": (_file(_set(1, "reset_after", "true")), "reset_after must be true or false"),
     "bool_a_number": (_file(_set(1, "reset_after", 1)), "reset_after must be true or false"),
     "zoneout_nan": (_file(_set(1, "zoneout", float("nan"))), "zoneout must be in [0, 1), got nan"),

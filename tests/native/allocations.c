@@ -68,6 +68,9 @@ static void expect(int held, const char *what)
     exit(1);
 }
 
+/* Or of a program that gives no score. */
+static int scored(sparsefold_status status) { return status == SPARSEFOLD_OK || status == SPARSEFOLD_ERROR_ARGUMENT; }
+
 static void play(const char *path, const char *isa, size_t threads)
 {
     sparsefold_engine *engine;
@@ -91,9 +94,12 @@ static void play(const char *path, const char *isa, size_t threads)
         if (info->takes_tokens) {
             expect(sparsefold_step_token(streams[0], tokens[0], y) == SPARSEFOLD_OK, "step");
             expect(sparsefold_step_batch_tokens(engine, streams, STREAMS, tokens, y) == SPARSEFOLD_OK, "batch");
+            for (i = 0; i < info->outputs; ++i)
+                expect(scored(sparsefold_score_token(streams[0], tokens[0], (int64_t)i, y)), "score");
         } else {
             expect(sparsefold_step_values(streams[0], x, y) == SPARSEFOLD_OK, "step");
             expect(sparsefold_step_batch_values(engine, streams, STREAMS, x, y) == SPARSEFOLD_OK, "batch");
+            for (i = 0; i < info->outputs; ++i) expect(scored(sparsefold_score_values(streams[0], x, (int64_t)i, y)), "score");
         }
     }
     before = allocations() - before;

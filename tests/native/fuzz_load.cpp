@@ -35,6 +35,9 @@ bool play(const uint8_t* data, size_t size) {
     const int64_t token[3] = {0, 1 % played.inputs(), 2 % played.inputs()};
     std::vector<float> out(3 * size_t{played.outputs()});
     stream.run(3, tokens ? token : nullptr, tokens ? nullptr : x.data(), out.data());
+    if (played.whole_sequences() || !played.scores()) return true;
+    const int64_t target[3] = {0, played.outputs() / 2, int64_t{played.outputs()} - 1};
+    stream.score(3, tokens ? token : nullptr, tokens ? nullptr : x.data(), target, out.data());
     return true;
 }
 
@@ -110,6 +113,8 @@ class Mutator {
                                                        "rnn",
                                                        "relu",
                                                        "layer_norm",
+                                                       "log_softmax",
+                                                       "cluster",
                                                        "tanh",
                                                        "delta_input",
                                                        "delta_hidden",

@@ -21,8 +21,8 @@ from attacks import make
 from sparsefold.program import EGRU, Program, ProgramError
 
 ROOT = Path(__file__).resolve().parents[2]
-OK, READ, PROGRAM, ARGUMENT, TOKEN, BUSY, MEMORY, SEQUENCE = range(8)
-STEPS, EVENTS, INPUT_READS, HIDDEN_READS = range(4)
+OK, READ, PROGRAM, ARGUMENT, TOKEN, BUSY, MEMORY, SEQUENCE, TARGET = range(9)
+STEPS, EVENTS, INPUT_READS, HIDDEN_READS, ASKED = range(5)
 network = cache(cases.network)
 
 
@@ -56,6 +56,10 @@ def lib(c_build):
         ("run_values", c_int, [c_void_p, c_size_t, POINTER(c_float), POINTER(c_float)]),
         ("step_batch_tokens", c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_int64), POINTER(c_float)]),
         ("step_batch_values", c_int, [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float), POINTER(c_float)]),
+        ("score_token", c_int, [c_void_p, c_int64, c_int64, POINTER(c_float)]),
+        ("score_values", c_int, [c_void_p, POINTER(c_float), c_int64, POINTER(c_float)]),
+        ("score_tokens", c_int, [c_void_p, c_size_t, POINTER(c_int64), POINTER(c_int64), POINTER(c_float)]),
+        ("score_rows", c_int, [c_void_p, c_size_t, POINTER(c_float), POINTER(c_int64), POINTER(c_float)]),
         ("set_threads", c_int, [c_void_p, c_size_t]),
         ("counters", c_int, [c_void_p, c_size_t, c_int, POINTER(c_uint64), POINTER(c_size_t)]),
     ]:
@@ -91,7 +95,7 @@ def play(lib, raw: bytes, sequence, isa: bytes | None = None):
             assert lib.sparsefold_step_values(stream, floats(x), floats(y)) == OK
     counted = {}
     for op in range(info.ops):
-        for counter in (STEPS, EVENTS, INPUT_READS, HIDDEN_READS):
+        for counter in (STEPS, EVENTS, INPUT_READS, HIDDEN_READS, ASKED):
             count = c_size_t(0)
             assert lib.sparsefold_counters(stream, op, counter, None, byref(count)) == OK
             values = np.zeros(count.value, np.uint64)
@@ -116,6 +120,7 @@ def test_every_network_gives_the_bits_and_counts_of_python(name, lib, isa):
         np.testing.assert_array_equal(counted[op, EVENTS], counts.events.get(op, nothing))
         np.testing.assert_array_equal(counted[op, INPUT_READS], counts.input_reads.get(op, nothing))
         np.testing.assert_array_equal(counted[op, HIDDEN_READS], counts.hidden_reads.get(op, nothing))
+        assert counted[op, ASKED].tolist() == ([20] if op in counts.asked else [])
 
 
 @pytest.mark.parametrize("options", cases.EGRU_OPTIONS[::3], ids=lambda o: "-".join(map(str, o.values())))
@@ -179,6 +184,79 @@ def test_a_wrong_run_and_a_step_of_whole_sequences_do_nothing(lib):
         lib.sparsefold_free(engine)
     assert b"Call sparsefold_run_" in lib.sparsefold_status_text(SEQUENCE)
     assert lib.sparsefold_run_values(None, 0, None, None) == ARGUMENT
+
+
+def integers(values):
+    return np.array(values, np.int64).ctypes.data_as(POINTER(c_int64))
+
+
+SCORED = [name for name in cases.NETWORKS if network(name).ops[-1].kind in ("linear", "log_softmax", "cluster")]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_scores_are_the_bits_and_counts_of_python(name, lib, isa):
+    program, steps = network(name), 12
+    x, targets = cases.sequence(program, steps), cases.rng(3).integers(0, program.outputs, steps)
+    stream = sf.Engine(program, isa=isa).stream()
+    expected = stream.score(x, targets)
+    _, engine, _ = load(lib, program.to_bytes(), isa.encode())
+    for single in (True, False):
+        handle, found = lib.sparsefold_stream_new(engine), np.full(steps, np.nan, np.float32)
+        for t in range(steps) if single else ():
+            one = floats(found[t : t + 1])
+            if program.takes_tokens:
+                assert lib.sparsefold_score_token(handle, int(x[t]), int(targets[t]), one) == OK
+            else:
+                assert lib.sparsefold_score_values(handle, floats(x[t]), int(targets[t]), one) == OK
+        if not single and program.takes_tokens:
+            assert lib.sparsefold_score_tokens(handle, steps, integers(x), integers(targets), floats(found)) == OK
+        elif not single:
+            assert lib.sparsefold_score_rows(handle, steps, floats(x), integers(targets), floats(found)) == OK
+        assert found.tobytes() == expected.tobytes()
+        for op, asked in stream.counters.asked.items():
+            value, count = c_uint64(99), c_size_t(1)
+            assert lib.sparsefold_counters(handle, op, ASKED, byref(value), byref(count)) == OK
+            assert value.value == asked
+        lib.sparsefold_stream_free(handle)
+    lib.sparsefold_free(engine)
+
+
+def test_a_refused_score_changes_nothing(lib):
+    for name, last in (
+        ("tokens-cluster", OK),
+        ("cluster-of-state", OK),
+        ("top-k", ARGUMENT),
+        ("two-ways-gru", SEQUENCE),
+    ):
+        program = network(name)
+        _, engine, _ = load(lib, program.to_bytes())
+        handle, found = lib.sparsefold_stream_new(engine), np.full(3, 5, np.float32)
+        x, y, rows = integers([1, 2, 3]), floats(found), floats(np.ones((3, program.inputs)))
+        wrong = [-1, program.outputs, 2**62]
+        if program.takes_tokens:
+            assert lib.sparsefold_score_values(handle, rows, 0, y) == ARGUMENT
+            assert lib.sparsefold_score_token(handle, 7, 0, y) == TOKEN
+            assert lib.sparsefold_score_tokens(handle, 3, integers([0, 1, -1]), x, y) == TOKEN
+            for target in wrong:
+                assert lib.sparsefold_score_token(handle, 1, target, y) == TARGET
+                assert lib.sparsefold_score_tokens(handle, 3, x, integers([0, 1, target]), y) == TARGET
+            assert lib.sparsefold_score_token(handle, 1, 0, None) == ARGUMENT
+            assert lib.sparsefold_score_tokens(handle, 3, None, x, y) == ARGUMENT
+            assert lib.sparsefold_score_tokens(handle, 3, x, None, y) == ARGUMENT
+            assert lib.sparsefold_score_tokens(handle, 0, None, None, None) == OK
+        else:
+            assert lib.sparsefold_score_token(handle, 0, 0, y) == ARGUMENT
+            assert lib.sparsefold_score_values(handle, None, 0, y) == ARGUMENT
+            assert lib.sparsefold_score_rows(handle, 3, rows, None, y) == ARGUMENT
+            for target in wrong:
+                assert lib.sparsefold_score_values(handle, rows, target, y) == (last or TARGET)
+                assert lib.sparsefold_score_rows(handle, 3, rows, integers([0, 1, target]), y) == (last or TARGET)
+        assert (found == 5).all()
+        count, steps = c_size_t(1), c_uint64(9)
+        assert lib.sparsefold_counters(handle, 0, STEPS, byref(steps), byref(count)) == OK and steps.value == 0
+        lib.sparsefold_stream_free(handle)
+        lib.sparsefold_free(engine)
+    assert lib.sparsefold_score_token(None, 0, 0, floats(np.zeros(1))) == ARGUMENT
 
 
 # --- the reader against Python's -----------------------------------------------------------------------------------------
@@ -296,6 +374,8 @@ CORNERS = {
             }
         )
     ),
+    "cluster": make._file(make._cluster()),
+    "two clusters": make._file(make._two_clusters(3)),
     "norm, epsilon one": make._file(make._norm(epsilon=1)),
     "norm, least epsilon": make._file(make._norm(epsilon=1e-12)),
     "norm, less epsilon": make._file(make._norm(epsilon=9.999999999999999e-13)),
@@ -433,8 +513,8 @@ def test_a_refused_batch_changes_nothing(lib):
 
 def test_wrong_arguments_are_statuses(lib):
     assert lib.sparsefold_abi_version() == 1
-    texts = [lib.sparsefold_status_text(status).decode() for status in range(8)]
-    assert len(set(texts)) == 8 and all(t.endswith(".") for t in texts)
+    texts = [lib.sparsefold_status_text(status).decode() for status in range(9)]
+    assert len(set(texts)) == 9 and all(t.endswith(".") for t in texts)
     engine, message = c_void_p(), ctypes.create_string_buffer(400)
     status, _, said = load(lib, make.SOUND, b"sse9")
     assert status == ARGUMENT and "'sse9' is not available" in said
@@ -466,7 +546,7 @@ def test_a_refused_step_changes_nothing(lib):
     count, values = c_size_t(1), (c_uint64 * 1)()
     assert lib.sparsefold_counters(stream, 1, EVENTS, values, byref(count)) == ARGUMENT and count.value == 2
     assert lib.sparsefold_counters(stream, 3, EVENTS, values, byref(count)) == ARGUMENT
-    assert lib.sparsefold_counters(stream, 0, 4, values, byref(count)) == ARGUMENT
+    assert lib.sparsefold_counters(stream, 0, 5, values, byref(count)) == ARGUMENT
     assert lib.sparsefold_counters(stream, 0, STEPS, values, None) == ARGUMENT
     count.value = 1
     assert lib.sparsefold_counters(stream, 0, STEPS, values, byref(count)) == OK and values[0] == 0

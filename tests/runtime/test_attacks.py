@@ -102,7 +102,8 @@ def header_end(raw):
 def test_damage_of_every_other_op_is_refused_or_plays():
     """As above, for ops that the attacks do not start from."""
     for name in (
-        "lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu", "delta-gru-before", "conv-depthwise", "conv-of-events"
+        "lstm-of-events", "rnn-of-events", "relu", "layer-norm-relu", "delta-gru-before", "conv-depthwise", "conv-of-events",
+        "tokens-cluster-2",
     ):  # fmt: skip
         sound = cases.network(name).to_bytes()
         r, data = cases.rng(*name.encode()), 8 + struct.unpack_from("<Q", sound)[0]
@@ -290,6 +291,9 @@ MISUSE = {
     "layer norm, short bias": lambda e: e.add_layer_norm(ones(3), ones(2), 1e-5),
     "layer norm, nothing": lambda e: e.add_layer_norm(ones(0), ones(0), 1e-5),
     "layer norm, a matrix": lambda e: e.add_layer_norm(np.ones((2, 2), F), ones(2), 1e-5),
+    "cluster, first": lambda e: e.add_cluster(dense(1, 2), dense(2, 1), ones(2), 3, 2),
+    "cluster, short bias": lambda e: e.add_cluster(dense(1, 2), dense(2, 1), ones(1), 3, 2),
+    "cluster, no matrix": lambda e: e.add_cluster(None, dense(2, 1), ones(2), 3, 2),
     "unknown instruction set": lambda e: e.finish("sse9", 0),
     "nothing added": lambda e: e.finish("", 0),
     "negative limit": lambda e: e.finish("", -1),
@@ -325,6 +329,32 @@ def test_ops_that_do_not_follow_are_refused_and_the_engine_goes_on():
     out = np.zeros(1, F)
     _native.Stream(engine).step(ones(2), out)
     assert out[0] == 10
+
+
+def test_a_cluster_that_contradicts_its_decoder_is_refused_and_the_engine_goes_on():
+    engine = _native.Engine()
+    engine.add_linear(dense(3, 2), ones(3))
+    for refused in (False, True):
+        for projection, weight, bias, units, at in [
+            (dense(1, 3), dense(2, 1), ones(2), 3, 2), (dense(1, 2), dense(2, 2), ones(2), 3, 2),
+            (dense(1, 2), dense(2, 1), ones(2), 3, 3), (dense(1, 2), dense(2, 1), ones(2), 3, 0),
+            (dense(1, 2), dense(2, 1), ones(2), 4, 2), (dense(1, 2), dense(2, 1, 2), ones(2), 3, 2),
+            (dense(2, 2, 2), dense(2, 2), ones(2), 3, 2), (dense(1, 2), dense(2, 1), ones(2), 2**32 - 1, 2),
+            (dense(1, 2), dense(2, 1), ones(2), 3, 2**32 - 1), (dense(1, 2), dense(0, 1), ones(0), 3, 2),
+        ]:  # fmt: skip
+            with pytest.raises(Refused):
+                engine.add_cluster(projection, weight, bias, units, at)
+        if not refused:
+            engine.add_log_softmax(3)
+    engine.add_cluster(dense(1, 2), dense(2, 1), ones(2), 3, 1)
+    for at in (1, 2):
+        with pytest.raises(ValueError, match="clusters stand in rising order: the one before ends at 3"):
+            engine.add_cluster(dense(1, 2), dense(2, 1), ones(2), 4, at)
+    engine.add_cluster(dense(1, 2), dense(2, 1), ones(2), 4, 3)
+    engine.finish("", 0)
+    out = np.zeros(5, F)
+    _native.Stream(engine).step(ones(2), out)
+    np.testing.assert_allclose(np.exp(out), [1 / 3, 1 / 6, 1 / 6, 1 / 6, 1 / 6], rtol=1e-5)
 
 
 def test_a_misused_native_stream_refuses():

@@ -9,7 +9,7 @@ import pytest
 import cases
 import sparsefold as sf
 from sparsefold.cost import Part
-from sparsefold.program import EGRU, GRU, Conv1d, Embedding, LayerNorm, Linear, Picks, Weightless
+from sparsefold.program import EGRU, GRU, Cluster, Conv1d, Embedding, LayerNorm, Linear, Picks, Weightless
 
 network = cache(cases.network)
 DELTAS = [name for name in cases.NETWORKS if sf.interpret(network(name), cases.sequence(network(name), 1)).changes]
@@ -44,6 +44,57 @@ def test_counters_cost_what_the_recorded_trace_costs(name, fold, isa):
     assert sum(e.sum() for e in counted.events.values()) > 0
     missed = sf.Counts.from_trace(program, trace)  # what was spoken before the first step is part of the cost
     assert sf.cost(program, missed, engine.folded).macs_effective < stream.cost.macs_effective
+
+
+@pytest.mark.parametrize("name", ["tokens-cluster", "tokens-cluster-2", "cluster-of-state", "cluster-i8"])
+def test_clusters_cost_what_they_cost_at_the_steps_that_asked_for_them(name, isa):
+    program, steps = network(name), 40
+    stream, x = sf.Engine(program, isa=isa).stream(), cases.sequence(program, steps)
+    _, trace = stream.run_traced(x)
+    assert stream.counters.asked == {i: steps for i, op in enumerate(program.ops) if isinstance(op, Cluster)}
+    stream.reset()
+    stream.reset_counters()
+    targets = cases.rng(5).integers(0, program.outputs, steps)
+    stream.score(x, targets)
+    asked = {
+        i: (targets >= op.at) & (targets < op.at + op.words)
+        for i, op in enumerate(program.ops)
+        if isinstance(op, Cluster)
+    }
+    assert all(0 < flags.sum() < steps for flags in asked.values())
+    counted = sf.Counts.from_trace(program, trace, asked=asked)
+    assert stream.counters.asked == counted.asked == {i: flags.sum() for i, flags in asked.items()}
+    for ours, recorded in (
+        (stream.counters.events, counted.events),
+        (stream.counters.input_reads, counted.input_reads),
+    ):
+        assert {i: e.tolist() for i, e in ours.items()} == {i: e.tolist() for i, e in recorded.items()}
+    assert stream.cost == sf.cost(program, counted, stream.engine.folded)
+    assert stream.cost != sf.cost(program, sf.Counts.from_trace(program, trace), stream.engine.folded)
+    stream.reset_counters()
+    assert set(stream.counters.asked.values()) == {0} and stream.cost.macs_dense == 0
+
+
+def test_a_hand_counted_decoder_in_clusters():
+    """Three steps of 4 inputs -> 2 words and a cluster of 5 by way of 3 numbers, of which one step asks for it."""
+    ones = lambda rows, cols: sf.Dense(np.ones((rows, cols), np.float32))  # noqa: E731
+    cluster = Cluster(ones(3, 4), ones(5, 3), np.zeros(5, np.float32), 3, 2)
+    program = sf.Program(
+        (sf.program.Events(4), Linear(ones(3, 4), np.zeros(3, np.float32)), sf.program.LogSoftmax(3), cluster)
+    )
+    trace = {0: np.array([[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, 1]], bool)}
+    counts = sf.Counts.from_trace(program, trace, asked={3: np.array([0, 0, 1])})
+    assert counts.times(3) == 1 and counts.read_rate(3, "decoder") == 1 / 4 and counts.read_rate(1, "decoder") == 7 / 12
+    found = sf.cost(program, counts)
+    assert found.parts == (
+        Part(1, "decoder", 36, 36, 21, 84, 0, 1.0),
+        Part(3, "decoder", 12 + 15, 12 + 15, 3 + 15, 4 * 18, 0, 1.0),
+    )
+    assert found.unit_updates == 3 * (4 + 3) + 5
+    assert found.bytes_state == 8 * (7 + 7 + 1)  # events written, read by the linear, and once by the projection
+    assert found.per_step("macs_effective", "decoder") == (21 + 18) / 3
+    every = sf.cost(program, sf.Counts.from_trace(program, trace))
+    assert every.parts[1] == Part(3, "decoder", 81, 81, 3 * 7 + 45, 4 * 66, 0, 1.0)
 
 
 def test_counts_go_on_over_several_calls():
@@ -98,13 +149,23 @@ def brute(program, trace, before, changes, steps, folded):
     """{(op, role): [dense, weight, effective]} of a run, every step and every element by itself."""
     parts, past = {}, {}
     for t in range(steps):
-        speaking = None  # which of the values that the next op reads are events; None: all are read
+        speaking = of_linear = (
+            None  # which of the values that the next op, or the last linear, reads are events; None: all are read
+        )
         for i, op in enumerate(program.ops):
             if isinstance(op, Embedding):
                 parts.setdefault((i, "embedding"), [0, 0, 0])
                 continue
             if isinstance(op, Weightless | LayerNorm):
                 speaking = trace[i][t] if isinstance(op, Picks) else None
+                continue
+            if isinstance(op, Cluster):
+                total = parts.setdefault((i, "decoder"), [0, 0, 0])
+                for matrix, read in ((op.projection, of_linear), (op.weight, None)):
+                    everything = np.ones(matrix.shape[1], bool)
+                    total[0] += matrix.shape[0] * matrix.shape[1]
+                    total[1] += multiplies(matrix, everything)
+                    total[2] += multiplies(matrix, everything if read is None else read)
                 continue
             if isinstance(op, Conv1d):
                 now = np.ones((1, op.inputs), bool) if speaking is None else speaking[None]
@@ -126,7 +187,9 @@ def brute(program, trace, before, changes, steps, folded):
                 spoken_before = changes[i, "h"][t]
             if (i, "x") in changes:
                 speaking = changes[i, "x"][t]
-            role = "decoder" if i == len(program.ops) - 1 else "linear"
+            of_linear = speaking
+            refined = isinstance(program.ops[min(i + 2, len(program.ops) - 1)], Cluster)
+            role = "decoder" if i == len(program.ops) - 1 or refined else "linear"
             products = [(role, op.weight, speaking)] if isinstance(op, Linear) else [
                 ("input", op.weight_ih, speaking), ("recurrent", op.weight_hh, spoken_before)
             ]  # fmt: skip

@@ -226,6 +226,22 @@ def check_log_softmax(isa):
         assert abs(np.exp(out.astype(np.float64)).sum() - 1) <= bound.max() * 1.01
 
 
+def check_log_sum(isa):
+    """What a log-softmax takes from each value: of the largest, wherever it lies, and of all that is far below it."""
+    for units in (*cases.SMALL_SIZES, 257):
+        eye = sf.program.Linear(sf.CSC.from_dense(np.eye(units)), np.zeros(units, np.float32))
+        both = (sf.Program((eye,)), sf.Program((eye, sf.program.LogSoftmax(units))))
+        logits, normed = (sf.Engine(p, isa=isa).stream() for p in both)
+        for largest in range(0, units, 7):
+            x = cases.vector(cases.rng(units), units, 30.0)
+            x[largest] = 150
+            y = normed.step(x)
+            assert [logits.score(x, t) for t in range(units)] == y.tolist()
+            assert abs(y[largest]) < 1e-6
+            value, bound = tolerances.log_softmax(x.astype(np.float64), np.zeros(units))
+            assert (np.abs(y - value) <= bound).all()
+
+
 def check_layer_norm(isa):
     for units in (*cases.SMALL_SIZES, 100, 257):
         r = cases.rng(units)
@@ -258,6 +274,7 @@ CHECKS = (
         "cell_events": check_events,
         "cell_kwta": check_kwta,
         "cell_delta": check_delta,
+        "cell_log_sum": check_log_sum,
         "cell_log_softmax": check_log_softmax,
         "cell_top_k": check_top_k,
         "cell_layer_norm": check_layer_norm,

@@ -101,6 +101,23 @@ def test_eval_of_words_gives_perplexity_rates_and_macs(call, files):
     assert 0 < found["latency_us"]["p50"] <= found["latency_us"]["p90"] <= found["latency_us"]["p99"]
 
 
+def test_eval_of_a_decoder_in_clusters_computes_those_that_hold_the_words(call, tmp_path):
+    known, r = Vocabulary("word", WORDS), cases.rng(5)
+    program = sf.Program((*network(8)[:-1], *cases.adaptive(r, 24, 3, (5, 3), (2, 2))), known.metadata())
+    program.save(tmp_path / "a.sfold")
+    (tmp_path / "a.txt").write_text(TEXT)
+    status, out, err = call("eval", tmp_path / "a.sfold", "--text", tmp_path / "a.txt", "--json")
+    assert (status, err) == (0, "")
+    found, tokens = json.loads(out), known.encode(TEXT + "\n")
+    assert found["bits_per_word"] == pytest.approx(told(program, tokens).mean(), rel=1e-6)
+    stream = Engine(program).stream()
+    stream.score(tokens[:-1], tokens[1:])
+    assert stream.counters.asked == {5: ((tokens[1:] >= 3) & (tokens[1:] < 6)).sum(), 6: (tokens[1:] >= 6).sum()}
+    assert found["cost"] == stream.cost.to_dict() and found["latency_us"]["calls"] > 0
+    status, out, _ = call("run", tmp_path / "a.sfold", "--prompt", "the cat", "--tokens", "3", "--seed", "1")
+    assert status == 0 and out.startswith("the cat")
+
+
 def test_eval_prints_the_same_in_words(call, files):
     (files / "a.txt").write_text(TEXT)
     figures = json.loads(call("eval", files / "words.sfold", "--text", files / "a.txt", "--json")[1])

@@ -22,6 +22,7 @@ from sparsefold.program import (
     LSTM,
     OPS,
     RNN,
+    Cluster,
     Conv1d,
     Embedding,
     LayerNorm,
@@ -86,7 +87,7 @@ def test_the_networks_hold_every_op_in_every_format():
         for op in (Linear, Conv1d, GRU, EGRU, LSTM, RNN)
         for name in (["weight"] if op in (Linear, Conv1d) else ["weight_ih", "weight_hh"])
         for form in FORMATS.values()
-    }
+    } | {(Cluster, name, form) for name in ("projection", "weight") for form in FORMATS.values()}
 
 
 def test_metadata_is_kept():

@@ -12,7 +12,7 @@ import torch
 import sparsefold as sf
 from sparsefold.formats import CSC, Block, Complementary, Dense
 from sparsefold.lowering import choose
-from sparsefold.nn import EGRU, KWTA, CausalConv1d, EGRUState, Stack
+from sparsefold.nn import EGRU, KWTA, AdaptiveDecoder, CausalConv1d, EGRUState, Stack
 from sparsefold.sparsify import Block as BlockRule
 from sparsefold.sparsify import Magnitude, Pruner
 from tolerances import CELL_F64, FREE_RUNNING_F32, program_step
@@ -152,6 +152,66 @@ def test_a_head_is_made_of_the_last_outputs() -> None:
             sf.compile_model(model, head=wrong)
     with pytest.raises(ValueError, match="of 17 values in 1 equal parts, 18 of each cannot be kept"):
         sf.compile_model(model, head=18)
+
+
+@pytest.mark.parametrize("cutoffs", [(1,), (5,), (5, 22), (1, 2, 29)], ids=str)
+def test_an_adaptive_decoder_plays_as_in_torch(cutoffs) -> None:
+    torch.manual_seed(0)
+    decoder = AdaptiveDecoder(12, 30, cutoffs, divide=2.0, share=torch.rand(30))
+    program = plays_as_in_torch(decoder, torch.randn(40, 12))
+    assert [op.kind for op in program.ops] == ["linear", "log_softmax"] + ["cluster"] * len(cutoffs)
+    assert [op.at for op in program.ops[2:]] == [*cutoffs] and program.outputs == 30
+    assert [op.projection.shape for op in program.ops[2:]] == [((6, 3, 2)[k], 12) for k in range(len(cutoffs))]
+    again = sf.Program.from_bytes(program.to_bytes())
+    assert again.to_bytes() == program.to_bytes()
+
+
+@pytest.mark.parametrize("output", ["events", "state"])
+def test_an_adaptive_decoder_behind_events_scores_what_torch_says(output) -> None:
+    torch.manual_seed(0)
+    model = Stack(
+        torch.nn.Embedding(30, 16), EGRU(16, 40, threshold=0.1, output=output), torch.nn.Dropout(0.3),
+        AdaptiveDecoder(40, 30, (5, 22)),
+    )  # fmt: skip
+    words = np.random.default_rng(1).integers(0, 30, 61)
+    program = sf.compile_model(model, sample=words)
+    choices = {(c["op"], c["matrix"]): c["rate"] for c in program.metadata["choices"]}
+    reads = "counted" if output == "events" else "dense x"
+    assert choices == {
+        (1, "weight_ih"): "dense x", (1, "weight_hh"): "counted", (2, "weight"): reads,
+        (4, "projection"): reads, (4, "weight"): "dense x", (5, "projection"): reads, (5, "weight"): "dense x",
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(words[:-1, None]))[0][:, 0].numpy()
+    stream = sf.Engine(program).stream()
+    found = stream.score(words[:-1], words[1:])
+    np.testing.assert_allclose(found, expected[np.arange(60), words[1:]], rtol=0, atol=FREE_RUNNING_F32)
+    assert stream.counters.asked == {
+        4: ((words[1:] >= 5) & (words[1:] < 22)).sum(), 5: (words[1:] >= 22).sum()
+    }  # fmt: skip
+
+
+def test_clusters_are_stored_by_their_zeros() -> None:
+    torch.manual_seed(0)
+    decoder = AdaptiveDecoder(64, 600, (40,), divide=1.0)
+    pruner = Pruner(decoder, {name: BlockRule(0.1, (16, 1)) for name in ("tails.0.0.weight", "tails.0.1.weight")})
+    pruner.step()
+    cluster = plays_as_in_torch(decoder, torch.randn(20, 64)).ops[2]
+    assert isinstance(cluster.projection, Block) and isinstance(cluster.weight, Block)
+    assert cluster.weight.elements < 0.11 * 560 * 64
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batch_norm_is_folded_into_a_decoder_and_all_of_its_clusters(affine) -> None:
+    torch.manual_seed(0)
+    norm = trained_norm(12) if affine else torch.nn.BatchNorm1d(12, affine=False)
+    decoder = AdaptiveDecoder(12, 30, (5, 22))
+    model = torch.nn.Sequential(torch.nn.Linear(9, 12), torch.nn.ReLU(), norm, decoder)
+    model(torch.randn(64, 9))
+    program = plays_as_in_torch(model, torch.randn(40, 9))
+    assert [op.kind for op in program.ops] == ["linear", "relu", "linear", "log_softmax", "cluster", "cluster"]
+    with pytest.raises(ValueError, match="a BatchNorm1d is folded into"):
+        sf.compile_model(torch.nn.Sequential(decoder, torch.nn.BatchNorm1d(30)))
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}, {"eps": 0.1}], ids=str)

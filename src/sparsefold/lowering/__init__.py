@@ -15,7 +15,7 @@ from sparsefold import program as ops
 from sparsefold.calibrate import Site, delta_sites, with_deltas
 from sparsefold.formats import Dense, Float, Format, Precision
 from sparsefold.lowering.choose import choose, choose_all
-from sparsefold.nn import EGRU, GRU, KWTA, LSTM, RNN, CausalConv1d, Stack
+from sparsefold.nn import EGRU, GRU, KWTA, LSTM, RNN, AdaptiveDecoder, CausalConv1d, Stack
 from sparsefold.program import Op, Program
 
 
@@ -57,10 +57,10 @@ def compile_model(
 
     Args:
         model: ``nn.Stack``, ``torch.nn.Sequential``, or a single module, made of Embedding, EGRU, GRU, LSTM, RNN (also
-            torch's), CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, BatchNorm1d (folded into one beside it), Dropout
-            and Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU, BatchNorm1d, Dropout and
-            Identity: its outputs are those of the causal convolution from the step on at which all of its taps have an input.
-            Evaluation mode is compiled: dropout is gone, zoneout is its mean.
+            torch's), CausalConv1d, Linear, ReLU, KWTA, LayerNorm, LogSoftmax, AdaptiveDecoder, BatchNorm1d (folded into one
+            beside it), Dropout and Identity. ``torch.nn.Conv1d``, whose time is the last axis, only among itself, ReLU,
+            BatchNorm1d, Dropout and Identity: its outputs are those of the causal convolution from the step on at which all of
+            its taps have an input. Evaluation mode is compiled: dropout is gone, zoneout is its mean.
         metadata: JSON-like facts to keep in the file (where the model comes from, its vocabulary, ...).
         weights: "f32"; "bf16" or "i8" round the weight matrices, int8 with one scale a row. Inputs and sums stay float32;
             "w8a8" rounds dense inputs of a product to int8 too, with one scale a step, and sums are exact integers.
@@ -285,6 +285,20 @@ def _log_softmax(name: str, module: Any, width: int) -> list[Op]:
     return [ops.LogSoftmax(width)]
 
 
+def _adaptive_decoder(name: str, module: Any, width: int) -> list[Op]:
+    first, heads = module.head.out_features - len(module.tails), module.head.out_features
+    lowered: list[Op] = [
+        ops.Linear(_matrix(module.head.weight), _bias(module.head.bias, heads)),
+        ops.LogSoftmax(heads),
+    ]
+    at = first
+    for projection, wide in module.tails:
+        matrices = _matrix(projection.weight), _matrix(wide.weight)
+        lowered.append(ops.Cluster(*matrices, _bias(wide.bias, wide.out_features), _width(lowered), at))
+        at += wide.out_features  # where the next cluster is by now
+    return lowered
+
+
 def _layer_norm(name: str, module: Any, width: int) -> list[Op]:
     if len(module.normalized_shape) != 1:
         axes = len(module.normalized_shape)
@@ -310,6 +324,8 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
     for op in (*lowered, None):
         if taken is not None and isinstance(op, ops.Recurrent) and op.reverse:  # reads the same
             op, taken = _scaled_inputs(op, taken), None
+        if taken is not None and isinstance(op, ops.Cluster):  # so does each of these
+            op = _scaled_projection(op, taken)
         if waiting is not None:
             if not isinstance(op, ops.Linear | ops.Recurrent):
                 raise ValueError(
@@ -325,7 +341,7 @@ def _fold(lowered: Sequence[Op | _Affine]) -> list[Op]:
                 waiting = op
         elif op is not None:
             out.append(op)
-            taken = None
+            taken = taken if isinstance(op, ops.LogSoftmax | ops.Cluster) else None
     return out
 
 
@@ -345,6 +361,13 @@ def _scaled_inputs(op: ops.Linear | ops.Recurrent, affine: _Affine) -> Op:
     if isinstance(op, ops.Linear):
         return ops.Linear(weight, bias)
     return replace(op, weight_ih=weight, bias_ih=bias)
+
+
+def _scaled_projection(op: ops.Cluster, affine: _Affine) -> Op:
+    affine.check(op.projection.shape[1])
+    old = op.projection.to_dense()
+    bias = op.bias + op.weight.to_dense().astype(np.float64) @ (old @ affine.shift)
+    return replace(op, projection=Dense(_rounded(old * affine.scale)), bias=_rounded(bias))
 
 
 def _rounded(values: NDArray[np.float64]) -> Float:
@@ -371,6 +394,7 @@ _RULES: dict[type[torch.nn.Module], Rule] = {
     KWTA: _kwta,
     torch.nn.LayerNorm: _layer_norm,
     torch.nn.LogSoftmax: _log_softmax,
+    AdaptiveDecoder: _adaptive_decoder,
     torch.nn.BatchNorm1d: _batch_norm,
     torch.nn.Dropout: _nothing,
     torch.nn.Identity: _nothing,

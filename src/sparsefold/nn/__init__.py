@@ -1,6 +1,7 @@
 """Recurrent cells that speak in events, for training in torch."""
 
 from .activity import Activity
+from .adaptive import AdaptiveDecoder
 from .events import Triangle, event
 from .gated import GRU, LSTM, RNN
 from .kwta import KWTA
@@ -14,6 +15,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "Activity",
+    "AdaptiveDecoder",
     "CausalConv1d",
     "EGRUCell",
     "EGRUState",
