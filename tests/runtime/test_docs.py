@@ -171,30 +171,37 @@ def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
         return {
             "cell": cell, "hidden": units, "layers": 1, "rate": 0.1, "test_perplexity": test, "valid_perplexity": test + 1,
             "event_rate": 0.08, "density": {"1.weight_hh_l0": density, "2.weight": 0.25},
-            "macs": {"macs_effective": macs, "macs_dense": 8_000_000, "parts": parts},
+            "macs": {"macs_effective": macs, "macs_dense": 8_000_000, "parts": parts}, "memory_bytes": 5_400_000,
         }  # fmt: skip
 
     points = {
         "lstm-512": point("lstm", 512, 100, 7_000_000), "lstm-128": point("lstm", 128, 120, 2_000_000),
-        "event": point("egru", 512, 110, 200_000, 0.1),
+        "lstm-512-cutoffs9": point("lstm", 512, 99, 7_000_000), "event": point("egru", 512, 110, 200_000, 0.1),
+        "event-cutoffs9": point("egru", 512, 130, 100_000, 0.1),
     }  # fmt: skip
+    points["event-cutoffs9"]["density"]["2.head.weight"] = 0.5  # type: ignore[index]
     times = [("lstm-512", "sparsefold", 500), ("lstm-512", "ONNX Runtime", 1000), ("lstm-512", "torch int8", 400),
              ("lstm-128", "sparsefold", 90), ("lstm-128", "OpenVINO", 100), ("event", "sparsefold", 20)]  # fmt: skip
     race = [{"network": n, "engine": e, "latency_us": {"p50": us}} for n, e, us in times]
+    scored = {"scores": True, "latency_us": {"p50": 1, "mean": 10}}
+    race += [{"network": f"{n}-cutoffs9", "engine": "sparsefold", **scored} for n in ("lstm-512", "event")]
     about = {"corpus": {"source": "a corpus"}, "provenance": {"processor": "A Processor", "isa": "avx2"}}
     (tmp_path / "ptb.json").write_text(json.dumps({"points": points, "race": race, **about}))
     table = generate.multiplied()
-    assert (
-        "| lstm 512 | 100% | 25% |  | 101.0 | 100.0 | 8,000,000 | 3,500,000 | 1.0x | 500.0 | 1000 | 400 | 2.0x | 0.8x |  |"
-        in table
+    dense = "| lstm 512 | 100% | 25% |  | 101.0 | 100.0 | 8,000,000 | 3,500,000 | 1.0x | 5 | 500.0 | 1000 | 400 "
+    assert f"{dense}| 2.0x | 0.8x |  |" in table
+    event = (
+        "| egru 512 | 10% | 25% | 8.0% | 111.0 | 110.0 | 200,000 | 100,000 | 40.0x | 5 | 20.0 |  |  | 50.0x | 20.0x "
     )
+    assert f"{event}| 20.0x (lstm-512) |" in table, "of two dense networks only the larger is as good"
+    adaptive = "| egru 512, adaptive | 10% | 50% | 8.0% | 131.0 | 130.0 | 100,000 | 50,000 | 80.0x | 5 | 10.0 |  |  "
+    assert f"{adaptive}| 100.0x | 40.0x | 10.0x (lstm-128) |" in table, "the mean of scores"
+    assert "ratios are to lstm-512, the dense network with the lowest test perplexity of those that other" in table
     assert (
-        "| egru 512 | 10% | 25% | 8.0% | 111.0 | 110.0 | 200,000 | 100,000 | 40.0x | 20.0 |  |  | 50.0x | 20.0x "
-        "| 50.0x (lstm-512) |" in table
-    ), "of two dense networks only the larger is as good"
-    assert "ratios are to lstm-512, the dense network with the lowest test perplexity. A Processor, avx2" in table
+        "to say log p of the word that follows, else the median time to give the logits of all words. A Proc" in table
+    )
     drawn = generate.multiply_svg()
-    assert drawn.count("<circle") == 5 and "egru 512, 8% events, 10%" in drawn and "lstm 128, fastest rival" in drawn
+    assert drawn.count("<circle") == 7 and "egru 512, 8% events, 10%" in drawn and "lstm 128, fastest rival" in drawn
 
 
 def test_links_lead_somewhere() -> None:

@@ -21,7 +21,7 @@ pytest.importorskip("onnxruntime", reason="rivals need ONNX Runtime: pip install
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows per gate")
 
 
-ALSO = "cell=egru hidden=24 target_rate=0.3 density=0.5 decoder_density=0.5 prune_every=1;"
+ALSO = "cell=egru hidden=24 target_rate=0.3 density=0.5 decoder_density=0.5 prune_every=1; cell=lstm hidden=8 cutoffs=20x60"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def small(tmp_path_factory):
 
 NAMES = [
     "lstm-16", "lstm-8", "gru-16", "egru-16-rate0.2-density1", "egru-16-rate0.2-density0.5", "egru-16-rate0.1-density1",
-    "egru-16-rate0.1-density0.5", "egru-24-rate0.3-density0.5-decoder0.5",
+    "egru-16-rate0.1-density0.5", "egru-24-rate0.3-density0.5-decoder0.5", "lstm-8-density1-decoder1-cutoffs20x60",
 ]  # fmt: skip
 
 
@@ -63,7 +63,9 @@ def test_every_point_has_quality_counts_and_time(small):
         assert point["file_bytes"] == (folder / f"{name}.sfold").stat().st_size
         density = 0.5 if "density0.5" in name else 1
         assert point["density"]["1.weight_hh_l0"] == pytest.approx(density, abs=0.03)  # 24 units are no whole blocks
-        assert point["density"]["2.weight"] == pytest.approx(density, abs=0.03)  # 24 units are no whole blocks
+        decoder = "2.head.weight" if "cutoffs" in name else "2.weight"
+        assert point["density"][decoder] == pytest.approx(density, abs=0.03)
+        assert point["memory_bytes"] > 4 * len(corpus.vocabulary) * (48 if "egru-16" in name else 16), "one table"
         assert (point["event_rate"] < 1) == name.startswith("egru")
     ours = [row["network"] for row in found["race"] if row["engine"] == "sparsefold"]
     assert ours == NAMES
@@ -73,6 +75,12 @@ def test_every_point_has_quality_counts_and_time(small):
         (n, e) for n in NAMES[:3] for e in floats | int8 | ({"ONNX Runtime int8"} if "lstm" in n else set())
     }
     assert all(row["latency_us"]["calls"] == 200 for row in found["race"])
+    scored = [row for row in found["race"] if row["scores"]]
+    assert [(row["network"], row["engine"]) for row in scored] == [(NAMES[-1], "sparsefold")]
+    asked = sum(
+        part["macs_effective"] for part in found["points"][NAMES[-1]]["macs"]["parts"] if part["role"] == "decoder"
+    )
+    assert asked < found["points"]["lstm-8"]["macs"]["parts"][-1]["macs_effective"], "clusters are asked for seldom"
     assert multiply.told(found).count("\n") == len(NAMES) - 1
 
 

@@ -35,7 +35,7 @@ class AdaptiveDecoder(torch.nn.Module):
     """
 
     def __init__(
-        self, inputs: int, words: int, cutoffs: Sequence[int], divide: float = 4.0, share: Tensor | None = None
+        self, inputs: int, words: int, cutoffs: Sequence[int], divide: float = 2.0, share: Tensor | None = None
     ) -> None:
         super().__init__()
         edges = [*cutoffs, words]
@@ -89,6 +89,11 @@ class AdaptiveDecoder(torch.nn.Module):
             logp = _log_softmax(tail(flat[here]))
             found = found.index_add(0, here, logp.gather(1, (y[here] - self.cutoffs[k])[:, None])[:, 0])
         return found.view(self._wanted.shape)
+
+    @staticmethod
+    def loss(logp: Tensor, y: Tensor) -> Tensor:
+        """Mean nats of the targets y (T, B) by what ``forward`` gave in training."""
+        return -logp.mean()
 
     def extra_repr(self) -> str:
         """For print."""

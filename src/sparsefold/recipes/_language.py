@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsefold.nn import EGRU, GRU, LSTM, Stack, Triangle
+from sparsefold.nn import EGRU, GRU, LSTM, AdaptiveDecoder, Stack, Triangle
 from sparsefold.recipes._lm_config import Config
 from sparsefold.recipes.text import initialise_like_egru
 
@@ -106,76 +105,6 @@ class SampledLinear(torch.nn.Linear):
         words, chance, wanted = self._drawn
         logits = F.linear(x, self.weight[words]).to(self.bias.dtype) + (self.bias[words] - chance)
         return logits.scatter_add(-1, wanted[..., None], chance[wanted][..., None])  # a target stands there for sure
-
-
-class AdaptiveDecoder(torch.nn.Module):
-    """Decoder of words sorted by frequency, whose rare words are met in two steps: first their cluster, then the word in it.
-
-    The head gives log p of each of the first cutoffs[0] words and of every cluster; cluster k holds the words from cutoffs[k] to
-    the next cutoff, and log p(word) = log p(cluster) + log p(word | cluster), which reads inputs / divide^(k + 1) numbers. The
-    probabilities of all words sum to one, and most words need the head alone.
-
-    Args:
-        inputs: features that it reads.
-        words: outputs.
-        cutoffs: rising, each in [1, words).
-        divide: how much narrower each cluster's projection is than that before.
-        share: (words,) how often each word is met in the text: the biases' start.
-
-    Source: Grave, Joulin, Cissé, Grangier and Jégou (2017), arXiv 1609.04309.
-    """
-
-    def __init__(
-        self, inputs: int, words: int, cutoffs: tuple[int, ...], divide: float = 4.0, share: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.cutoffs = inputs, words, cutoffs
-        edges = [*cutoffs, words]
-        self.head = torch.nn.Linear(inputs, cutoffs[0] + len(cutoffs))
-        self.tails = torch.nn.ModuleList()
-        for k in range(len(cutoffs)):
-            narrow = max(1, round(inputs / divide ** (k + 1)))
-            wide = torch.nn.Linear(narrow, edges[k + 1] - edges[k])
-            self.tails.append(torch.nn.Sequential(torch.nn.Linear(inputs, narrow, bias=False), wide))
-        self._wanted: Tensor | None = None
-        if share is not None:
-            mass = share.clamp(min=1e-8)
-            with torch.no_grad():
-                parts = [mass[a:b] for a, b in pairwise(edges)]
-                self.head.bias.copy_(torch.cat([mass[: cutoffs[0]], torch.stack([p.sum() for p in parts])]).log())
-                for tail, part in zip(self.tails, parts, strict=True):
-                    tail.get_parameter("1.bias").copy_((part / part.sum()).log())
-
-    def targets(self, y: Tensor) -> Tensor:
-        """Keep a window's targets (T, B) for the ``forward`` that follows."""
-        self._wanted = y if self.training else None
-        return y
-
-    @staticmethod
-    def loss(logp: Tensor, y: Tensor) -> Tensor:
-        """Mean nats of targets by what ``forward`` gave in training."""
-        return -logp.mean()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Input (T, B, inputs) -> log p (T, B, words), or of the targets alone, (T, B), in training."""
-        head = torch.log_softmax(self.head(x).float(), -1)
-        first = self.cutoffs[0]
-        if not self.training or self._wanted is None:
-            parts = [head[..., :first]]
-            for k, tail in enumerate(self.tails):
-                parts.append(torch.log_softmax(tail(x).float(), -1) + head[..., first + k, None])
-            return torch.cat(parts, -1)
-        y = self._wanted.flatten()
-        edges = torch.tensor([*self.cutoffs], device=y.device)
-        cluster = torch.bucketize(y, edges, right=True)  # 0: the head's own words
-        at = torch.where(cluster == 0, y, first + cluster - 1)
-        found = head.flatten(0, 1).gather(1, at[:, None])[:, 0]
-        flat = x.flatten(0, 1)
-        for k, tail in enumerate(self.tails):
-            here = (cluster == k + 1).nonzero()[:, 0]
-            logp = torch.log_softmax(tail(flat[here]).float(), -1)
-            found = found.index_add(0, here, logp.gather(1, (y[here] - self.cutoffs[k])[:, None])[:, 0])
-        return found.view(self._wanted.shape)
 
 
 class Smoothness:

@@ -3,8 +3,8 @@
 One event-based GRU is trained for each event rate, and kept at each density on the way (recipe ``lm``, snapshots). Dense LSTMs
 and GRUs are trained alike and as long, and so are further networks (``also``), with no stops on the way. Then every network is
 compiled, its multiplications are counted by the engine on a sample, embedding and decoder included, and a step is timed in one
-race with other engines that play the dense networks. All of it goes to ``multiply.json``, written whole after each point, and is
-resumed from there; networks may be added to those that it holds.
+race with other engines that play the dense networks. One with an adaptive softmax is asked for the word that follows. All of it
+goes to ``multiply.json``, written whole after each point, and is resumed from there; networks may be added to it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sparsefold.data import Corpus, load_corpus
 from sparsefold.engine import Engine
 from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack
-from sparsefold.program import Program, write_atomically
+from sparsefold.program import Cluster, Program, write_atomically
 from sparsefold.recipes import lm, rivals
 from sparsefold.recipes._checkpoint import make_folder
 from sparsefold.recipes._config import check_ranges, override
@@ -165,10 +166,10 @@ def run(config: Config, folder: Path, label: str = "ptb-multiply") -> dict[str, 
 
 def told(found: Mapping[str, Any]) -> str:
     """One line for each network: what the command says in the end."""
-    own = {row["network"]: row["latency_us"]["p50"] for row in found["race"] if row["engine"] == "sparsefold"}
+    own = {row["network"]: row["latency_us"]["mean"] for row in found["race"] if row["engine"] == "sparsefold"}
     return "\n".join(
         f"{name:<32} perplexity {p['test_perplexity']:7.2f}  events {p['event_rate']:6.1%}  "
-        f"MACs {p['macs']['macs_effective']:>11,.0f}  us p50 {own[name]:8.2f}"
+        f"MACs {p['macs']['macs_effective']:>11,.0f}  us {own[name]:8.2f}"
         for name, p in found["points"].items()
     )
 
@@ -184,8 +185,12 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
     config = facts["about"]["config"]
     program = compile_model(model, facts["about"], sample=corpus.valid[:SAMPLE])
     program.save(file)
-    stream = Engine(program).stream()
-    stream.run(corpus.test[:SAMPLE])
+    engine = _engine(program)
+    stream = engine.stream()
+    if _in_clusters(program):
+        stream.score(corpus.test[:SAMPLE], corpus.test[1 : SAMPLE + 1])
+    else:
+        stream.run(corpus.test[:SAMPLE])
     quality: dict[str, Any] = {}
     for split in ("valid", "test"):
         bits, rates = stream_bits(model, getattr(corpus, split))
@@ -200,34 +205,49 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
         "event_rate": stream.counters.event_rate() if config["cell"] == "egru" else 1.0,
         "macs": stream.cost.to_dict(),
         "file_bytes": file.stat().st_size,
+        "memory_bytes": engine.nbytes,
         "training": {"step": facts["progress"]["step"], "seconds": trained["seconds"], "steps": trained["steps"]},
         "config": config,
     }
 
 
+def _engine(program: Program) -> Engine:
+    """With the first layer's input products of all words in one table, whatever memory that takes."""
+    return Engine(program, fold=True)
+
+
+def _in_clusters(program: Program) -> bool:
+    return isinstance(program.ops[-1], Cluster)
+
+
 def measure(
     models: Mapping[str, Stack], programs: Mapping[str, Program], tokens: NDArray[np.int64], calls: int
 ) -> list[dict[str, Any]]:
-    """Parity with torch first, then one race over the same tokens, one thread, pinned: ours on all, others on the dense ones."""
+    """Parity with torch first, then one race over the same tokens, one thread, pinned: ours on all, others on the dense ones.
+
+    A player gives the logits of all words after a token; of a decoder in clusters log p of the word that follows.
+    """
     rows: list[dict[str, Any]] = []
     players: dict[str, Any] = {}
 
-    def add(network: str, engine: str, call: Any, worst: float, settings: str) -> None:
+    def add(network: str, engine: str, call: Any, worst: float, settings: str, scores: bool = False) -> None:
         bound = None if "int8" in engine else rivals.PARITY_BOUND
         if bound is not None and not worst <= bound:
             raise rivals.ParityError(
                 f"{engine} on {network} differs from torch by {worst:.2e} in a logit, the bound is {bound:.0e}: nothing is timed."
             )
         row = {"network": network, "engine": engine, "rival": engine != "sparsefold", "settings": settings}
-        rows.append({**row, "max_abs_error": worst})
-        players[f"{network}/{engine}"] = call
+        rows.append({**row, "max_abs_error": worst, "scores": scores})
+        players[f"{network}/{engine}"] = (lambda both: call(*both)) if scores else (lambda both: call(both[0]))
 
     for name, program in programs.items():
-        engine = Engine(program)
+        engine, scores = _engine(program), _in_clusters(program)
         worst = rivals.teacher_forced(models[name], engine, tokens[:PARITY].tolist())
-        add(name, "sparsefold", engine.stream().step, worst, f"float32, {engine.isa}, 1 thread")
+        stream = engine.stream()
+        settings = f"float32, {engine.isa}, 1 thread"
+        add(name, "sparsefold", stream.score if scores else stream.step, worst, settings, scores)
     for name, model in models.items():
-        if isinstance(model[1], torch.nn.GRU | torch.nn.LSTM):
+        if isinstance(model[1], torch.nn.GRU | torch.nn.LSTM) and isinstance(model[-1], torch.nn.Linear):
             with torch.no_grad():
                 expected = model(torch.from_numpy(tokens[:PARITY])[:, None])[0][:, 0].numpy()
             makers: list[Any] = [rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8]
@@ -237,7 +257,8 @@ def measure(
                 logits = np.array([rival.call(token).copy() for token in tokens[:PARITY].tolist()])
                 add(name, rival.name, rival.call, float(np.abs(logits - expected).max()), rival.settings)
     with pinned():
-        latencies = race(players, tokens[:calls].tolist(), rounds=20, warmup=100)
+        words = tokens[: calls + 1].tolist()
+        latencies = race(players, list(pairwise(words)), rounds=20, warmup=100)
     for row in rows:
         row["latency_us"] = latencies[f"{row['network']}/{row['engine']}"].to_dict()
     return rows
