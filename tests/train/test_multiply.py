@@ -153,7 +153,7 @@ def test_networks_of_several_layers_are_played_by_all():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"rates": ()}, "rates and densities"), ({"densities": (0.0,)}, "rates and densities"), ({"calls": 3}, "calls"),
+        ({"densities": ()}, "rates and densities"), ({"densities": (0.0,)}, "rates and densities"), ({"calls": 3}, "calls"),
         ({"lstm": (), "gru": ()}, "dense"), ({"all": "lrr=3"}, "unknown key 'lrr'"),
         ({"densities": (0.1, 0.5)}, "snapshots"),
     ],

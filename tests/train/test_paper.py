@@ -357,6 +357,19 @@ def test_the_result_has_quality_counts_and_time(config, whole_run):
     assert paper.told(result).splitlines()[0].startswith("perplexity ")
 
 
+def test_an_adaptive_softmax_is_counted_and_timed_by_the_words_that_follow(config, whole_run, tmp_path):
+    result = paper.run(replace(config, more=f"{config.more} cutoffs=20x60"), tmp_path / "run")
+    parts = [part for part in result["macs"]["parts"] if part["role"] == "decoder"]
+    assert len(parts) == 3, "the first step and two clusters"
+    assert result["race"][0]["scores"]
+    assert "us mean" in paper.told(result)
+    dense = whole_run[1]["fewer_macs"] * whole_run[1]["macs"]["macs_effective"]
+    assert result["fewer_macs"] * result["macs"]["macs_effective"] == pytest.approx(dense), "of all words"
+    assert {"0.weight", "4.head.weight", "4.tails.1.1.weight"} <= result["density"].keys(), "embedding apart"
+    with pytest.raises(ValueError, match="more cannot say tied"):
+        paper.settings(replace(config, more="tied=false"))
+
+
 def test_dense_networks_of_as_many_weights_are_timed_where_their_engines_are(config, whole_run, tmp_path, monkeypatch):
     folder, plain = whole_run
     monkeypatch.setattr(paper, "find_spec", lambda name: None if name == "openvino" else name)

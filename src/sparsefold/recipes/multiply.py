@@ -68,9 +68,10 @@ class Config:
         check_ranges(
             self, {"calls": (200, math.inf), "layers": (1, 64), "decoder_density": (0, 1), "threads": (1, 256)}
         )
-        if not self.rates or not self.densities or not all(0 < v <= 1 for v in (*self.rates, *self.densities)):
+        if not all(0 < v <= 1 for v in (*self.rates, *self.densities)) or (self.rates and not self.densities):
             raise ValueError(
-                f"rates and densities lie in (0, 1], at least one each; got {self.rates}, {self.densities}."
+                f"rates and densities lie in (0, 1], at least one density where there is a rate; got {self.rates}, "
+                f"{self.densities}."
             )
         if not (*self.lstm, *self.gru):
             raise ValueError("a dense LSTM or GRU to compare with is needed: give lstm or gru a size.")
