@@ -24,7 +24,7 @@ from sparsefold.engine import Engine
 from sparsefold.lowering import compile_model
 from sparsefold.nn import EGRU, GRU, LSTM, Stack
 from sparsefold.recipes import _loop, lm
-from sparsefold.recipes._checkpoint import read_checkpoint
+from sparsefold.recipes._checkpoint import Progressed, read_checkpoint, save_checkpoint
 from sparsefold.recipes._config import from_dict, override
 from sparsefold.recipes._language import LockedDropout, SampledLinear, Smoothness, WordEmbedding, build, plain
 from sparsefold.recipes._lm_config import Config, resolved
@@ -491,6 +491,25 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("a few words only\n" * 70)
     with pytest.raises(ValueError, match=r"too few for 20 streams of at least one window of 32 steps"):
         lm.run(Config(corpus=str(tmp_path / "short.txt"), hidden=(4,), steps=2), tmp_path / "run")
+
+
+def test_a_run_from_before_a_setting_existed_goes_on_if_that_has_its_default(config, tmp_path, monkeypatch):
+    lm.run(config("egru"), tmp_path / "whole")
+    begun, stop = config("egru"), _loop._Run._short
+    monkeypatch.setattr(_loop._Run, "_short", lambda self, _: self.at.step == 8)
+    with pytest.raises(KeyboardInterrupt):
+        lm.run(begun, tmp_path / "run")
+    monkeypatch.setattr(_loop._Run, "_short", stop)
+    last = tmp_path / "run" / "last.safetensors"
+    tensors, facts = read_checkpoint(last)
+    for young in ("cutoffs", "decoder_frequency"):
+        del facts["about"]["config"][young]
+    save_checkpoint(last, tensors, facts["about"], Progressed(**facts["progress"]))
+    with pytest.raises(ValueError, match="another decoder_frequency"):
+        lm.run(replace(begun, decoder_frequency=0.5), tmp_path / "run")
+    lm.run(begun, tmp_path / "run")
+    ours, whole = (read_checkpoint(tmp_path / name / "last.safetensors")[0] for name in ("run", "whole"))
+    assert all(torch.equal(ours[k], whole[k]) for k in whole if k.startswith("model."))
 
 
 def test_another_text_in_the_same_folder_is_refused(config, uninterrupted, tmp_path):

@@ -128,6 +128,9 @@ def resume(trainer: Any, path: Path) -> tuple[Progressed, StackState | None]:
     """Put a checkpoint back into model, optimiser, average, pruner and random states; returns progress and carried state."""
     tensors, facts = read_checkpoint(path)
     was, now = facts["about"], json.loads(json.dumps(trainer.about))
+    younger = {k: v for k, v in json.loads(json.dumps(trainer.defaults)).items() if k not in was.get("config", {})}
+    if younger:  # settings that did not exist when the run began
+        was = {**was, "config": {**younger, **was.get("config", {})}}
     if was != now:
         old, new = was.get("config", {}), now.get("config", {})
         changed = [k for k in new if old.get(k) != new[k]] or [k for k in {**was, **now} if was.get(k) != now.get(k)]

@@ -51,6 +51,9 @@ class Trainer:
     patience: int = 0  # evaluations without a new best before stopping; 0: never
     checkpoint_every: int = 200
     about: dict[str, Any] = field(default_factory=dict)  # recipe, config, corpus: goes into every checkpoint
+    defaults: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # settings by which an older checkpoint's config is filled in
     unit: Unit = "bits_per_char"  # what is logged and told
     checkpoint_minutes: float = math.inf  # a checkpoint is due after so long, too
     targets: Callable[[Tensor], Tensor] = lambda y: (

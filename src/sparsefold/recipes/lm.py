@@ -139,6 +139,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
         checkpoint_every=config.checkpoint_every,
         checkpoint_minutes=config.checkpoint_minutes,
         about={"recipe": "lm", "config": asdict(config), **corpus.metadata()},
+        defaults=asdict(Config()),
         unit="perplexity" if config.level == "word" else "bits_per_char",
         targets=decoder.targets,
         loss=decoder.loss,
