@@ -460,12 +460,12 @@ def heatmap() -> str:
 
 
 MULTIPLY = ROOT / "results/multiply/ptb.json"
+WIKITEXT2 = ROOT / "results/multiply/wikitext2.json"
 _INT8 = ("torch int8", "ONNX Runtime int8")
 
 
-def _multiplied() -> list[dict[str, Any]]:
+def _multiplied(found: dict[str, Any]) -> list[dict[str, Any]]:
     """One row for each network: its quality, counts and time, and what it is compared with."""
-    found = json.loads(MULTIPLY.read_text())
     times: dict[str, dict[str, float]] = {}
     for row in found["race"]:
         # Not every word needs a cluster: what one costs on average is not the time of the usual word.
@@ -504,10 +504,20 @@ def _alike(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | 
 
 
 def multiplied() -> str:
-    """Density × event rate: quality, counts, time, and how many times less that is than the best dense network's."""
-    if not MULTIPLY.exists():
-        return "Not measured yet."
-    rows, found = _multiplied(), json.loads(MULTIPLY.read_text())
+    """Density × event rate on Penn Treebank, with its picture."""
+    picture = "![Test perplexity of every network against its time](multiply.svg)"
+    return f"{_multiplication(MULTIPLY)}\n\n{picture}" if MULTIPLY.exists() else "Not measured yet."
+
+
+def wikitext2() -> str:
+    """The same table of WikiText-2."""
+    return _multiplication(WIKITEXT2) if WIKITEXT2.exists() else "Not measured yet."
+
+
+def _multiplication(path: Path) -> str:
+    """Quality, counts, time, and how many times less that is than the best dense network's."""
+    found = json.loads(path.read_text())
+    rows = _multiplied(found)
     best = min((r for r in rows if r["float"] < math.inf), key=lambda r: r["test"])
     lines = [
         "| network | weights | decoder's | events | valid | test | MACs | of the decoder | fewer MACs | MB | µs "
@@ -535,14 +545,13 @@ def multiplied() -> str:
         "the mean time to say log p of the word that follows, else the median time to give the logits of all words. "
         f"{found['provenance']['processor']}, {found['provenance']['isa']}, one thread, pinned, Python call included."
     )
-    picture = "![Test perplexity of every network against its time](multiply.svg)"
-    return "\n".join(lines) + f"\n\n{about} From [{MULTIPLY.name}](../{MULTIPLY.relative_to(ROOT)}).\n\n{picture}"
+    return "\n".join(lines) + f"\n\n{about} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
 def multiply_svg() -> str:
     """Test perplexity against microseconds of a word, ours on every network and the fastest rival on the dense ones."""
     points = []
-    for r in _multiplied():
+    for r in _multiplied(json.loads(MULTIPLY.read_text())):
         name = f"{r['cell']} {_sizes(r)}{', adaptive' * r['adaptive']}"
         name += f", {r['events']:.0%} events, {r['density']:.0%}" if r["cell"] == "egru" else ""
         points.append((r["us"], r["test"], _CELLS[r["cell"]], name))
@@ -802,6 +811,7 @@ SECTIONS = {
         "paper": paper,
         "whole-byte": whole_byte,
         "multiply": multiplied,
+        "wikitext2": wikitext2,
         "kernels": kernels,
         "heatmap": heatmap,
     },

@@ -103,7 +103,8 @@ def trainings(config: Config) -> dict[str, LMConfig]:
         name = f"{also.cell}-{'x'.join(map(str, also.hidden or ()))}"
         name += f"-rate{also.target_rate:g}" if also.cell == "egru" and also.target_rate else ""
         name += f"-density{also.density:g}-decoder{also.decoder_density:g}"
-        name += f"-cutoffs{'x'.join(map(str, also.cutoffs))}" if also.cutoffs else ""
+        if also.cutoffs:
+            name += f"-cutoffs{'x'.join(map(str, also.cutoffs))}" + (f"by{also.divide:g}" if also.divide != 2 else "")
         if also.snapshots or name in found:
             raise ValueError(f"each network of also is one of its own, kept at its end; {one.strip()!r} is not.")
         found[name] = also
@@ -186,12 +187,6 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
     config = facts["about"]["config"]
     program = compile_model(model, facts["about"], sample=corpus.valid[:SAMPLE])
     program.save(file)
-    engine = _engine(program)
-    stream = engine.stream()
-    if _in_clusters(program):
-        stream.score(corpus.test[:SAMPLE], corpus.test[1 : SAMPLE + 1])
-    else:
-        stream.run(corpus.test[:SAMPLE])
     quality: dict[str, Any] = {}
     for split in ("valid", "test"):
         bits, rates = stream_bits(model, getattr(corpus, split))
@@ -203,13 +198,23 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
         "rate": config["target_rate"] if config["cell"] == "egru" else None,
         "density": {name: float((p != 0).float().mean()) for name, p in model.named_parameters() if "weight" in name},
         **quality,
-        "event_rate": stream.counters.event_rate() if config["cell"] == "egru" else 1.0,
-        "macs": stream.cost.to_dict(),
+        **_counted(program, corpus),
         "file_bytes": file.stat().st_size,
-        "memory_bytes": engine.nbytes,
         "training": {"step": facts["progress"]["step"], "seconds": trained["seconds"], "steps": trained["steps"]},
         "config": config,
     }
+
+
+def _counted(program: Program, corpus: Corpus) -> dict[str, Any]:
+    """What the engine counts on a sample of the test split, and the memory that its weights take."""
+    engine = _engine(program)
+    stream = engine.stream()
+    if _in_clusters(program):
+        stream.score(corpus.test[:SAMPLE], corpus.test[1 : SAMPLE + 1])
+    else:
+        stream.run(corpus.test[:SAMPLE])
+    rate = stream.counters.event_rate() if stream.counters.events else 1.0
+    return {"event_rate": rate, "macs": stream.cost.to_dict(), "memory_bytes": engine.nbytes}
 
 
 def _engine(program: Program) -> Engine:
