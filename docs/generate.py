@@ -478,7 +478,7 @@ def _multiplied(found: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 "name": name, "cell": point["cell"], "valid": point["valid_perplexity"], "test": point["test_perplexity"],
                 "events": point["event_rate"], "units": point["hidden"], "layers": point["layers"], "rate": point["rate"],
-                "density": point["density"]["1.weight_hh_l0"], "adaptive": "cutoffs" in name,
+                "density": point["density"]["1.weight_hh_l0"], "adaptive": name.partition("cutoffs")[2],
                 "decoder": point["density"].get("2.head.weight", list(point["density"].values())[-1]),
                 "memory": point.get("memory_bytes", math.nan),
                 "macs": point["macs"]["macs_effective" if point["cell"] == "egru" else "macs_dense"],
@@ -495,6 +495,10 @@ def _multiplied(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _sizes(row: dict[str, Any]) -> str:
     return f"{row['layers']} x {row['units']}" if row["layers"] > 1 else str(row["units"])
+
+
+def _adaptive(row: dict[str, Any]) -> str:
+    return f", adaptive {row['adaptive']}" if row["adaptive"] else ""
 
 
 def _alike(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -531,7 +535,7 @@ def _multiplication(path: Path) -> str:
         own = f"{r['float']:.0f} | {r['int8']:.0f}" if r["float"] < math.inf else " | "
         events = f"{r['events']:.1%}" if r["cell"] == "egru" else ""
         lines.append(
-            f"| {r['cell']} {_sizes(r)}{', adaptive' * r['adaptive']} | {r['density']:.0%} | {r['decoder']:.0%} | {events} "
+            f"| {r['cell']} {_sizes(r)}{_adaptive(r)} | {r['density']:.0%} | {r['decoder']:.0%} | {events} "
             f"| {r['valid']:.1f} | {r['test']:.1f} "
             f"| {r['macs']:,.0f} | {r['macs_decoder']:,.0f} | {best['macs'] / r['macs']:.1f}x | {r['memory'] / 1e6:.0f} "
             f"| {r['us']:.1f} | {own} "
@@ -552,7 +556,7 @@ def multiply_svg() -> str:
     """Test perplexity against microseconds of a word, ours on every network and the fastest rival on the dense ones."""
     points = []
     for r in _multiplied(json.loads(MULTIPLY.read_text())):
-        name = f"{r['cell']} {_sizes(r)}{', adaptive' * r['adaptive']}"
+        name = f"{r['cell']} {_sizes(r)}{_adaptive(r)}"
         name += f", {r['events']:.0%} events, {r['density']:.0%}" if r["cell"] == "egru" else ""
         points.append((r["us"], r["test"], _CELLS[r["cell"]], name))
         if r["float"] < math.inf:

@@ -38,6 +38,7 @@ from sparsefold.recipes._windows import stream_bits
 SCHEMA = "sparsefold-multiply/1"
 PARITY = 256  # tokens on which an engine is compared with torch before it is timed
 _NETWORKS = ("rates", "lstm", "gru", "also")  # settings that only say which networks there are
+BEST = "best.safetensors"  # in the folder of a training
 SAMPLE = 5000  # tokens of the test split on which events and multiplications are counted
 
 
@@ -120,7 +121,7 @@ def points(config: Config, training: str) -> dict[str, str]:
     snapshots = trainings(config)[training].snapshots
     if snapshots:
         return {f"{training}-density{d:g}": f"snapshot-{d:g}.safetensors" for d in snapshots}
-    return {training: "best.safetensors"}
+    return {training: BEST}
 
 
 def run(config: Config, folder: Path, label: str = "ptb-multiply") -> dict[str, Any]:
@@ -189,8 +190,12 @@ def _describe(checkpoint: Path, file: Path, corpus: Corpus, trained: Mapping[str
     program.save(file)
     quality: dict[str, Any] = {}
     for split in ("valid", "test"):
-        bits, rates = stream_bits(model, getattr(corpus, split))
-        quality |= {f"{split}_perplexity": 2.0**bits, f"{split}_event_rates": rates}
+        said = f"{split}_perplexity", f"{split}_event_rates"
+        if checkpoint.name == BEST:  # of which the training says it
+            quality |= {key: trained[key] for key in said}
+        else:
+            bits, rates = stream_bits(model, getattr(corpus, split))
+            quality |= dict(zip(said, (2.0**bits, rates), strict=True))
     return {
         "cell": config["cell"],
         "hidden": config["hidden"][0],
