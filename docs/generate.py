@@ -513,6 +513,40 @@ def multiplied() -> str:
     return f"{_multiplication(MULTIPLY)}\n\n{picture}" if MULTIPLY.exists() else "Not measured yet."
 
 
+def words() -> str:
+    """The sparsest event network that is at most a twentieth worse than the best dense network, that, and what lies between."""
+    if not MULTIPLY.exists():
+        return "Not measured yet."
+    rows = _multiplied(json.loads(MULTIPLY.read_text()))
+    best = min((r for r in rows if r["float"] < math.inf), key=lambda r: r["test"])
+    good = [r for r in rows if r["cell"] == "egru" and r["test"] <= 1.05 * best["test"]]
+    chosen = min(good, key=lambda r: r["macs"])
+    alike = _alike(chosen, rows)
+    between = [
+        r
+        for r in rows
+        if r["cell"] != "egru" and (r["adaptive"] or (alike and r["name"] == alike["name"] != best["name"]))
+    ]
+    lines = [
+        "| network | test perplexity | events | recurrent blocks | MACs of a word | µs of a word | fastest rival: float32 "
+        "| int8 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in (best, *between, chosen):
+        events = f"{r['events']:.1%} | {r['density']:.0%}" if r["cell"] == "egru" else " | "
+        own = f"{r['float']:.0f} | {r['int8']:.0f}" if r["float"] < math.inf else " | "
+        lines.append(
+            f"| {r['cell'].upper()} {_sizes(r)}{_adaptive(r)} | {r['test']:.1f} | {events} | {r['macs']:,.0f} | {r['us']:.0f} "
+            f"| {own} |"
+        )
+    times = f"{best['macs'] / chosen['macs']:.1f} times fewer multiplications, {best['float'] / chosen['us']:.1f} times"
+    return "\n".join(lines) + (
+        f"\n\nThe last row against the first: {times} less time than the fastest float32 engine, "
+        f"{best['int8'] / chosen['us']:.1f} times less than the fastest int8 one, {chosen['test'] / best['test'] - 1:.1%} more "
+        "perplexity."
+    )
+
+
 def wikitext2() -> str:
     """The same table of WikiText-2."""
     return _multiplication(WIKITEXT2) if WIKITEXT2.exists() else "Not measured yet."
@@ -802,7 +836,7 @@ def training_svg() -> str:
 
 
 SECTIONS = {
-    "README.md": {"demo": demo_table},
+    "README.md": {"demo": demo_table, "words": words},
     "docs/benchmarks.md": {
         "learning-rates": learning_rates,
         "demo-search": demo_search,
