@@ -150,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: 0.7)")
     run.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default: all)")
     run.add_argument("--seed", type=int, default=0)
+    _add_fold(run, "up to 8 MB")
 
     eval_ = add("eval", _eval, "Quality, event rates, cost and time of a compiled language model on a text.")
     eval_.add_argument("file", type=Path)
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     eval_.add_argument("--data-dir", type=Path, default=None, help=_DATA_DIR)
     eval_.add_argument("--json", action="store_true", help="print JSON")
+    _add_fold(eval_, "up to 8 MB")
 
     inspect = add("inspect", _inspect, "What a .sfold file holds: ops, formats, sizes, where it comes from.")
     inspect.add_argument("file", type=Path)
@@ -167,23 +169,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("file", type=Path)
     export.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="made when it is missing")
     export.add_argument("--name", default=None, help="prefix of all names (default: the file's name)")
-    export.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="one table instead of embedding and first input product (default: where it is smaller)",
-    )
+    _add_fold(export, "where it is smaller")
 
     bench = add("bench", _bench, "Latency of one step of a compiled model: p50 and p99, on every instruction set.")
     bench.add_argument("file", type=Path)
     bench.add_argument("--steps", type=int, default=5000)
     bench.add_argument("--isa", default=None, help="only this instruction set")
+    _add_fold(bench, "up to 8 MB")
 
     report = add("report", _report, "Print the table of a demo's summary.json, or write its HTML report.")
     report.add_argument("summary", type=Path)
     report.add_argument("-o", "--output", type=Path, default=None, metavar="HTML")
     report.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     return parser
+
+
+def _add_fold(command: argparse.ArgumentParser, default: str) -> None:
+    command.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"one table in memory instead of embedding and first input product (default: {default})",
+    )
 
 
 def _need_torch() -> None:
@@ -404,11 +411,11 @@ def _load(file: Path) -> Program:
 
 def _run(args: argparse.Namespace) -> None:
     prompt = os.fsencode(args.prompt)  # bytes, whatever the terminal's encoding
-    language.write(_load(args.file), args.file, prompt, args.tokens, args.temperature, args.top_k, args.seed)
+    language.write(_load(args.file), args.file, prompt, args.tokens, args.temperature, args.top_k, args.seed, args.fold)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    language.read(_load(args.file), args.file, args.text, args.data_dir, args.json)
+    language.read(_load(args.file), args.file, args.text, args.data_dir, args.json, args.fold)
 
 
 def _latency(engine: Engine, inputs: Sequence[Any]) -> Latency:
@@ -495,7 +502,8 @@ def _bench(args: argparse.Namespace) -> None:
         inputs = random.integers(0, program.inputs, args.steps).tolist()
     else:
         inputs = list(random.standard_normal((args.steps, program.inputs)).astype(np.float32))
-    engines = [Engine(program, isa=isa) for isa in ([args.isa] if args.isa else _native.available_isas())]
+    fold: Any = "auto" if args.fold is None else args.fold
+    engines = [Engine(program, fold, isa) for isa in ([args.isa] if args.isa else _native.available_isas())]
     print(f"{args.steps} steps of random input, one thread, state moving, Python call included; microseconds")
     for engine in engines:
         latency = _latency(engine, inputs)

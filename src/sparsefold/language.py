@@ -107,12 +107,19 @@ def generate(
 
 
 def write(
-    program: Program, file: Path, prompt: bytes, length: int, temperature: float = 0.7, top_k: int = 0, seed: int = 0
+    program: Program,
+    file: Path,
+    prompt: bytes,
+    length: int,
+    temperature: float = 0.7,
+    top_k: int = 0,
+    seed: int = 0,
+    fold: bool | None = None,
 ) -> None:
     """Write ``prompt`` and ``length`` tokens more to the standard output, each as soon as it is drawn.
 
     Words begin a line: the model reads ``<eos>`` before the prompt. What the model does not know it reads as unknown, and a line
-    on the standard error says so.
+    on the standard error says so. ``fold``: as of :class:`Engine`; None: "auto".
     """
     vocabulary = vocabulary_of(program, file)
     if length < 0 or not temperature >= 0 or top_k < 0 or seed < 0:
@@ -137,7 +144,7 @@ def write(
         out.write(shown.decode(text).translate(_HARMLESS).encode() if terminal else text)
         out.flush()
 
-    stream = Engine(program).stream()
+    stream = Engine(program, "auto" if fold is None else fold).stream()
     show(prompt)
     space = words and bool(prompt) and not prompt[-1:].isspace()
     for token in generate(stream, tokens, length, temperature, np.random.default_rng(seed), top_k, vocabulary.unknown):
@@ -197,9 +204,16 @@ def evaluate(stream: Stream, tokens: NDArray[np.int64]) -> float:
 
 
 def read(
-    program: Program, file: Path, text: Path | None = None, data_dir: Path | None = None, as_json: bool = False
+    program: Program,
+    file: Path,
+    text: Path | None = None,
+    data_dir: Path | None = None,
+    as_json: bool = False,
+    fold: bool | None = None,
 ) -> None:
     """Print quality, event rates, cost and time of a compiled model on a text, else on its own test split.
+
+    ``fold``: as of :class:`Engine`; None: "auto".
 
     Raises:
         KeyboardInterrupt: after printing what was found by then, and that it is partial.
@@ -216,7 +230,7 @@ def read(
         tokens = _own_test(program, vocabulary, data_dir)
     if len(tokens) < 2:
         raise ValueError(f"{what} has {len(tokens)} {vocabulary.level}s; at least 2 are needed.")
-    engine = Engine(program)
+    engine = Engine(program, "auto" if fold is None else fold)
     times = _times(engine, tokens[:TIMED_CALLS].tolist())  # first, so that an interrupted text has them too
     stream, total, told, stopped = engine.stream(), 0.0, 0, False
     try:
@@ -244,8 +258,8 @@ def read(
         unknown = f", {strange:,} of them unknown" if strange else ""
         print(f"{_quality(vocabulary, total / told)} on {what}, {len(tokens):,} {vocabulary.level}s{unknown}{part}")
         print(
-            f"{latency['p50']:.2f} us per {vocabulary.level} p50, {latency['p90']:.2f} p90, {latency['p99']:.2f} p99 "
-            f"(measured over {latency['calls']:,}: one thread, decoder and Python call included)"
+            f"{latency['p50']:.2f} us per {vocabulary.level} p50, {latency['p90']:.2f} p90, {latency['p99']:.2f} p99, "
+            f"{latency['mean']:.2f} mean (measured over {latency['calls']:,}: one thread, decoder and Python call included)"
         )
         print(_macs(stream.cost, vocabulary.level))
         print(stream.report())

@@ -128,13 +128,31 @@ def test_eval_prints_the_same_in_words(call, files):
         f"perplexity {figures['perplexity']:.2f} ({figures['bits_per_word']:.4f} bits per word) on {files / 'a.txt'}, "
         "22 words, 3 of them unknown"
     )
-    assert re.fullmatch(r"\S+ us per word p50, \S+ p90, \S+ p99 \(measured over 20: one thread, .*\)", lines[1])
+    assert re.fullmatch(
+        r"\S+ us per word p50, \S+ p90, \S+ p99, \S+ mean \(measured over 20: one thread, .*\)", lines[1]
+    )
     dense, executed = figures["cost"]["macs_dense"], figures["cost"]["macs_effective"]
     assert lines[2] == (
         f"{executed:,.0f} MACs per word, embedding and decoder included; a dense network of the same shape makes "
         f"{dense:,.0f}, {dense / executed:,.1f} times as many (counted)"
     )
     assert "21 steps" in lines[3]
+
+
+def test_what_is_folded_is_as_asked(call, files):
+    (files / "a.txt").write_text(TEXT)
+    found = {}
+    for flag in ("--fold", "--no-fold"):
+        found[flag] = json.loads(call("eval", files / "words.sfold", "--text", files / "a.txt", "--json", flag)[1])
+        written = call("run", files / "words.sfold", "--tokens", "5", flag)
+        assert written[0] == 0 and written[1] == call("run", files / "words.sfold", "--tokens", "5")[1]
+    made = {
+        flag: next(p for p in f["cost"]["parts"] if p["role"] == "input")["macs_effective"] for flag, f in found.items()
+    }
+    assert made["--fold"] == 0 < made["--no-fold"]
+    assert found["--fold"]["bits_per_word"] == found["--no-fold"]["bits_per_word"]
+    status, out, _ = call("bench", files / "words.sfold", "--steps", "1000", "--isa", "generic", "--fold")
+    assert status == 0 and "generic" in out
 
 
 def test_eval_in_pieces_of_any_size_is_eval_at_once(files, monkeypatch):
