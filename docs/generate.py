@@ -322,21 +322,36 @@ def paper() -> str:
         return "Not measured yet."
     lines = [
         "| steps, seconds | dropout of input, output, weights | valid | test | density | events | MACs | fewer than dense "
-        "| µs of a word | compiled | transfer | from |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| µs of a word | fastest dense rival: float32 | int8 | compiled | transfer | from |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for path in files:
         r = json.loads(path.read_text())
         took, c = r["training"], r["lm"]
         us = next(row["latency_us"]["p50"] for row in r["race"] if not row["rival"])
+        size = "here from it" if r["start"] else f"{r['transfer_bytes'] / 1e6:.1f} MB"
+        rivals = ""
+        for narrow in (False, True):
+            played = [row for row in r["race"] if row["rival"] and (row["engine"] in _INT8) == narrow]
+            first = min(played, key=lambda row: row["latency_us"]["p50"], default=None)
+            found = (
+                first
+                and f"{first['latency_us']['p50']:.0f} = {first['latency_us']['p50'] / us:.1f}x ({first['network']})"
+            )
+            rivals += f"| {found or ''} "
         lines.append(
             f"| {took['steps']:,}, {took['seconds']:.0f} | {c['drop_input']:g}, {c['drop_output']:g}, {c['drop_connect']:g} "
             f"| {r['valid_perplexity']:.1f} | {r['test_perplexity']:.1f} | {r['density_of_all']:.1%} | {r['event_rate']:.1%} "
-            f"| {r['macs']['macs_effective']:,.0f} | {r['fewer_macs']:.1f}x | {us:.0f} | {r['file_bytes'] / 1e6:.1f} MB "
-            f"| {r['transfer_bytes'] / 1e6:.1f} MB | [{path.name}](../{path.relative_to(ROOT)}) |"
+            f"| {r['macs']['macs_effective']:,.0f} | {r['fewer_macs']:.1f}x | {us:.0f} {rivals}| {r['file_bytes'] / 1e6:.1f} MB "
+            f"| {size} | [{path.name}](../{path.relative_to(ROOT)}) |"
         )
-    about = "Perplexity of Penn Treebank's words, each split read as one stream. MACs counted on a sample, decoder included. "
-    return "\n".join(lines) + f"\n\n{about}A word takes so long on one core of the GPU's host, no rival beside it."
+    about = (
+        "Perplexity of Penn Treebank's words, each split read as one stream. MACs counted on a sample, decoder included. A word "
+        "takes so long on one core, pinned: of the GPU's host, no rival beside it; or, where rivals stand beside it, of a "
+        "processor to which the trained network came as a transfer checkpoint. Dense rivals are untrained and have about as many "
+        "weights, embedding and decoder counted, in equal layers."
+    )
+    return "\n".join(lines) + f"\n\n{about}"
 
 
 def whole_byte() -> str:

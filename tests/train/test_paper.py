@@ -315,6 +315,17 @@ def test_a_damaged_or_foreign_file_is_refused(name, config, whole_run, tmp_path)
     assert not trainer.optimizer.state
 
 
+def test_a_file_from_before_a_setting_existed_is_read(config, whole_run, tmp_path):
+    def older(t, f, m):
+        del f["about"]["config"]["cutoffs"], f["about"]["config"]["decoder_frequency"]
+
+    damaged(whole_run[0] / "transfer.safetensors", tmp_path / "t", older)
+    assert read_transfer(tmp_path / "t", trainer_of(config, STEPS)).step > 0
+    other = replace(config, more=f"{config.more} decoder_frequency=0.5")
+    with pytest.raises(ValueError, match="another decoder_frequency"):
+        read_transfer(tmp_path / "t", trainer_of(other, STEPS))
+
+
 def test_what_is_no_file_of_ours_is_refused(whole_run, tmp_path):
     with pytest.raises(ValueError, match=r"there is no transfer checkpoint"):
         transfer_facts(tmp_path)

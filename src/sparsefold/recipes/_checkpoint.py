@@ -128,9 +128,8 @@ def resume(trainer: Any, path: Path) -> tuple[Progressed, StackState | None]:
     """Put a checkpoint back into model, optimiser, average, pruner and random states; returns progress and carried state."""
     tensors, facts = read_checkpoint(path)
     was, now = facts["about"], json.loads(json.dumps(trainer.about))
-    younger = {k: v for k, v in json.loads(json.dumps(trainer.defaults)).items() if k not in was.get("config", {})}
-    if younger:  # settings that did not exist when the run began
-        was = {**was, "config": {**younger, **was.get("config", {})}}
+    if "config" in was:
+        was = {**was, "config": _filled(was["config"], trainer)}
     if was != now:
         old, new = was.get("config", {}), now.get("config", {})
         changed = [k for k in new if old.get(k) != new[k]] or [k for k in {**was, **now} if was.get(k) != now.get(k)]
@@ -241,7 +240,7 @@ def read_transfer(path: Path, trainer: Any) -> Progressed:
         ValueError: it is none, is damaged, or comes from a training with other settings or another text.
     """
     facts = transfer_facts(path)
-    _same_training(path, facts["about"], json.loads(json.dumps(trainer.about)))
+    _same_training(path, facts["about"], json.loads(json.dumps(trainer.about)), trainer)
     with safe_open(str(path), "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     parameters = dict(trainer.model.named_parameters())
@@ -282,8 +281,13 @@ def read_transfer(path: Path, trainer: Any) -> Progressed:
     return Progressed(step=progress["step"], seconds=progress["seconds"], loss_mean=progress["loss_mean"])
 
 
-def _same_training(path: Path, was: Any, now: Any) -> None:
-    old, new = was["config"], now["config"]
+def _filled(config: Mapping[str, Any], trainer: Any) -> dict[str, Any]:
+    """A checkpoint's config, settings that did not exist when its run began at their defaults."""
+    return {**json.loads(json.dumps(trainer.defaults)), **config}
+
+
+def _same_training(path: Path, was: Any, now: Any, trainer: Any) -> None:
+    old, new = _filled(was["config"], trainer), now["config"]
     changed = [key for key in new if key not in _OF_THE_MACHINE and old.get(key) != new[key]]
     texts = [about.get("corpus") for about in (was, now)]
     if not all(isinstance(text, dict) for text in texts) or texts[0].get("sha256") != texts[1].get("sha256"):
