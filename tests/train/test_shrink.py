@@ -7,7 +7,7 @@ import torch
 from torch import nn as torch_nn
 
 import sparsefold as sf
-from sparsefold.nn import EGRU, Activity, Stack, shrink
+from sparsefold.nn import EGRU, Activity, AdaptiveDecoder, Stack, shrink
 from tolerances import SHRUNK_F64
 
 
@@ -23,6 +23,7 @@ def silence(layer: EGRU, suffix: str, units: list[int]) -> None:
 
 FOLLOWERS = {
     "linear": lambda n: torch_nn.Linear(n, 3),
+    "adaptive softmax": lambda n: AdaptiveDecoder(n, 12, [3, 7]),
     "egru": lambda n: EGRU(n, 4),
     "gru": lambda n: torch_nn.GRU(n, 4),
     "bidirectional lstm": lambda n: torch_nn.LSTM(n, 4, bidirectional=True),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activity import Activity
+from .adaptive import AdaptiveDecoder
 from .modules import EGRU, Stack
 
 _PASSES_ZEROS = (nn.Dropout, nn.Identity, nn.ReLU)  # a silent unit is silent behind them too
@@ -25,8 +26,8 @@ def shrink(model: Stack, *activities: Activity) -> Stack:
 
     Layers and directions of one EGRU have one size: of each as many silent units go as the one with the fewest has, and one unit
     always stays. The rows of its gates, its biases and threshold go, and the columns that read it: in the layer's recurrent
-    matrix, in its next layer, and in the Linear, EGRU, GRU, LSTM or RNN that follows in the Stack. An EGRU that nothing follows
-    keeps its units: they are the outputs.
+    matrix, in its next layer, and in the Linear, AdaptiveDecoder, EGRU, GRU, LSTM or RNN that follows in the Stack. An EGRU that
+    nothing follows keeps its units: they are the outputs.
 
     Raises:
         ValueError: no activity, or one of another model; an EGRU with output="state", whose silent units are read all the same;
@@ -101,6 +102,11 @@ def _keep_inputs(name: str, reader: nn.Module, columns: Tensor) -> None:
     if isinstance(reader, nn.Linear):
         _cut(reader, "weight", None, columns)
         reader.in_features = len(columns)
+    elif isinstance(reader, AdaptiveDecoder):
+        _keep_inputs(name, reader.head, columns)
+        for tail in reader.tails:
+            _keep_inputs(name, tail.get_submodule("0"), columns)
+        reader.in_features = len(columns)
     elif isinstance(reader, EGRU | nn.RNNBase):
         for suffix in ("_l0", "_l0_reverse") if reader.bidirectional else ("_l0",):
             _cut(reader, "weight_ih" + suffix, None, columns)
@@ -110,7 +116,7 @@ def _keep_inputs(name: str, reader: nn.Module, columns: Tensor) -> None:
     else:
         raise ValueError(
             f"module {name} ({type(reader).__name__}) reads the units that would go, and its part for each is not known. "
-            "A Linear, EGRU, GRU, LSTM or RNN may follow, behind Dropout, Identity or ReLU."
+            "A Linear, AdaptiveDecoder, EGRU, GRU, LSTM or RNN may follow, behind Dropout, Identity or ReLU."
         )
 
 
