@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,73 @@ def paper() -> str:
         "weights, embedding and decoder counted, in equal layers."
     )
     return "\n".join(lines) + f"\n\n{about}"
+
+
+def card(path: Path) -> str:
+    """The card of a model of the zoo: what it is, what it was trained on and how, and what was counted and timed."""
+    r = json.loads(path.read_text())
+    name, lm, read, about, sizes = path.stem, r["lm"], r["read"], r["provenance"], r["corpus"]["bytes"]
+    macs, dense = (read["cost"][key] / read["cost"]["steps"] for key in ("macs_effective", "macs_dense"))
+    densities = ", ".join(f"{key} {value:.1%}" for key, value in r["density"].items())
+    rates = ", ".join(f"{layer['event_rate']:.1%}" for layer in read["event_rates"])
+    times = [(row["latency_us"]["p50"], row["network"], row["engine"]) for row in r["race"]]
+    ours = {engine: us for us, network, engine in times if network.startswith("egru")}
+    own, wide = ours["sparsefold i8"], ours["sparsefold"]
+    rows = [f"| {network} | {engine} | {us:.1f} | {us / own:.1f}x |" for us, network, engine in sorted(times)]
+    more, sha, threads = dense / macs, r["corpus"]["sha256"][:16], f"{lm['threads']} thread(s) of {about['processor']}"
+    units, megabytes, minutes = (
+        "+".join(map(str, lm["hidden"])),
+        r["file"]["bytes"] / 1e6,
+        r["training"]["seconds"] / 60,
+    )
+    newline = "\n"
+    return f"""# {name}
+
+A byte-level language model of English technical text: an event-based GRU of {units} units, pruned in blocks of 16x1, with
+int8 weights: {megabytes:.2f} MB. This card is written by `make docs` from [{path.name}]({path.name}).
+
+```bash
+sparsefold run zoo/{name}.sfold --prompt "{r["sample"]["prompt"]}"
+sparsefold eval zoo/{name}.sfold --text my.txt
+```
+
+| | |
+|---|---|
+| bits per character of the test split, by this file | {read["bits_per_char"]:.4f} |
+| the same network in float32: valid, test | {r["valid_bits"]:.4f}, {r["test_bits"]:.4f} |
+| weights that are left | {r["density_of_all"]:.1%} ({densities}) |
+| units that speak, layer by layer | {rates} |
+| MACs of a byte, embedding and decoder included (counted) | {macs:,.0f}; a dense network {dense:,.0f}, {more:.1f}x as many |
+| time of a byte on one core (measured) | {own:.1f} µs; in float32 {wide:.1f} µs |
+
+**Trained on** the reference text that CPython {r["python"]} carries as `pydoc_data.topics`: {sizes["train"]:,} bytes,
+{sizes["valid"]:,} and {sizes["test"]:,} more for validation and test, sha256 `{sha}…`. It is part of Python's documentation,
+© Python Software Foundation, [PSF licence version 2](https://docs.python.org/3/license.html). Other versions of Python carry
+other texts: `eval` without `--text` says so.
+
+**Trained by** {lm["steps"]:,} steps of {lm["batch"]} pieces of about {lm["bptt"]} bytes, {threads},
+{minutes:.0f} minutes with other work beside it, seed {lm["seed"]}:
+
+```bash
+{r["made"]}
+```
+
+**Time**: one race, one thread, pinned. The dense networks are untrained, for their time does not depend on weights, and have
+about as many weights as the event network before it was pruned. "sparsefold i8" on the event network is this file.
+
+| network | engine | µs of a byte, p50 | against this file |
+|---|---|---|---|
+{newline.join(rows)}
+
+{about["processor"]}, {about["isa"]}, commit {about["commit"]}.
+
+**Not for** anything but trying the library: it knows one small text, repeats pieces of it, and states falsehoods about Python
+with confidence. What it wrote, drawn at temperature 0.5, seed 0:
+
+```text
+{r["sample"]["text"].strip()}
+```
+"""
 
 
 def whole_byte() -> str:
@@ -873,6 +941,7 @@ SECTIONS = {
 FIGURES = {"docs/heatmap.svg": heatmap_svg, "docs/training.svg": training_svg}
 FIGURES |= {"docs/pruning.svg": pruned_svg} if LATENCY.exists() else {}
 FIGURES |= {"docs/multiply.svg": multiply_svg} if MULTIPLY.exists() else {}
+FIGURES |= {f"zoo/{path.stem}.md": partial(card, path) for path in sorted((ROOT / "zoo").glob("*.json"))}
 
 
 def render(text: str, sections: dict[str, Any]) -> str:

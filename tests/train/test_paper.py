@@ -357,15 +357,24 @@ def test_the_result_has_quality_counts_and_time(config, whole_run):
     assert {"recurrent", "decoder"} <= {part["role"] for part in result["macs"]["parts"]}
     assert result["density_of_all"] == pytest.approx(0.2, abs=0.05)
     assert result["file_bytes"] == len((folder / "paper.sfold").read_bytes())
+    assert result["i8_file_bytes"] == len((folder / "paper-i8.sfold").read_bytes()) < result["file_bytes"]
+    assert result["race"][1]["parity"]["bound"] is None, "its weights are rounded"
     assert result["transfer_bytes"] == (folder / "transfer.safetensors").stat().st_size
     assert result["training"]["steps"] == STEPS
     assert result["step"] == result["training"]["best_step"]
     assert (result["device"], result["start"]) == ("cpu", None)
-    assert [row["engine"] for row in result["race"]] == ["sparsefold"]
+    assert [row["engine"] for row in result["race"]] == ["sparsefold", "sparsefold i8"]
     assert result["race"][0]["latency_us"]["calls"] == 200
     assert result["rivals"] == "dense networks: not timed: rivals=false."
     assert Program.load(folder / "paper.sfold").metadata["corpus"] == corpus.to_dict()
     assert paper.told(result).splitlines()[0].startswith("perplexity ")
+
+
+def test_bytes_in_place_of_words(config, tmp_path):
+    result = paper.run(replace(config, level="byte"), tmp_path)
+    assert result["lm"]["level"] == "byte"
+    assert paper.told(result).startswith(f"{result['test_bits']:.4f} bits per character on the test split and ")
+    assert Program.load(tmp_path / "paper-i8.sfold").metadata["corpus"] == load_corpus(config.corpus, "byte").to_dict()
 
 
 def test_an_adaptive_softmax_is_counted_and_timed_by_the_words_that_follow(config, whole_run, tmp_path):
@@ -393,7 +402,7 @@ def test_dense_networks_of_as_many_weights_are_timed_where_their_engines_are(con
     result = paper.run(replace(config, rivals=True), folder)
     networks = {row["network"] for row in result["race"]}
     assert len(networks) == 3
-    assert len(result["race"]) == 3 + 2 * 4
+    assert len(result["race"]) == 4 + 2 * 4 + 1, "ours in float32 and int8, and ONNX Runtime has int8 for LSTM"
     words = result["corpus"]["tokens"]
     for gates, kind in ((4, "lstm"), (3, "gru")):
         name = next(n for n in networks if n.startswith(kind))

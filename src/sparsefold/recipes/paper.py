@@ -76,7 +76,8 @@ _OPEN: dict[str, Any] = {
 class Config:
     """Settings of the recipe ``ptb-paper``."""
 
-    corpus: str = "ptb"
+    corpus: str = "ptb"  # wikitext2, a text file or folder; empty: CPython's reference text
+    level: Literal["word", "byte"] = "word"
     data_dir: str = ""
     budget: float = 22.0  # minutes of training; describing and timing come after them
     steps: int | None = None  # in place of the budget
@@ -164,7 +165,7 @@ def run(config: Config, folder: Path, label: str = "ptb-paper") -> dict[str, Any
     until, found = moment(config.until, time.time()), settings(config)
     device = processes.own_device(found.device)
     torch.set_num_threads(found.threads)
-    corpus = load_corpus(found.corpus, "word", found.data_dir or None)
+    corpus = load_corpus(found.corpus, found.level, found.data_dir or None)
     with processes.joined(device):
         start: dict[str, Any] | None = None
         if config.start:
@@ -211,9 +212,12 @@ def run(config: Config, folder: Path, label: str = "ptb-paper") -> dict[str, Any
 
 def told(result: Mapping[str, Any]) -> str:
     """What the command says in the end: the network, then a line for each engine."""
+    if result["lm"]["level"] == "word":
+        quality = f"perplexity {result['test_perplexity']:.2f} on the test split and {result['valid_perplexity']:.2f}"
+    else:
+        quality = f"{result['test_bits']:.4f} bits per character on the test split and {result['valid_bits']:.4f}"
     lines = [
-        f"perplexity {result['test_perplexity']:.2f} on the test split and {result['valid_perplexity']:.2f} on the validation "
-        f"split; density {result['density_of_all']:.1%}, events {result['event_rate']:.1%}, "
+        f"{quality} on the validation split; density {result['density_of_all']:.1%}, events {result['event_rate']:.1%}, "
         f"{result['macs']['macs_effective']:,.0f} MACs per token, {result['fewer_macs']:.1f} times fewer than dense"
     ]
     for row in result["race"]:
@@ -245,8 +249,11 @@ def _describe(config: Config, folder: Path, corpus: Corpus, device: torch.device
     """Quality on whole splits, the network compiled with what the engine counts on a sample, and the race."""
     best = folder / "best.safetensors"  # a transfer checkpoint of a run that was done brings none
     model, facts = lm.load(best if best.exists() else folder / "last.safetensors")
-    program = compile_model(model, facts["about"], sample=corpus.valid[:SAMPLE])
+    program, narrow = (
+        compile_model(model, facts["about"], sample=corpus.valid[:SAMPLE], weights=w) for w in ("f32", "i8")
+    )
     program.save(folder / "paper.sfold")
+    narrow.save(folder / "paper-i8.sfold")
     found: dict[str, Any] = {}
     model.to(device)
     for split in ("valid", "test"):
@@ -268,7 +275,9 @@ def _describe(config: Config, folder: Path, corpus: Corpus, device: torch.device
     twice = "0.weight" if made["tied"] else ""
     weights = {name: p for name, p in model.named_parameters() if "weight" in name and name != twice}
     transfer = folder / "transfer.safetensors"
-    networks = {"egru-" + _sizes(config.hidden): (model, program)}
+    networks: dict[str, tuple[Stack, dict[str, Program]]] = {
+        "egru-" + _sizes(config.hidden): (model, {rivals.OWN: program, f"{rivals.OWN} i8": narrow})
+    }
     rest = "not timed: rivals=false"
     missing = [name for name in ("onnx", "onnxruntime", "openvino") if find_spec(name) is None]
     if config.rivals and missing:
@@ -278,7 +287,7 @@ def _describe(config: Config, folder: Path, corpus: Corpus, device: torch.device
         for kind, gates in (("lstm", 4), ("gru", 3)):
             units = _as_many(whole, gates, len(config.hidden), corpus.tokens)
             dense = _dense(kind, units, len(config.hidden), corpus.tokens)
-            networks[f"{kind}-{_sizes([units] * len(config.hidden))}"] = dense, compile_model(dense)
+            networks[f"{kind}-{_sizes([units] * len(config.hidden))}"] = dense, {rivals.OWN: compile_model(dense)}
     return {
         **found,
         "step": facts["progress"]["step"],
@@ -288,6 +297,7 @@ def _describe(config: Config, folder: Path, corpus: Corpus, device: torch.device
         "macs": macs,
         "fewer_macs": whole / macs["macs_effective"],  # than the dense network whose decoder reads all words
         "file_bytes": (folder / "paper.sfold").stat().st_size,
+        "i8_file_bytes": (folder / "paper-i8.sfold").stat().st_size,
         "transfer_bytes": transfer.stat().st_size if transfer.exists() else None,
         "rivals": f"dense networks: {rest}.",
         "race": _race(networks, corpus.test, config.calls),
@@ -312,7 +322,9 @@ def _dense(kind: str, units: int, layers: int, words: int) -> Stack:
     return Stack(torch.nn.Embedding(words, units), *inner, torch.nn.Linear(units, words)).eval()
 
 
-def _race(networks: Mapping[str, tuple[Stack, Program]], tokens: NDArray[np.int64], calls: int) -> list[dict[str, Any]]:
+def _race(
+    networks: Mapping[str, tuple[Stack, Mapping[str, Program]]], tokens: NDArray[np.int64], calls: int
+) -> list[dict[str, Any]]:
     """Parity with torch first, then one race over the same tokens, one thread, pinned: ours on all, others on the dense ones.
 
     A player gives the logits of all words after a token; of a decoder in clusters log p of the word that follows.
@@ -321,27 +333,32 @@ def _race(networks: Mapping[str, tuple[Stack, Program]], tokens: NDArray[np.int6
     players: dict[str, Any] = {}
 
     def add(network: str, engine: str, call: Any, worst: float, ties: int, about: str, scores: bool = False) -> None:
-        bound = None if "int8" in engine else rivals.PARITY_BOUND
+        bound = None if engine.endswith(("int8", "i8")) else rivals.PARITY_BOUND
         if bound is not None and not worst <= bound:
             raise rivals.ParityError(
                 f"{engine} on {network} differs from torch by {worst:.2e} in a logit, the bound is {bound:.0e}: nothing is timed."
             )
         parity = {"max_abs_error": worst, "bound": bound, "tokens": len(check) - ties, "near_ties": ties}
-        row = {"network": network, "engine": engine, "rival": engine != rivals.OWN, "settings": about, "parity": parity}
+        rival = not engine.startswith(rivals.OWN)
+        row = {"network": network, "engine": engine, "rival": rival, "settings": about, "parity": parity}
         rows.append({**row, "scores": scores})
         players[f"{network}/{engine}"] = (lambda both: call(*both)) if scores else (lambda both: call(both[0]))
 
     check = tokens[:PARITY].tolist()
-    for name, (model, program) in networks.items():
-        engine, scores = Engine(program), isinstance(program.ops[-1], Cluster)
-        stream, about = engine.stream(), f"float32, {engine.isa}, 1 thread"
-        add(name, rivals.OWN, stream.score if scores else stream.step, *_parity(model, engine, check), about, scores)
+    for name, (model, programs) in networks.items():
+        for own, program in programs.items():
+            engine, scores = Engine(program), isinstance(program.ops[-1], Cluster)
+            stream, weights = engine.stream(), own.removeprefix(rivals.OWN).strip() or "float32"
+            about = f"{weights}, {engine.isa}, 1 thread"
+            add(name, own, stream.score if scores else stream.step, *_parity(model, engine, check), about, scores)
     for name, (model, _) in networks.items():
         if isinstance(model[1], torch.nn.GRU | torch.nn.LSTM):
             with torch.no_grad():
                 expected = model(torch.tensor(check)[:, None])[0][:, 0].numpy()
-            for make in (rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8):
-                rival = make(model)
+            makers: list[Any] = [rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8]
+            if isinstance(model[1], torch.nn.LSTM):
+                makers.append(lambda m: rivals.onnx_runtime(m, int8=True))
+            for rival in (make(model) for make in makers):
                 logits = np.array([rival.call(token).copy() for token in check])
                 add(name, rival.name, rival.call, float(np.abs(logits - expected).max()), 0, rival.settings)
     with pinned():
