@@ -5,7 +5,8 @@ measured. Times are medians of device events over turns that all players take; w
 said of quality. Our kernels are compared with the reference first. Without a GPU nothing is measured and nothing written.
 
 Training: forward and backward of one layer, the gradient of x included, on random dense x. ``unrolled loop`` is the reference
-cell. float32 is without TF32 where a line does not say otherwise. A step: batch 1, three layers of 1350 units; ours keeps 10 %
+cell. float32 is without TF32 where a line does not say otherwise; "three products" are `sparsefold.nn.gpu.window.THIRDS`, whose
+error stands beside that of torch's own in the lines ``product``. A step: batch 1, three layers of 1350 units; ours keeps 10 %
 of its 16x1 blocks and about 10 % of its units speak, the rivals are dense. An epoch: as many windows as PTB has, of random
 tokens, with optimiser.
 """
@@ -117,6 +118,16 @@ def training(device: torch.device, units: int, batch: int, dtype: torch.dtype, f
 
         return call
 
+    def in_thirds(call: Callable[[], None]) -> Callable[[], None]:
+        def three() -> None:
+            gpu.window.THIRDS = True
+            try:
+                call()
+            finally:
+                gpu.window.THIRDS = False
+
+        return three
+
     players = {
         "ours, EGRU": module(ours),
         "nn.GRU (cuDNN)": module(dense),
@@ -129,6 +140,10 @@ def training(device: torch.device, units: int, batch: int, dtype: torch.dtype, f
         # torch joins a bfloat16 layer's weights anew at every call; under autocast it casts them into place.
         for rival, kind in (("nn.GRU (cuDNN)", nn.GRU), ("nn.LSTM (cuDNN)", nn.LSTM)):
             players[f"{rival}, float32 under autocast"] = module(kind(units, units).to(device), wide)
+    if dtype == torch.float32 and not fast:
+        players["ours, EGRU, three products"] = in_thirds(players["ours, EGRU"])
+        players["ours, GRU, three products"] = in_thirds(players["ours, GRU"])
+        players["ours, LSTM, three products"] = in_thirds(players["ours, LSTM"])
     if loop:
         players["unrolled loop"] = module(unrolled)
     times = race(players)
@@ -147,6 +162,38 @@ def training(device: torch.device, units: int, batch: int, dtype: torch.dtype, f
             if ways:
                 line[f"against {rival}"] = min(ways) / ms  # at its best
         lines.append(line)
+    return lines
+
+
+@torch.no_grad()
+def products(device: torch.device) -> list[Line]:
+    """A window's and a step's product of float32 as torch makes it and as three of TF32: time, and error beside float64."""
+    tf32(False)
+    torch.manual_seed(SEED)
+    lines: list[Line] = []
+    width = gpu.window.padded(UNITS)
+    weight = torch.randn(3 * width, width, device=device) / width**0.5
+    place = gpu.window.split(weight, 1, gpu.window.RIGHT)
+    for rows in (64 * STEPS, 64, 20):
+        a = torch.randn(rows, width, device=device)
+
+        def three(a: Tensor = a) -> Tensor:
+            with gpu.window._tf32():
+                return torch.mm(gpu.window.split(a, 1, gpu.window.LEFT), place.t())
+
+        def once(a: Tensor = a) -> Tensor:
+            with gpu.window._tf32():
+                return torch.mm(a, weight.t())
+
+        calls = {"torch, float32": lambda a=a: torch.mm(a, weight.t()), "three products": three, "torch, TF32": once}
+        exact = a.double() @ weight.double().t()
+        off = {name: float((call() - exact).abs().max()) for name, call in calls.items()}
+        repeats = 5 if rows > 64 else 50
+        times = race({name: graphed(lambda c=call, n=repeats: [c() for _ in range(n)]) for name, call in calls.items()})
+        lines += [
+            {"figure": "product", "engine": name, "rows": rows, "units": UNITS, "us": times[name][0] * 1e3 / repeats,
+             "max_abs_error": off[name]} for name in calls
+        ]  # fmt: skip
     return lines
 
 
@@ -339,6 +386,7 @@ def parts(device: torch.device) -> Iterator[tuple[str, Callable[[], list[Line]]]
         return name, lambda: training(device, units, batch, dtype, fast, loop)
 
     yield train(*SIZES[0], torch.float32, False, True)
+    yield "products of float32", lambda: products(device)
     yield train(*SIZES[0], torch.bfloat16, False, True)
     yield "single steps", lambda: steps(device)
     yield "an epoch, autocast", lambda: [epoch(device, 64, True)]
@@ -384,7 +432,9 @@ def main() -> None:
             path = write_lines(args.out, "gpu-", about, lines)
             progress.update(done, name)
     for e in lines:
-        where = ", ".join(f"{k} {e[k]}" for k in ("units", "batch", "dtype", "density") if k in e)
+        where = ", ".join(
+            f"{k} {e[k]}" for k in ("rows", "max_abs_error", "units", "batch", "dtype", "density") if k in e
+        )
         took = " ".join(f"{e[k]:.3f} {k}" for k in ("ms", "us", "us_waited_for", "seconds") if k in e)
         print(f"{e['figure']:<9} {e['engine']:<38} {where:<46} {took}", end="  ")
         print(", ".join(f"{v:.2f}x {k}" for k, v in e.items() if k.startswith("against")))

@@ -19,6 +19,7 @@ from .window import (
     gate_rows,
     gathered,
     kernels,
+    multiply,
     padded,
     precision,
     product_dtype,
@@ -151,16 +152,14 @@ def _egru(
         if reset_after:
             n = n[:, 2 * HP :]
         for t in range(T):
-            if reset_after:
-                torch.mm(place.said, place.weight.t(), out=rz)
-            else:
-                torch.mm(place.said, place.weight[: 2 * HP].t(), out=rz)
+            place.ahead(place.said, 0, rz)
+            if not reset_after:
                 k.gru_before[place.grid](place.table, rz, place.said, place.scaled, t, B, **bare, **biases)
-                torch.mm(place.scaled, place.weight[2 * HP :].t(), out=n)
+                place.ahead(place.scaled, 1, n)
             k.gru_forward[place.grid](place.table, rz, n, place.said, place.first, place.second, t, B, **form, **biases)
 
     with place.held():
-        torch.mm(rows(x, matmul), gate_rows(weight_ih, [0, 1, 2], 3, matmul).t(), out=gates[:, : 3 * HP])
+        multiply(rows(x, matmul), gate_rows(weight_ih, [0, 1, 2], 3, matmul).t(), out=gates[:, : 3 * HP])
         place.take(weight_hh)
         place.said[:, :H].copy_(y0)
         place.first.copy_(h0)
@@ -228,12 +227,10 @@ def _egru_backward(
             k.gru_backward[place.grid](
                 place.table, place.said, rz, n, place.second, place.first, place.third, t, B, **form, **has
             )
-            if reset_after:
-                torch.mm(rz, place.weight, out=place.said)
-            else:
-                torch.mm(n, place.weight[2 * HP :], out=place.scaled)
+            if not reset_after:
+                place.back(n, 1, place.scaled)
                 k.gru_backward_before[place.grid](place.table, place.scaled, rz, place.second, t, B, **bare)
-                torch.mm(rz, place.weight[: 2 * HP], out=place.said)
+            place.back(rz, 0, place.said)
 
     with place.held():
         place.take(weight_hh)
@@ -252,15 +249,15 @@ def _egru_backward(
 
         dx, dw_i, dw_h, outside, inside = (x.new_empty(0) for _ in range(5))
         if wants[0]:
-            dx = torch.mm(tape[:, : 3 * HP], gate_rows(weight_ih, _TAPE, 3, matmul))
+            dx = multiply(tape[:, : 3 * HP], gate_rows(weight_ih, _TAPE, 3, matmul))
             dx = dx[:, :I].to(x.dtype).reshape(T, B, I)
         if wants[3]:
-            dw_i = gathered(torch.mm(tape[:, : 3 * HP].t(), rows(x, matmul)), _TAPE, H, I, x.dtype)
+            dw_i = gathered(multiply(tape[:, : 3 * HP].t(), rows(x, matmul)), _TAPE, H, I, x.dtype)
         if wants[4] and reset_after:
-            dw_h = gathered(torch.mm(tape[:, HP:].t(), said), [0, 1, 2], H, H, x.dtype)
+            dw_h = gathered(multiply(tape[:, HP:].t(), said), [0, 1, 2], H, H, x.dtype)
         elif wants[4]:
             scaled = gates[:, :HP] * said
-            parts = torch.mm(tape[:, HP:].t(), said), torch.mm(tape[:, :HP].t(), scaled)
+            parts = multiply(tape[:, HP:].t(), said), multiply(tape[:, :HP].t(), scaled)
             dw_h = gathered(torch.cat(parts), [0, 1, 2], H, H, x.dtype)
         if wants[5] or wants[6]:
             sums = tape.sum(0, dtype=place.size.state).view(G, HP)[:, :H].to(x.dtype)
