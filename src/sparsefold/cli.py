@@ -125,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
         help="GRU, LSTM and RNN layers send changes above it, and nothing else",
     )
 
+    describe = add("describe", _describe, "Quality, MACs and time of a trained language model beside dense networks.")
+    describe.add_argument("run", type=Path, help="folder of a run of the recipes lm, ptb, wikitext2 or ptb-paper")
+    describe.add_argument(
+        "--rivals", action=argparse.BooleanOptionalAction, default=True, help="time dense networks too"
+    )
+    describe.add_argument("--calls", type=int, default=1000, help="timed steps of each engine")
+    describe.add_argument("--data-dir", default="", help=_DATA_DIR)
+
     calibrate = add("calibrate", _calibrate, "Find thresholds of changes that a compiled GRU, LSTM or RNN bears.")
     calibrate.add_argument("file", type=Path)
     calibrate.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
@@ -289,6 +297,14 @@ def _compile(args: argparse.Namespace) -> None:
     program.save(args.output)
     print(f"{args.output}: {args.output.stat().st_size:,} bytes")
     print(_ops_table(program))
+
+
+def _describe(args: argparse.Namespace) -> None:
+    _need_torch()
+    from sparsefold.recipes import describe
+
+    print(describe.told(describe.run(args.run, args.data_dir, args.rivals, args.calls)))
+    print(args.run / "described.json")
 
 
 def _calibrate(args: argparse.Namespace) -> None:

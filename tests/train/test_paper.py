@@ -20,7 +20,7 @@ from sparsefold.cli import main
 from sparsefold.data import load_corpus, load_text
 from sparsefold.nn import EGRU, Stack
 from sparsefold.program import Program
-from sparsefold.recipes import lm, paper, rivals
+from sparsefold.recipes import describe, lm, paper, rivals
 from sparsefold.recipes._checkpoint import Progressed, read_checkpoint, read_transfer, transfer_facts, write_transfer
 from sparsefold.recipes._windows import stream_bits
 
@@ -66,8 +66,8 @@ def config(text):
 def short():
     """Fewer tokens are counted and compared."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paper, "SAMPLE", 200)
-        patch.setattr(paper, "PARITY", 40)
+        patch.setattr(describe, "SAMPLE", 200)
+        patch.setattr(describe, "PARITY", 40)
         yield
 
 
@@ -365,7 +365,7 @@ def test_the_result_has_quality_counts_and_time(config, whole_run):
     assert (result["device"], result["start"]) == ("cpu", None)
     assert [row["engine"] for row in result["race"]] == ["sparsefold", "sparsefold i8"]
     assert result["race"][0]["latency_us"]["calls"] == 200
-    assert result["rivals"] == "dense networks: not timed: rivals=false."
+    assert result["rivals"] == "dense networks: not timed: they were not asked for."
     assert Program.load(folder / "paper.sfold").metadata["corpus"] == corpus.to_dict()
     assert paper.told(result).splitlines()[0].startswith("perplexity ")
 
@@ -392,13 +392,13 @@ def test_an_adaptive_softmax_is_counted_and_timed_by_the_words_that_follow(confi
 
 def test_dense_networks_of_as_many_weights_are_timed_where_their_engines_are(config, whole_run, tmp_path, monkeypatch):
     folder, plain = whole_run
-    monkeypatch.setattr(paper, "find_spec", lambda name: None if name == "openvino" else name)
+    monkeypatch.setattr(describe, "find_spec", lambda name: None if name == "openvino" else name)
     without = paper.run(replace(config, rivals=True), folder)
     assert without["rivals"].startswith("dense networks: not timed: openvino is missing here")
     monkeypatch.undo()
     pytest.importorskip("onnxruntime", reason="rivals need ONNX Runtime: pip install 'sparsefold[bench]'.")
-    monkeypatch.setattr(paper, "SAMPLE", 200)
-    monkeypatch.setattr(paper, "PARITY", 40)
+    monkeypatch.setattr(describe, "SAMPLE", 200)
+    monkeypatch.setattr(describe, "PARITY", 40)
     result = paper.run(replace(config, rivals=True), folder)
     networks = {row["network"] for row in result["race"]}
     assert len(networks) == 3
@@ -411,9 +411,38 @@ def test_dense_networks_of_as_many_weights_are_timed_where_their_engines_are(con
         assert macs == pytest.approx(plain["macs"]["macs_dense"], rel=0.1)
     assert "time does not depend on weights" in result["rivals"]
     monkeypatch.setattr(rivals, "PARITY_BOUND", 0.0)
-    monkeypatch.setattr(paper, "race", lambda *_, **__: pytest.fail("timed"))
+    monkeypatch.setattr(describe, "race", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(rivals.ParityError, match=r"differs from torch by \S+ in a logit"):
         paper.run(replace(config, rivals=True), folder)
+
+
+def test_a_run_of_the_recipe_lm_is_described_by_a_command(text, tmp_path, capsys):
+    words = [f"corpus={text}", "steps=6", "hidden=12x8", "batch=4", "bptt=16", "cutoffs=20x60", "checkpoint_minutes=60"]
+    folder = tmp_path / "run"
+    assert main(["train", "lm", *words, "--out", str(folder)]) == 0
+    capsys.readouterr()
+    assert main(["describe", str(folder), "--no-rivals", "--calls", "200"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    found = json.loads((folder / "described.json").read_text())
+    assert out[0].startswith(f"perplexity {found['test_perplexity']:.2f} on the test split") and "us mean" in out[1]
+    assert out[-1] == str(folder / "described.json")
+    assert found["schema"] == "sparsefold-described/1" and found["training"]["step"] == found["training"]["steps"] == 6
+    assert found["race"][0]["network"] == "egru-12x8" and found["lm"]["hidden"] == [12, 8]
+    assert found["file_bytes"] == (folder / "described.sfold").stat().st_size
+    assert main(["describe", str(folder), "--calls", "10"]) == 2
+    assert main(["describe", str(tmp_path / "none")]) == 2
+    Path(text).write_text("another text\n" * 500)
+    try:
+        assert main(["describe", str(folder), "--no-rivals"]) == 2
+    finally:
+        corpus = load_text()
+        Path(text).write_bytes(bytes(corpus.vocabulary[t] for t in corpus.train[5000:25_000]))
+    err = capsys.readouterr().err
+    assert "at least 200, got 10" in err and "was trained on another text than a.txt is now" in err
+    short = ["file=" + text, "steps=2", "hidden=8", "batch=2", "window=8"]
+    assert main(["train", "text", *short, "--out", str(tmp_path / "text")]) == 0
+    assert main(["describe", str(tmp_path / "text")]) == 2
+    assert "holds a run of the recipe text; this describes those of lm" in capsys.readouterr().err
 
 
 @torch.no_grad()
@@ -422,14 +451,14 @@ def test_parity_leaves_out_what_rounding_decides():
     for reset in ("threshold", "none", "output"):
         model = Stack(torch.nn.Embedding(9, 5), EGRU(5, 6, reset=reset), EGRU(6, 6, reset=reset, output="state"))
         _, state, _ = model(torch.tensor([[3]]))
-        assert not paper._near_tie(model, state)
+        assert not describe._near_tie(model, state)
         for unit in range(6):
             y, h = state[1].y[0, 0, unit], state[1].h[0, 0, unit]
             u = float(y if y > 0 else h)
             threshold = model[1].get_parameter("threshold_l0")
             before = float(threshold[unit])
             threshold[unit] = u + 2e-6
-            assert paper._near_tie(model, state)
+            assert describe._near_tie(model, state)
             threshold[unit] = before
 
 

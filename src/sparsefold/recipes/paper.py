@@ -17,26 +17,18 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
-from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from sparsefold.bench import pinned, provenance, race
+from sparsefold.bench import provenance
 from sparsefold.data import Corpus, load_corpus
-from sparsefold.engine import Engine
-from sparsefold.lowering import compile_model
-from sparsefold.nn import EGRU, GRU, LSTM, Stack, StackState
-from sparsefold.program import Cluster, Program, write_atomically
+from sparsefold.program import write_atomically
 from sparsefold.recipes import _distributed as processes
-from sparsefold.recipes import lm, rivals
+from sparsefold.recipes import lm
 from sparsefold.recipes._checkpoint import (
     Progressed,
     make_folder,
@@ -50,13 +42,10 @@ from sparsefold.recipes._config import check_ranges, override
 from sparsefold.recipes._lm_config import Config as LMConfig
 from sparsefold.recipes._lm_config import resolved
 from sparsefold.recipes._loop import Trainer, train
-from sparsefold.recipes._windows import stream_bits
+from sparsefold.recipes.describe import describe, told  # noqa: F401 - `told` is what the command prints
 
 SCHEMA = "sparsefold-paper/1"
 TRANSFERRED = 0.30  # at most so many of all weights live when a transfer checkpoint is written
-SAMPLE = 5000  # tokens of a split on which events and multiplications are counted
-PARITY = 256  # tokens on which an engine is compared with torch before it is timed
-TIE = 1e-5  # so near to its threshold a unit may speak in the one and not in the other: rounding decides
 _DRAWS = 50  # masks on the way to the density: each ranks thirty million weights, which no plan of a budget takes off
 _EVALUATIONS = 10  # as many as the plan of a budget takes off
 # Regularised less than what is published, which is for a thousand epochs: with twice these dropouts and twice the steps the full
@@ -202,28 +191,12 @@ def run(config: Config, folder: Path, label: str = "ptb-paper") -> dict[str, Any
         "corpus": corpus.to_dict(),
         "start": start,
         "training": summary,
-        **_describe(config, folder, corpus, device),
+        **describe(folder, corpus, device, config.rivals, config.calls, "paper"),
         "provenance": provenance("sparsefold train ptb-paper"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
     write_atomically(folder / "paper.json", json.dumps(result, indent=1).encode())
     return result
-
-
-def told(result: Mapping[str, Any]) -> str:
-    """What the command says in the end: the network, then a line for each engine."""
-    if result["lm"]["level"] == "word":
-        quality = f"perplexity {result['test_perplexity']:.2f} on the test split and {result['valid_perplexity']:.2f}"
-    else:
-        quality = f"{result['test_bits']:.4f} bits per character on the test split and {result['valid_bits']:.4f}"
-    lines = [
-        f"{quality} on the validation split; density {result['density_of_all']:.1%}, events {result['event_rate']:.1%}, "
-        f"{result['macs']['macs_effective']:,.0f} MACs per token, {result['fewer_macs']:.1f} times fewer than dense"
-    ]
-    for row in result["race"]:
-        which = "mean" if row["scores"] else "p50"
-        lines.append(f"{row['network']:<24} {row['engine']:<18} us {which:<4} {row['latency_us'][which]:10.2f}")
-    return "\n".join([*lines, *([result["rivals"]] if not any(row["rival"] for row in result["race"]) else [])])
 
 
 def live_share(trainer: Trainer) -> float:
@@ -243,156 +216,3 @@ def _begin(trainer: Trainer, start: Path, folder: Path) -> None:
         at = read_transfer(start, trainer)
         make_folder(folder)
         save_checkpoint(folder / "last.safetensors", tensors_of(trainer, None), trainer.about, at)
-
-
-def _describe(config: Config, folder: Path, corpus: Corpus, device: torch.device) -> dict[str, Any]:
-    """Quality on whole splits, the network compiled with what the engine counts on a sample, and the race."""
-    best = folder / "best.safetensors"  # a transfer checkpoint of a run that was done brings none
-    model, facts = lm.load(best if best.exists() else folder / "last.safetensors")
-    program, narrow = (
-        compile_model(model, facts["about"], sample=corpus.valid[:SAMPLE], weights=w) for w in ("f32", "i8")
-    )
-    program.save(folder / "paper.sfold")
-    narrow.save(folder / "paper-i8.sfold")
-    found: dict[str, Any] = {}
-    model.to(device)
-    for split in ("valid", "test"):
-        bits, rates = stream_bits(model, getattr(corpus, split))
-        found |= {f"{split}_perplexity": 2.0**bits, f"{split}_bits": bits, f"{split}_event_rates": rates}
-    model.cpu()
-    stream = Engine(program).stream()
-    if isinstance(program.ops[-1], Cluster):
-        stream.score(corpus.test[:SAMPLE], corpus.test[1 : SAMPLE + 1])
-    else:
-        stream.run(corpus.test[:SAMPLE])
-    macs = stream.cost.to_dict()
-    made = facts["about"]["config"]
-    whole = (
-        sum(3 * h * (i + h) for i, h in pairwise((made["embedding"], *config.hidden)))
-        + config.hidden[-1] * corpus.tokens
-    )
-    # A matrix that embedding and decoder share stands in both of them here, and is counted once.
-    twice = "0.weight" if made["tied"] else ""
-    weights = {name: p for name, p in model.named_parameters() if "weight" in name and name != twice}
-    transfer = folder / "transfer.safetensors"
-    networks: dict[str, tuple[Stack, dict[str, Program]]] = {
-        "egru-" + _sizes(config.hidden): (model, {rivals.OWN: program, f"{rivals.OWN} i8": narrow})
-    }
-    rest = "not timed: rivals=false"
-    missing = [name for name in ("onnx", "onnxruntime", "openvino") if find_spec(name) is None]
-    if config.rivals and missing:
-        rest = f"not timed: {', '.join(missing)} is missing here: pip install 'sparsefold[bench]'"
-    elif config.rivals:
-        rest = "untrained, for time does not depend on weights; about as many weights as the dense event network, in equal layers"
-        for kind, gates in (("lstm", 4), ("gru", 3)):
-            units = _as_many(whole, gates, len(config.hidden), corpus.tokens)
-            dense = _dense(kind, units, len(config.hidden), corpus.tokens)
-            networks[f"{kind}-{_sizes([units] * len(config.hidden))}"] = dense, {rivals.OWN: compile_model(dense)}
-    return {
-        **found,
-        "step": facts["progress"]["step"],
-        "event_rate": stream.counters.event_rate(),
-        "density": {name: float((p != 0).float().mean()) for name, p in weights.items()},
-        "density_of_all": sum(int((p != 0).sum()) for p in weights.values()) / sum(p.numel() for p in weights.values()),
-        "macs": macs,
-        "fewer_macs": whole / macs["macs_effective"],  # than the dense network whose decoder reads all words
-        "file_bytes": (folder / "paper.sfold").stat().st_size,
-        "i8_file_bytes": (folder / "paper-i8.sfold").stat().st_size,
-        "transfer_bytes": transfer.stat().st_size if transfer.exists() else None,
-        "rivals": f"dense networks: {rest}.",
-        "race": _race(networks, corpus.test, config.calls),
-    }
-
-
-def _sizes(hidden: Any) -> str:
-    return "x".join(map(str, hidden))
-
-
-def _as_many(weights: float, gates: int, layers: int, words: int) -> int:
-    """Units of each of ``layers`` equal layers, with an embedding and a decoder as wide, that make ``weights`` in products."""
-    a = 2 * gates * layers
-    units = (math.sqrt(words**2 + 4 * a * weights) - words) / (2 * a)
-    return max(1, 8 * round(units / 8) if units > 64 else round(units))  # a multiple of 8 suits whoever plays them
-
-
-def _dense(kind: str, units: int, layers: int, words: int) -> Stack:
-    torch.manual_seed(0)
-    make: Any = LSTM if kind == "lstm" else GRU
-    inner = [make(units, units) for _ in range(layers)]
-    return Stack(torch.nn.Embedding(words, units), *inner, torch.nn.Linear(units, words)).eval()
-
-
-def _race(
-    networks: Mapping[str, tuple[Stack, Mapping[str, Program]]], tokens: NDArray[np.int64], calls: int
-) -> list[dict[str, Any]]:
-    """Parity with torch first, then one race over the same tokens, one thread, pinned: ours on all, others on the dense ones.
-
-    A player gives the logits of all words after a token; of a decoder in clusters log p of the word that follows.
-    """
-    rows: list[dict[str, Any]] = []
-    players: dict[str, Any] = {}
-
-    def add(network: str, engine: str, call: Any, worst: float, ties: int, about: str, scores: bool = False) -> None:
-        bound = None if engine.endswith(("int8", "i8")) else rivals.PARITY_BOUND
-        if bound is not None and not worst <= bound:
-            raise rivals.ParityError(
-                f"{engine} on {network} differs from torch by {worst:.2e} in a logit, the bound is {bound:.0e}: nothing is timed."
-            )
-        parity = {"max_abs_error": worst, "bound": bound, "tokens": len(check) - ties, "near_ties": ties}
-        rival = not engine.startswith(rivals.OWN)
-        row = {"network": network, "engine": engine, "rival": rival, "settings": about, "parity": parity}
-        rows.append({**row, "scores": scores})
-        players[f"{network}/{engine}"] = (lambda both: call(*both)) if scores else (lambda both: call(both[0]))
-
-    check = tokens[:PARITY].tolist()
-    for name, (model, programs) in networks.items():
-        for own, program in programs.items():
-            engine, scores = Engine(program), isinstance(program.ops[-1], Cluster)
-            stream, weights = engine.stream(), own.removeprefix(rivals.OWN).strip() or "float32"
-            about = f"{weights}, {engine.isa}, 1 thread"
-            add(name, own, stream.score if scores else stream.step, *_parity(model, engine, check), about, scores)
-    for name, (model, _) in networks.items():
-        if isinstance(model[1], torch.nn.GRU | torch.nn.LSTM):
-            with torch.no_grad():
-                expected = model(torch.tensor(check)[:, None])[0][:, 0].numpy()
-            makers: list[Any] = [rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8]
-            if isinstance(model[1], torch.nn.LSTM):
-                makers.append(lambda m: rivals.onnx_runtime(m, int8=True))
-            for rival in (make(model) for make in makers):
-                logits = np.array([rival.call(token).copy() for token in check])
-                add(name, rival.name, rival.call, float(np.abs(logits - expected).max()), 0, rival.settings)
-    with pinned():
-        latencies = race(players, list(pairwise(tokens[: calls + 1].tolist())), rounds=20, warmup=100)
-    for row in rows:
-        row["latency_us"] = latencies[f"{row['network']}/{row['engine']}"].to_dict()
-    return rows
-
-
-@torch.no_grad()
-def _parity(model: Stack, engine: Engine, tokens: list[int]) -> tuple[float, int]:
-    """Largest difference of a logit from torch's, the engine's state set to torch's before each token, and the tokens left out.
-
-    They are those at which rounding may decide an event: of a lower layer, it is heard by those above in the same step.
-    """
-    stream, worst, ties = engine.stream(), 0.0, 0
-    state: StackState | None = None
-    for token in tokens:
-        if state is not None:
-            stream.load_state(rivals._engine_state(state))
-        logits, state, _ = model(torch.tensor([[token]]), state)
-        error = float(np.abs(logits[0, 0].numpy() - stream.step(token)).max())
-        if _near_tie(model, state):
-            ties += 1
-        else:
-            worst = max(worst, error)
-    return worst, ties
-
-
-def _near_tie(model: Stack, state: StackState) -> bool:
-    for module, layer in zip(model, state, strict=True):
-        if isinstance(module, EGRU):
-            found: Any = layer
-            u = torch.where(found.y > 0, found.y, found.h)  # before the reset
-            if float((u - module.get_parameter("threshold_l0")).abs().min()) < TIE:
-                return True
-    return False
