@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -331,15 +330,7 @@ def paper() -> str:
         took, c = r["training"], r["lm"]
         us = next(row["latency_us"]["p50"] for row in r["race"] if not row["rival"])
         size = "here from it" if r["start"] else f"{r['transfer_bytes'] / 1e6:.1f} MB"
-        rivals = ""
-        for narrow in (False, True):
-            played = [row for row in r["race"] if row["rival"] and (row["engine"] in _INT8) == narrow]
-            first = min(played, key=lambda row: row["latency_us"]["p50"], default=None)
-            found = (
-                first
-                and f"{first['latency_us']['p50']:.0f} = {first['latency_us']['p50'] / us:.1f}x ({first['network']})"
-            )
-            rivals += f"| {found or ''} "
+        rivals = "".join(f"| {_fastest(r['race'], us, narrow)} " for narrow in (False, True))
         lines.append(
             f"| {took['steps']:,}, {took['seconds']:.0f} | {c['drop_input']:g}, {c['drop_output']:g}, {c['drop_connect']:g} "
             f"| {r['valid_perplexity']:.1f} | {r['test_perplexity']:.1f} | {r['density_of_all']:.1%} | {r['event_rate']:.1%} "
@@ -355,71 +346,39 @@ def paper() -> str:
     return "\n".join(lines) + f"\n\n{about}"
 
 
-def card(path: Path) -> str:
-    """The card of a model of the zoo: what it is, what it was trained on and how, and what was counted and timed."""
-    r = json.loads(path.read_text())
-    name, lm, read, about, sizes = path.stem, r["lm"], r["read"], r["provenance"], r["corpus"]["bytes"]
-    macs, dense = (read["cost"][key] / read["cost"]["steps"] for key in ("macs_effective", "macs_dense"))
-    densities = ", ".join(f"{key} {value:.1%}" for key, value in r["density"].items())
-    rates = ", ".join(f"{layer['event_rate']:.1%}" for layer in read["event_rates"])
-    times = [(row["latency_us"]["p50"], row["network"], row["engine"]) for row in r["race"]]
-    ours = {engine: us for us, network, engine in times if network.startswith("egru")}
-    own, wide = ours["sparsefold i8"], ours["sparsefold"]
-    rows = [f"| {network} | {engine} | {us:.1f} | {us / own:.1f}x |" for us, network, engine in sorted(times)]
-    more, sha, threads = dense / macs, r["corpus"]["sha256"][:16], f"{lm['threads']} thread(s) of {about['processor']}"
-    units, megabytes, minutes = (
-        "+".join(map(str, lm["hidden"])),
-        r["file"]["bytes"] / 1e6,
-        r["training"]["seconds"] / 60,
-    )
-    newline = "\n"
-    return f"""# {name}
+def _fastest(race: list[dict[str, Any]], us: float, narrow: bool) -> str:
+    """The fastest rival of a race, with int8 weights or without: its time, how many times ours that is, and its network."""
+    played = [row for row in race if row["rival"] and (row["engine"] in _INT8) == narrow]
+    first = min(played, key=lambda row: row["latency_us"]["p50"], default=None)
+    if first is None:
+        return ""
+    return f"{first['latency_us']['p50']:.0f} = {first['latency_us']['p50'] / us:.1f}x ({first['network']})"
 
-A byte-level language model of English technical text: an event-based GRU of {units} units, pruned in blocks of 16x1, with
-int8 weights: {megabytes:.2f} MB. This card is written by `make docs` from [{path.name}]({path.name}).
 
-```bash
-sparsefold run zoo/{name}.sfold --prompt "{r["sample"]["prompt"]}"
-sparsefold eval zoo/{name}.sfold --text my.txt
-```
-
-| | |
-|---|---|
-| bits per character of the test split, by this file | {read["bits_per_char"]:.4f} |
-| the same network in float32: valid, test | {r["valid_bits"]:.4f}, {r["test_bits"]:.4f} |
-| weights that are left | {r["density_of_all"]:.1%} ({densities}) |
-| units that speak, layer by layer | {rates} |
-| MACs of a byte, embedding and decoder included (counted) | {macs:,.0f}; a dense network {dense:,.0f}, {more:.1f}x as many |
-| time of a byte on one core (measured) | {own:.1f} µs; in float32 {wide:.1f} µs |
-
-**Trained on** the reference text that CPython {r["python"]} carries as `pydoc_data.topics`: {sizes["train"]:,} bytes,
-{sizes["valid"]:,} and {sizes["test"]:,} more for validation and test, sha256 `{sha}…`. It is part of Python's documentation,
-© Python Software Foundation, [PSF licence version 2](https://docs.python.org/3/license.html). Other versions of Python carry
-other texts: `eval` without `--text` says so.
-
-**Trained by** {lm["steps"]:,} steps of {lm["batch"]} pieces of about {lm["bptt"]} bytes, {threads},
-{minutes:.0f} minutes with other work beside it, seed {lm["seed"]}:
-
-```bash
-{r["made"]}
-```
-
-**Time**: one race, one thread, pinned. The dense networks are untrained, for their time does not depend on weights, and have
-about as many weights as the event network before it was pruned. "sparsefold i8" on the event network is this file.
-
-| network | engine | µs of a byte, p50 | against this file |
-|---|---|---|---|
-{newline.join(rows)}
-
-{about["processor"]}, {about["isa"]}, commit {about["commit"]}.
-
-**Not for** anything but trying the library: it knows one small text, repeats pieces of it, and states falsehoods about Python
-with confidence. What it wrote, drawn at temperature 0.5, seed 0:
-
-```text
-{r["sample"]["text"].strip()}
-```
-"""
+def described() -> str:
+    """Runs of the recipe lm that ``sparsefold describe`` has described."""
+    files = sorted((ROOT / "results/lm").glob("*.json"))
+    if not files:
+        return "Not measured yet."
+    lines = [
+        "| network | steps, minutes | valid | test | events | MACs of a word | fewer than dense | µs of a word | int8 weights "
+        "| fastest dense rival: float32 | int8 | compiled, int8 | from |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in files:
+        r = json.loads(path.read_text())
+        took, name, valid = r["training"], r["race"][0]["network"], r["valid_perplexity"]
+        us, narrow = (row["latency_us"]["p50"] for row in r["race"] if row["network"] == name)
+        rates = ", ".join(f"{rate:.1%}" for rate in r["test_event_rates"])
+        lines.append(
+            f"| {name} | {took['steps']:,}, {took['seconds'] / 60:.0f} | {valid:.1f} | {r['test_perplexity']:.1f} "
+            f"| {rates} | {r['macs']['macs_effective']:,.0f} | {r['fewer_macs']:.1f}x | {us:.0f} | {narrow:.0f} "
+            f"| {_fastest(r['race'], us, False)} | {_fastest(r['race'], narrow, True)} "
+            f"| {r['file_bytes'] / 1e6:.1f} MB, {r['i8_file_bytes'] / 1e6:.1f} MB | [{path.name}](../{path.relative_to(ROOT)}) |"
+        )
+    about = r["provenance"]
+    where = f"{about['processor']}, {about['isa']}, one thread, pinned, one race; dense networks {r['rivals'].partition(': ')[2]}"
+    return "\n".join(lines) + f"\n\nEvents layer by layer, MACs counted on a sample, decoder included. {where}"
 
 
 def whole_byte() -> str:
@@ -933,6 +892,7 @@ SECTIONS = {
         "whole-byte": whole_byte,
         "multiply": multiplied,
         "wikitext2": wikitext2,
+        "medium": described,
         "kernels": kernels,
         "heatmap": heatmap,
     },
@@ -941,7 +901,6 @@ SECTIONS = {
 FIGURES = {"docs/heatmap.svg": heatmap_svg, "docs/training.svg": training_svg}
 FIGURES |= {"docs/pruning.svg": pruned_svg} if LATENCY.exists() else {}
 FIGURES |= {"docs/multiply.svg": multiply_svg} if MULTIPLY.exists() else {}
-FIGURES |= {f"zoo/{path.stem}.md": partial(card, path) for path in sorted((ROOT / "zoo").glob("*.json"))}
 
 
 def render(text: str, sections: dict[str, Any]) -> str:
