@@ -5,7 +5,7 @@ measured. Times are medians of device events over turns that all players take; w
 said of quality. Our kernels are compared with the reference first. Without a GPU nothing is measured and nothing written.
 
 Training: forward and backward of one layer, the gradient of x included, on random dense x. ``unrolled loop`` is the reference
-cell. float32 is without TF32 where a line does not say otherwise; "three products" are `sparsefold.nn.gpu.window.THIRDS`, whose
+cell. float32 is without TF32 where a line does not say otherwise; "3xTF32" are `sparsefold.nn.gpu.window.TF32X3`, whose
 error stands beside that of torch's own in the lines ``product``. A step: batch 1, three layers of 1350 units; ours keeps 10 %
 of its 16x1 blocks and about 10 % of its units speak, the rivals are dense. An epoch: as many windows as PTB has, of random
 tokens, with optimiser.
@@ -118,13 +118,13 @@ def training(device: torch.device, units: int, batch: int, dtype: torch.dtype, f
 
         return call
 
-    def in_thirds(call: Callable[[], None]) -> Callable[[], None]:
+    def as_3xtf32(call: Callable[[], None]) -> Callable[[], None]:
         def three() -> None:
-            gpu.window.THIRDS = True
+            gpu.window.TF32X3 = True
             try:
                 call()
             finally:
-                gpu.window.THIRDS = False
+                gpu.window.TF32X3 = False
 
         return three
 
@@ -141,9 +141,9 @@ def training(device: torch.device, units: int, batch: int, dtype: torch.dtype, f
         for rival, kind in (("nn.GRU (cuDNN)", nn.GRU), ("nn.LSTM (cuDNN)", nn.LSTM)):
             players[f"{rival}, float32 under autocast"] = module(kind(units, units).to(device), wide)
     if dtype == torch.float32 and not fast:
-        players["ours, EGRU, three products"] = in_thirds(players["ours, EGRU"])
-        players["ours, GRU, three products"] = in_thirds(players["ours, GRU"])
-        players["ours, LSTM, three products"] = in_thirds(players["ours, LSTM"])
+        players["ours, EGRU, 3xTF32"] = as_3xtf32(players["ours, EGRU"])
+        players["ours, GRU, 3xTF32"] = as_3xtf32(players["ours, GRU"])
+        players["ours, LSTM, 3xTF32"] = as_3xtf32(players["ours, LSTM"])
     if loop:
         players["unrolled loop"] = module(unrolled)
     times = race(players)
@@ -185,7 +185,7 @@ def products(device: torch.device) -> list[Line]:
             with gpu.window._tf32():
                 return torch.mm(a, weight.t())
 
-        calls = {"torch, float32": lambda a=a: torch.mm(a, weight.t()), "three products": three, "torch, TF32": once}
+        calls = {"torch, float32": lambda a=a: torch.mm(a, weight.t()), "3xTF32": three, "torch, TF32": once}
         exact = a.double() @ weight.double().t()
         off = {name: float((call() - exact).abs().max()) for name, call in calls.items()}
         repeats = 5 if rows > 64 else 50

@@ -315,18 +315,22 @@ def on_a_gpu() -> str:
     return "\n".join(lines).strip() + f"\n\n{where} From [{path.name}](../{path.relative_to(ROOT)})."
 
 
+def _results(recipe: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The committed results of a recipe, by name."""
+    return [(path, json.loads(path.read_text())) for path in sorted((ROOT / "results" / recipe).glob("*.json"))]
+
+
+def _table(columns: tuple[str, ...], rows: list[str], about: str) -> str:
+    """A table and what is to be said of it."""
+    if not rows:
+        return "Not measured yet."
+    return "\n".join([f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *rows]) + f"\n\n{about}"
+
+
 def paper() -> str:
     """Runs of the recipe ptb-paper: what they took, and what came of them."""
-    files = sorted((ROOT / "results/paper").glob("*.json"))
-    if not files:
-        return "Not measured yet."
-    lines = [
-        "| steps, seconds | dropout of input, output, weights | valid | test | density | events | MACs | fewer than dense "
-        "| µs of a word | fastest dense rival: float32 | int8 | compiled | transfer | from |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for path in files:
-        r = json.loads(path.read_text())
+    lines = []
+    for path, r in _results("paper"):
         took, c = r["training"], r["lm"]
         us = next(row["latency_us"]["p50"] for row in r["race"] if not row["rival"])
         size = "here from it" if r["start"] else f"{r['transfer_bytes'] / 1e6:.1f} MB"
@@ -343,7 +347,11 @@ def paper() -> str:
         "processor to which the trained network came as a transfer checkpoint. Dense rivals are untrained and have about as many "
         "weights, embedding and decoder counted, in equal layers."
     )
-    return "\n".join(lines) + f"\n\n{about}"
+    columns = (
+        "steps, seconds", "dropout of input, output, weights", "valid", "test", "density", "events", "MACs", "fewer than dense",
+        "µs of a word", "fastest dense rival: float32", "int8", "compiled", "transfer", "from",
+    )  # fmt: skip
+    return _table(columns, lines, about)
 
 
 def _fastest(race: list[dict[str, Any]], us: float, narrow: bool) -> str:
@@ -357,28 +365,37 @@ def _fastest(race: list[dict[str, Any]], us: float, narrow: bool) -> str:
 
 def described() -> str:
     """Runs of the recipe lm that ``sparsefold describe`` has described."""
-    files = sorted((ROOT / "results/lm").glob("*.json"))
-    if not files:
-        return "Not measured yet."
-    lines = [
-        "| network | steps, minutes | valid | test | events | MACs of a word | fewer than dense | µs of a word | int8 weights "
-        "| fastest dense rival: float32 | int8 | compiled, int8 | from |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for path in files:
-        r = json.loads(path.read_text())
-        took, name, valid = r["training"], r["race"][0]["network"], r["valid_perplexity"]
-        us, narrow = (row["latency_us"]["p50"] for row in r["race"] if row["network"] == name)
+    lines, about = [], ""
+    for path, r in _results("lm"):
+        c, steps, minutes = r["lm"], r["training"]["steps"], r["training"]["seconds"] / 60
+        passes = steps * c["batch"] * c["bptt"] / r["corpus"]["words"]["train"]
+        ours = {
+            row["engine"]: row["latency_us"]["p50"]
+            for row in r["race"]
+            if not row["rival"] and row["network"].startswith("egru")
+        }
+        us, narrow = ours["sparsefold"], ours["sparsefold i8"]
         rates = ", ".join(f"{rate:.1%}" for rate in r["test_event_rates"])
+        macs, fewer = r["macs"]["macs_effective"], r["fewer_macs"]
+        wide, rounded = (f"{2 ** r[f'{kind}_sample_bits']:.1f}" for kind in ("f32", "i8"))
         lines.append(
-            f"| {name} | {took['steps']:,}, {took['seconds'] / 60:.0f} | {valid:.1f} | {r['test_perplexity']:.1f} "
-            f"| {rates} | {r['macs']['macs_effective']:,.0f} | {r['fewer_macs']:.1f}x | {us:.0f} | {narrow:.0f} "
-            f"| {_fastest(r['race'], us, False)} | {_fastest(r['race'], narrow, True)} "
+            f"| egru {'+'.join(map(str, c['hidden']))} | {steps:,}, {passes:.0f}, {minutes:.0f} | {r['valid_perplexity']:.1f} "
+            f"| {r['test_perplexity']:.1f} | {wide}, {rounded} | {rates} | {macs:,.0f} | {fewer:.1f}x "
+            f"| {us:.0f} | {narrow:.0f} | {_fastest(r['race'], us, False)} | {_fastest(r['race'], narrow, True)} "
             f"| {r['file_bytes'] / 1e6:.1f} MB, {r['i8_file_bytes'] / 1e6:.1f} MB | [{path.name}](../{path.relative_to(ROOT)}) |"
         )
-    about = r["provenance"]
-    where = f"{about['processor']}, {about['isa']}, one thread, pinned, one race; dense networks {r['rivals'].partition(': ')[2]}"
-    return "\n".join(lines) + f"\n\nEvents layer by layer, MACs counted on a sample, decoder included. {where}"
+        where, rivals = r["provenance"], r["rivals"].partition(": ")[2]
+        about = (
+            "Events layer by layer; MACs counted on the sample, the first words of the test split, decoder included; rivals in "
+            f"float32 are compared with ours in float32, in int8 with ours in int8. {where['processor']}, {where['isa']}, one "
+            f"thread, pinned, one race after parity with torch; dense networks {rivals}"
+        )
+    columns = (
+        "network", "steps, passes, minutes", "valid", "test", "sample: float32, int8", "events", "MACs of a word",
+        "fewer than dense", "µs of a word", "with int8 weights", "fastest dense rival: float32", "int8", "compiled, with int8",
+        "from",
+    )  # fmt: skip
+    return _table(columns, lines, about)
 
 
 def whole_byte() -> str:

@@ -211,11 +211,10 @@ def _need_torch() -> None:
 def _demo(args: argparse.Namespace) -> None:
     _need_torch()
     from sparsefold.recipes.demo import DemoError, demo
-    from sparsefold.recipes.rivals import ParityError
 
     try:
         demo(args.out, fresh=args.fresh, steps=args.steps, full=args.full)
-    except (DemoError, ParityError) as error:
+    except DemoError as error:
         raise SystemExit(f"sparsefold: {error}") from error
 
 

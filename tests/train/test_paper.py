@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from sparsefold.cli import main
 from sparsefold.data import load_corpus, load_text
+from sparsefold.engine import Engine
+from sparsefold.language import evaluate
 from sparsefold.nn import EGRU, Stack
 from sparsefold.program import Program
 from sparsefold.recipes import describe, lm, paper, rivals
@@ -416,33 +419,103 @@ def test_dense_networks_of_as_many_weights_are_timed_where_their_engines_are(con
         paper.run(replace(config, rivals=True), folder)
 
 
-def test_a_run_of_the_recipe_lm_is_described_by_a_command(text, tmp_path, capsys):
-    words = [f"corpus={text}", "steps=6", "hidden=12x8", "batch=4", "bptt=16", "cutoffs=20x60", "checkpoint_minutes=60"]
-    folder = tmp_path / "run"
-    assert main(["train", "lm", *words, "--out", str(folder)]) == 0
+@pytest.fixture
+def lm_run(text, tmp_path):
+    """Folder of a run of the recipe lm on a text of its own."""
+    shutil.copy(text, tmp_path / "b.txt")
+
+    def train(*words):
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        short = [f"corpus={tmp_path / 'b.txt'}", "steps=6", "batch=4", "bptt=16", "checkpoint_minutes=60"]
+        assert main(["train", "lm", *short, *words, "--out", str(folder)]) == 0
+        return folder
+
+    return train
+
+
+def described(folder, *words):
+    """What the command says, and what it writes."""
+    assert main(["describe", str(folder), "--calls", "200", *words]) == 0
+    return json.loads((folder / "described.json").read_text())
+
+
+def test_a_run_of_the_recipe_lm_is_described_by_a_command(lm_run, capsys):
+    folder = lm_run("hidden=12x8", "cutoffs=20x60")
     capsys.readouterr()
-    assert main(["describe", str(folder), "--no-rivals", "--calls", "200"]) == 0
+    found = described(folder, "--no-rivals")
     out = capsys.readouterr().out.splitlines()
-    found = json.loads((folder / "described.json").read_text())
     assert out[0].startswith(f"perplexity {found['test_perplexity']:.2f} on the test split") and "us mean" in out[1]
     assert out[-1] == str(folder / "described.json")
     assert found["schema"] == "sparsefold-described/1" and found["training"]["step"] == found["training"]["steps"] == 6
     assert found["race"][0]["network"] == "egru-12x8" and found["lm"]["hidden"] == [12, 8]
     assert found["file_bytes"] == (folder / "described.sfold").stat().st_size
-    assert main(["describe", str(folder), "--calls", "10"]) == 2
-    assert main(["describe", str(tmp_path / "none")]) == 2
-    Path(text).write_text("another text\n" * 500)
-    try:
-        assert main(["describe", str(folder), "--no-rivals"]) == 2
-    finally:
-        corpus = load_text()
-        Path(text).write_bytes(bytes(corpus.vocabulary[t] for t in corpus.train[5000:25_000]))
-    err = capsys.readouterr().err
-    assert "at least 200, got 10" in err and "was trained on another text than a.txt is now" in err
-    short = ["file=" + text, "steps=2", "hidden=8", "batch=2", "window=8"]
-    assert main(["train", "text", *short, "--out", str(tmp_path / "text")]) == 0
-    assert main(["describe", str(tmp_path / "text")]) == 2
-    assert "holds a run of the recipe text; this describes those of lm" in capsys.readouterr().err
+    corpus = load_corpus(found["lm"]["corpus"], "word")
+    for kind, file in (("f32", "described.sfold"), ("i8", "described-i8.sfold")):
+        stream = Engine(Program.load(folder / file)).stream()
+        assert found[f"{kind}_sample_bits"] == evaluate(stream, corpus.test[: describe.SAMPLE + 1])
+
+
+def test_a_dense_network_is_described_beside_others_that_play_it(lm_run, capsys):
+    pytest.importorskip("onnxruntime", reason="rivals need ONNX Runtime: pip install 'sparsefold[bench]'.")
+    found = described(lm_run("cell=lstm", "hidden=8x8"))
+    assert {row["network"] for row in found["race"]} == {"lstm-8x8"}
+    assert len(found["race"]) == 2 + 5 and found["event_rate"] is None
+    assert found["macs"]["macs_dense"] == pytest.approx(found["fewer_macs"] * found["macs"]["macs_effective"])
+    assert "events" not in capsys.readouterr().out.splitlines()[-9]
+    for words in (["cell=gru", "hidden=8x12"], ["cell=lstm", "hidden=8", "cutoffs=20"]):  # no other engine plays these
+        assert len(described(lm_run(*words))["race"]) == 2
+
+
+def test_what_cannot_be_described_is_refused_with_a_sentence(lm_run, text, tmp_path, capsys):
+    folder = lm_run("hidden=8")
+
+    def refused(where, sentence, *words):
+        capsys.readouterr()
+        assert main(["describe", str(where), "--no-rivals", *words]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not (where / "described.json").exists()
+
+    refused(folder, "at least 200, got 10", "--calls", "10")
+    refused(tmp_path / "none", "there is no checkpoint")
+    changes = {
+        "no about": lambda t, f: f.pop("about"),
+        "a list": lambda t, f: f.update(about=[]),
+        "no progress": lambda t, f: f.pop("progress"),
+        "no config": lambda t, f: f["about"].pop("config"),
+        "no corpus": lambda t, f: f["about"].pop("corpus"),
+        "no words": lambda t, f: f["about"].update(vocabulary=[]),
+        "nan": lambda t, f: t["model.2.weight_hh_l0"].fill_(math.nan),
+        "fewer": lambda t, f: t.pop("model.2.weight_hh_l0"),
+    }
+    another = "was trained on another text"
+    sentences = {
+        "no config": "does not say the settings", "no corpus": another, "no words": another,
+        "nan": "every weight must be finite", "fewer": "other weights than",
+    }  # fmt: skip
+    for name, change in changes.items():
+        shutil.copytree(folder, tmp_path / name)
+        for file in ("best.safetensors", "last.safetensors"):
+            damaged(folder / file, tmp_path / name / file, lambda t, f, m, change=change: change(t, f))
+        refused(tmp_path / name, sentences.get(name, "does not say what run it is of"))
+    assert (
+        main(
+            [
+                "train",
+                "text",
+                f"file={text}",
+                "steps=2",
+                "hidden=8",
+                "batch=2",
+                "window=8",
+                "--out",
+                str(tmp_path / "t"),
+            ]
+        )
+        == 0
+    )
+    refused(tmp_path / "t", "holds a run of the recipe text; this describes those of lm")
+    (tmp_path / "b.txt").write_text("another text\n" * 500)
+    refused(folder, "was trained on another text than b.txt is now")
 
 
 @torch.no_grad()

@@ -61,7 +61,13 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is no checkpoint that this version of sparsefold reads ({known}). "
             "Pass the folder of a run, or one of its .safetensors files."
         )
-    return tensors, json.loads(meta["facts"])
+    try:
+        facts = json.loads(meta["facts"])
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(key), dict) for key in ("about", "progress")):
+        raise ValueError(f"{path} does not say what run it is of: it is damaged. Train anew in another folder (--out).")
+    return tensors, facts
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

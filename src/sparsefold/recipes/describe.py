@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +22,14 @@ from numpy.typing import NDArray
 from sparsefold.bench import pinned, provenance, race
 from sparsefold.data import Corpus, load_corpus
 from sparsefold.engine import Engine
+from sparsefold.language import evaluate
 from sparsefold.lowering import compile_model
 from sparsefold.nn import EGRU, GRU, LSTM, Stack, StackState
 from sparsefold.program import Cluster, Program, write_atomically
 from sparsefold.recipes import lm, rivals
 from sparsefold.recipes._checkpoint import read_checkpoint
+from sparsefold.recipes._config import from_dict
+from sparsefold.recipes._lm_config import Config
 from sparsefold.recipes._windows import stream_bits
 
 SCHEMA = "sparsefold-described/1"
@@ -43,23 +47,25 @@ def run(folder: Path, data_dir: str = "", with_rivals: bool = True, calls: int =
     """
     if calls < 200:
         raise ValueError(f"calls is at least 200, got {calls}: fewer make no median of a race.")
-    facts = read_checkpoint(_best(folder))[1]
-    about = facts["about"]
-    if about.get("recipe") != "lm":
+    facts, last = read_checkpoint(_best(folder))[1], folder / "last.safetensors"
+    about, recipe = facts["about"], facts["about"].get("recipe")
+    if recipe != "lm":
         raise ValueError(
-            f"{folder} holds a run of the recipe {about.get('recipe')}; this describes those of lm, ptb, wikitext2 and ptb-paper."
+            f"{folder} holds a run of the recipe {recipe}; this describes those of lm, ptb, wikitext2 and ptb-paper."
         )
-    made, last = about["config"], folder / "last.safetensors"
+    if not isinstance(about.get("config"), dict):
+        raise ValueError(f"{folder} does not say the settings of its run: it is damaged.")
     done = (read_checkpoint(last)[1] if last.exists() else facts)["progress"]
+    made = asdict(from_dict(Config, about["config"]))
     corpus = load_corpus(made["corpus"], made["level"], data_dir or made["data_dir"] or None)
-    if corpus.sha256 != about["corpus"]["sha256"]:
+    if any(about.get(key) != value for key, value in corpus.metadata().items()):
         raise ValueError(f"{folder} was trained on another text than {corpus.source} is now. Restore the text.")
     result = {
-        "recipe": about["recipe"],
+        "recipe": recipe,
         "schema": SCHEMA,
         "lm": made,
         "corpus": corpus.to_dict(),
-        "training": {"steps": made["steps"], "step": done["step"], "seconds": done["seconds"]},
+        "training": {"steps": made["steps"], "step": done.get("step"), "seconds": done.get("seconds")},
         **describe(folder, corpus, torch.device("cpu"), with_rivals, calls),
         "provenance": provenance(f"sparsefold describe {folder}"),
     }
@@ -73,8 +79,9 @@ def told(result: Mapping[str, Any]) -> str:
         quality = f"perplexity {result['test_perplexity']:.2f} on the test split and {result['valid_perplexity']:.2f}"
     else:
         quality = f"{result['test_bits']:.4f} bits per character on the test split and {result['valid_bits']:.4f}"
+    events = "" if result["event_rate"] is None else f"events {result['event_rate']:.1%}, "
     lines = [
-        f"{quality} on the validation split; density {result['density_of_all']:.1%}, events {result['event_rate']:.1%}, "
+        f"{quality} on the validation split; density {result['density_of_all']:.1%}, {events}"
         f"{result['macs']['macs_effective']:,.0f} MACs per token, {result['fewer_macs']:.1f} times fewer than dense"
     ]
     for row in result["race"]:
@@ -107,11 +114,10 @@ def describe(
         bits, rates = stream_bits(model, getattr(corpus, split))
         found |= {f"{split}_perplexity": 2.0**bits, f"{split}_bits": bits, f"{split}_event_rates": rates}
     model.cpu()
-    stream = Engine(program).stream()
-    if isinstance(program.ops[-1], Cluster):
-        stream.score(corpus.test[:SAMPLE], corpus.test[1 : SAMPLE + 1])
-    else:
-        stream.run(corpus.test[:SAMPLE])
+    stream, rounded = (Engine(p).stream() for p in (program, narrow))
+    sampled = {
+        f"{kind}_sample_bits": evaluate(s, corpus.test[: SAMPLE + 1]) for kind, s in (("f32", stream), ("i8", rounded))
+    }
     macs = stream.cost.to_dict()
     made = facts["about"]["config"]
     hidden, gates = made["hidden"], 4 if made["cell"] == "lstm" else 3
@@ -127,6 +133,8 @@ def describe(
     missing = [name for name in ("onnx", "onnxruntime", "openvino") if find_spec(name) is None]
     if with_rivals and missing:
         rest = f"not timed: {', '.join(missing)} is missing here: pip install 'sparsefold[bench]'"
+    elif with_rivals and made["cell"] != "egru":
+        rest = "this one itself, where other engines can play it: equal layers, and a decoder of all words"
     elif with_rivals:
         rest = "untrained, for time does not depend on weights; about as many weights as this one before pruning, in equal layers"
         for kind, gates in (("lstm", 4), ("gru", 3)):
@@ -135,8 +143,9 @@ def describe(
             networks[f"{kind}-{_sizes([units] * len(hidden))}"] = dense, {rivals.OWN: compile_model(dense)}
     return {
         **found,
+        **sampled,
         "step": facts["progress"]["step"],
-        "event_rate": stream.counters.event_rate(),
+        "event_rate": stream.counters.event_rate() if made["cell"] == "egru" else None,
         "density": {name: float((p != 0).float().mean()) for name, p in weights.items()},
         "density_of_all": sum(int((p != 0).sum()) for p in weights.values()) / sum(p.numel() for p in weights.values()),
         "macs": macs,
@@ -145,7 +154,7 @@ def describe(
         "i8_file_bytes": (folder / f"{name}-i8.sfold").stat().st_size,
         "transfer_bytes": transfer.stat().st_size if transfer.exists() else None,
         "rivals": f"dense networks: {rest}.",
-        "race": _race(networks, corpus.test, calls),
+        "race": _race(networks, corpus.test, calls, with_rivals and not missing),
     }
 
 
@@ -168,7 +177,10 @@ def _dense(kind: str, units: int, layers: int, words: int) -> Stack:
 
 
 def _race(
-    networks: Mapping[str, tuple[Stack, Mapping[str, Program]]], tokens: NDArray[np.int64], calls: int
+    networks: Mapping[str, tuple[Stack, Mapping[str, Program]]],
+    tokens: NDArray[np.int64],
+    calls: int,
+    with_rivals: bool,
 ) -> list[dict[str, Any]]:
     """Parity with torch first, then one race over the same tokens, one thread, pinned: ours on all, others on the dense ones.
 
@@ -197,7 +209,7 @@ def _race(
             about = f"{weights}, {engine.isa}, 1 thread"
             add(name, own, stream.score if scores else stream.step, *_parity(model, engine, check), about, scores)
     for name, (model, _) in networks.items():
-        if isinstance(model[1], torch.nn.GRU | torch.nn.LSTM):
+        if with_rivals and _for_others(model):
             with torch.no_grad():
                 expected = model(torch.tensor(check)[:, None])[0][:, 0].numpy()
             makers: list[Any] = [rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8]
@@ -211,6 +223,16 @@ def _race(
     for row in rows:
         row["latency_us"] = latencies[f"{row['network']}/{row['engine']}"].to_dict()
     return rows
+
+
+def _for_others(model: Stack) -> bool:
+    """Whether other engines can play it."""
+    dense = all(isinstance(layer, torch.nn.GRU | torch.nn.LSTM) for layer in list(model)[1:-1])
+    return (
+        dense
+        and isinstance(model[-1], torch.nn.Linear)
+        and len({layer.hidden_size for layer in list(model)[1:-1]}) == 1
+    )
 
 
 @torch.no_grad()

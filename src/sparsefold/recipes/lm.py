@@ -220,7 +220,10 @@ def load(path: Path) -> tuple[Stack, dict[str, Any]]:
     words = len(facts["about"]["vocabulary"]) + (config.level == "byte")
     model = build(replace(config, samples=0), words)
     mean = part(tensors, "average.mean.")
-    model.load_state_dict(whole({**part(tensors, "model."), **mean}, model))
+    try:
+        model.load_state_dict(whole({**part(tensors, "model."), **mean}, model))
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} holds other weights than its own settings ask for: it is damaged. {error}") from error
     return plain(model.eval()), facts
 
 

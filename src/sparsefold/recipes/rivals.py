@@ -34,7 +34,7 @@ ROUNDED_BOUND = 2e-2  # the int8 code of an input may be one more: 1/127 of the 
 TIMED_BYTES = 6_000
 
 
-class ParityError(RuntimeError):
+class ParityError(FloatingPointError):
     """An engine that disagrees with its reference."""
 
 

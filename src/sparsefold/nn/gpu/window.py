@@ -24,7 +24,7 @@ _ROOMS, _GRAPHS = 16, 64  # at most, the room used last staying longest; graphs 
 _PAD = 16  # rows begin at multiples of 32 bytes or more, as products on tensor cores want them
 _BLOCK = 256
 # Whether float32 without TF32 is multiplied as three products in TF32, which lose about as little (`split`). Not timed yet.
-THIRDS = False
+TF32X3 = False
 _rooms: OrderedDict[Any, Room] = OrderedDict()
 _pools: dict[Any, Any] = {}
 _lock = threading.Lock()
@@ -53,7 +53,7 @@ class Size:
     parts: tuple[int, ...]  # gates of each product of a step
     io: torch.dtype
     matmul: torch.dtype
-    thirds: bool
+    tf32x3: bool
 
     @property
     def gates(self) -> int:
@@ -79,8 +79,8 @@ class Room:
         self.weight = zeros(size.gates * HP, HP)
         edges = [HP * sum(size.parts[:k]) for k in range(len(size.parts) + 1)]
         self.rows = [slice(*pair) for pair in pairwise(edges)]  # of each product
-        self.ahead_weight = zeros(size.gates * HP, 3 * HP) if size.thirds else self.weight
-        self.back_weights = [zeros(3 * gates * HP, HP) for gates in size.parts if size.thirds]
+        self.ahead_weight = zeros(size.gates * HP, 3 * HP) if size.tf32x3 else self.weight
+        self.back_weights = [zeros(3 * gates * HP, HP) for gates in size.parts if size.tf32x3]
         self.products = [zeros(B, gates * HP) for gates in size.parts]
         self.q = [zeros(B, gates * HP) for gates in size.parts]
         self.said, self.scaled = zeros(B, HP), zeros(B, HP)
@@ -115,7 +115,7 @@ class Room:
         """The recurrent weight (gates · H, H) of the layer that is to run, in the products' dtype and rows."""
         H, gates = self.size.units, self.size.gates
         self.weight.view(gates, self.width, self.width)[:, :H, :H].copy_(weight.reshape(gates, H, H))
-        if self.size.thirds:
+        if self.size.tf32x3:
             split(self.weight, 1, RIGHT, self.ahead_weight)
             for rows, back in zip(self.rows, self.back_weights, strict=True):
                 split(self.weight[rows], 0, RIGHT, back)
@@ -123,7 +123,7 @@ class Room:
     def ahead(self, said: Tensor, part: int, out: Tensor) -> None:
         """Into out (B, gates · HP) what was said (B, HP) times the weight of this part's gates."""
         weight = self.ahead_weight[self.rows[part]].t()
-        if self.size.thirds:
+        if self.size.tf32x3:
             with _tf32():
                 torch.mm(split(said, 1, LEFT), weight, out=out)
         else:
@@ -131,7 +131,7 @@ class Room:
 
     def back(self, q: Tensor, part: int, out: Tensor) -> None:
         """Into out (B, HP) gradients q (B, gates · HP) times the weight, the other way round."""
-        if self.size.thirds:
+        if self.size.tf32x3:
             with _tf32():
                 torch.mm(split(q, 1, LEFT), self.back_weights[part], out=out)
         else:
@@ -174,7 +174,7 @@ class Room:
 def room(batch: int, units: int, parts: tuple[int, ...], like: Tensor, matmul: torch.dtype) -> Room:
     """The room of layers of this size on the device and stream of `like`."""
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    size = Size(like.device, stream, batch, units, parts, like.dtype, matmul, in_thirds(matmul))
+    size = Size(like.device, stream, batch, units, parts, like.dtype, matmul, in_3xtf32(matmul))
     with _lock, torch.inference_mode(False):  # a room outlasts the mode it was first needed in
         if size not in _rooms:
             _rooms[size] = Room(size)
@@ -189,9 +189,9 @@ def precision() -> str:
     return str(torch.backends.cuda.matmul.fp32_precision)
 
 
-def in_thirds(dtype: torch.dtype) -> bool:
+def in_3xtf32(dtype: torch.dtype) -> bool:
     """Whether products of this dtype are made of three."""
-    return THIRDS and dtype == torch.float32 and precision() != "tf32"
+    return TF32X3 and dtype == torch.float32 and precision() != "tf32"
 
 
 LEFT, RIGHT = "hlh", "hhl"  # of a product's two factors, the high and the low part: a⁺b⁺ + a⁻b⁺ + a⁺b⁻
@@ -227,8 +227,8 @@ def _tf32() -> Iterator[None]:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """The product of a (M, K) and b (K, N): torch's own product, or three where THIRDS says so."""
-    if not in_thirds(a.dtype):
+    """The product of a (M, K) and b (K, N): torch's own product, or three where TF32X3 says so."""
+    if not in_3xtf32(a.dtype):
         return torch.mm(a, b, out=out)
     with _tf32():
         return torch.mm(split(a, 1, LEFT), split(b, 0, RIGHT), out=out)
