@@ -405,6 +405,7 @@ def main() -> None:
     """Measures and writes bench/results/<GPU>/gpu-<date>-<commit>.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", type=float, default=20.0, help="minutes after which no further part begins")
+    parser.add_argument("--only", nargs="+", metavar="WORDS", help="parts whose name holds one of these")
     parser.add_argument("--commit", help="of the files, where they are no checkout")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     args = parser.parse_args()
@@ -423,6 +424,8 @@ def main() -> None:
     gate(device)
     lines: list[Line] = []
     all_parts, skipped = list(parts(device)), []
+    if args.only:
+        all_parts = [part for part in all_parts if any(words in part[0] for words in args.only)]
     with Progress(len(all_parts), "gpu") as progress:
         for done, (name, measure) in enumerate(all_parts, 1):
             if time.monotonic() > end:

@@ -31,6 +31,14 @@ def test_it_is_the_equation_written_out() -> None:
     torch.testing.assert_close(module(x[None, None])[0, 0].exp(), torch.stack(expected))
 
 
+def test_each_word_has_the_vector_that_its_logit_multiplies() -> None:
+    module, x = decoder().double(), torch.randn(12).double()
+    assert module.vectors().shape == (30, 12)
+    logits = [module.head(x)[:5], *(tail(x) for tail in module.tails)]
+    biases = [module.head.bias[:5], *(tail.get_parameter("1.bias") for tail in module.tails)]
+    torch.testing.assert_close(module.vectors() @ x, torch.cat(logits) - torch.cat(biases))
+
+
 def test_it_is_torchs_adaptive_softmax() -> None:
     module = AdaptiveDecoder(16, 30, CUTOFFS, divide=2.0).eval()
     theirs = torch.nn.AdaptiveLogSoftmaxWithLoss(16, 30, [*CUTOFFS], div_value=2.0, head_bias=True)

@@ -22,7 +22,7 @@ from sparsefold.cli import main
 from sparsefold.data import load_corpus, load_text
 from sparsefold.engine import Engine
 from sparsefold.lowering import compile_model
-from sparsefold.nn import EGRU, GRU, LSTM, Stack
+from sparsefold.nn import EGRU, GRU, LSTM, AdaptiveDecoder, Stack
 from sparsefold.recipes import _loop, lm
 from sparsefold.recipes._checkpoint import Progressed, read_checkpoint, save_checkpoint
 from sparsefold.recipes._config import from_dict, override
@@ -65,7 +65,7 @@ def test_every_default_survives_the_command_line_and_json(setting):
         (["snapshots=0.1,0.5"], "snapshots"), (["snapshots=1.5,0.5"], "snapshots"), (["snapshots=0.5,0"], "snapshots"),
         (["snapshots=0.5", "density=0.5"], "leave density out"), (["snapshots=x"], "numbers like 0.5,0.25"),
         (["drop_input=1"], "drop_input"), (["lr=0"], "lr"), (["prune_begin=0.9"], "prune_begin"),
-        (["cutoffs=0x5"], "cutoffs"), (["cutoffs=9x5"], "cutoffs"), (["cutoffs=5", "tied=true"], "leave out tied"),
+        (["cutoffs=0x5"], "cutoffs"), (["cutoffs=9x5"], "cutoffs"),
         (["divide=0"], "divide"), (["decoder_frequency=2"], "decoder_frequency"),
         (["surrogate_width=0"], "surrogate_width"), (["cell=rnn"], "cell"), (["precision=half"], "precision"),
     ],
@@ -139,6 +139,30 @@ def test_tied_weights_are_one_parameter_with_the_gradient_of_both():
     torch.testing.assert_close(tied[0].weight.grad, apart[0].weight.grad + apart[-1].weight.grad)
 
 
+def test_an_embedding_that_shares_an_adaptive_softmaxs_weights_has_none_and_adds_its_gradient():
+    config = resolved(Config(cell="lstm", hidden=(6,), steps=1, drop_input=0, drop_output=0, cutoffs=(3, 7), tied=True))
+    tied, apart = build(config, 11).double(), build(replace(config, tied=False), 11).double()
+    assert [n for n, _ in apart.named_parameters() if n not in dict(tied.named_parameters())] == ["0.weight"]
+    apart.load_state_dict({"0.weight": tied[-1].vectors().detach(), **tied.state_dict()})
+    tokens = torch.arange(22).view(11, 2) % 11
+    for model in (tied, apart):
+        logp = model(model[-1].targets(tokens))[0]
+        model[-1].loss(logp, tokens).backward()
+    through = torch.autograd.grad(
+        tied[-1].vectors(), list(tied[-1].parameters()), apart[0].weight.grad, allow_unused=True
+    )
+    for one, other, more in zip(tied[-1].parameters(), apart[-1].parameters(), through, strict=True):
+        torch.testing.assert_close(one.grad, other.grad if more is None else other.grad + more)
+
+
+def test_vectors_shared_with_an_adaptive_softmax_start_as_long_as_others():
+    config = resolved(Config(hidden=(300,), steps=1, cutoffs=(100, 400), tied=True))
+    table = build(config, 1000)[0].table().detach() / config.embedding_scale
+    lengths = table.norm(dim=1)  # of 300 numbers drawn from [-0.1, 0.1): 1
+    for part in (lengths[:100], lengths[100:400], lengths[400:]):
+        assert part.mean() == pytest.approx(1, abs=0.1)
+
+
 def test_the_price_of_outputs_and_of_their_change_is_the_papers():
     config = resolved(Config(cell="egru", hidden=(5, 6), steps=1, drop_output=0.5, alpha=2.0, beta=3.0))
     model = build(config, 11).double().train()
@@ -204,10 +228,12 @@ def test_the_sum_over_a_sample_of_words_is_right_on_average():
 
 @pytest.mark.parametrize("cell", ["egru", "gru", "lstm"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_what_compiles_plays_as_what_was_trained(cell, tied):
-    config = resolved(Config(cell=cell, hidden=(7, 6), embedding=None if tied else 5, tied=tied, steps=1, samples=3))
-    model = build(config, 11, torch.full((11,), 1 / 11))
-    assert [type(m) for m in model[2::2]] == [{"egru": EGRU, "gru": GRU, "lstm": LSTM}[cell]] * 2 + [SampledLinear]
+@pytest.mark.parametrize("cutoffs", [(), (2, 5)], ids=str)
+def test_what_compiles_plays_as_what_was_trained(cell, tied, cutoffs):
+    said = {"hidden": (7, 6), "embedding": None if tied else 5, "tied": tied, "cutoffs": cutoffs, "drop_word": 0.5}
+    model = build(resolved(Config(cell=cell, steps=1, samples=3, **said)), 11, torch.full((11,), 1 / 11))
+    decoder = AdaptiveDecoder if cutoffs else SampledLinear
+    assert [type(m) for m in model[2::2]] == [{"egru": EGRU, "gru": GRU, "lstm": LSTM}[cell]] * 2 + [decoder]
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.2)
@@ -285,8 +311,8 @@ RUNS = {
     "awd": {"cell": "lstm", "optimizer": "sgd", "schedule": "constant", "lr": 5.0, "average_from": 0.4, "density": 0.5,
             "block": (4, 1), "prune_every": 2},
     "gru": {"cell": "gru", "precision": "bfloat16", "drop_connect": 0.0},
-    "adaptive": {"cell": "egru", "cutoffs": (30, 90), "density": 0.5, "decoder_density": 0.5, "decoder_frequency": 0.5,
-                 "block": (4, 1)},
+    "adaptive": {"cell": "egru", "cutoffs": (30, 90), "tied": True, "density": 0.5, "decoder_density": 0.5,
+                 "decoder_frequency": 0.5, "block": (4, 1)},
 }  # fmt: skip
 
 

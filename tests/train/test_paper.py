@@ -389,8 +389,10 @@ def test_an_adaptive_softmax_is_counted_and_timed_by_the_words_that_follow(confi
     dense = whole_run[1]["fewer_macs"] * whole_run[1]["macs"]["macs_effective"]
     assert result["fewer_macs"] * result["macs"]["macs_effective"] == pytest.approx(dense), "of all words"
     assert {"0.weight", "4.head.weight", "4.tails.1.1.weight"} <= result["density"].keys(), "embedding apart"
-    with pytest.raises(ValueError, match="more cannot say tied"):
-        paper.settings(replace(config, more="tied=false"))
+    shared = paper.run(replace(config, more=f"{config.more} cutoffs=20x60 tied=true"), tmp_path / "shared")
+    assert result["density"].keys() - shared["density"].keys() == {"0.weight"}, (
+        "the embedding has no weights of its own"
+    )
 
 
 def test_dense_networks_of_as_many_weights_are_timed_where_their_engines_are(config, whole_run, tmp_path, monkeypatch):

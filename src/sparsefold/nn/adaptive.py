@@ -55,7 +55,7 @@ class AdaptiveDecoder(torch.nn.Module):
             narrow = max(1, round(inputs / divide ** (k + 1)))
             wide = torch.nn.Linear(narrow, edges[k + 1] - edges[k])
             self.tails.append(torch.nn.Sequential(torch.nn.Linear(inputs, narrow, bias=False), wide))
-        self._wanted: Tensor | None = None
+        self._wanted: tuple[Tensor, Tensor, list[Tensor]] | None = None
         if share is not None:
             mass = share.clamp(min=1e-8)
             parts = [mass[a:b] for a, b in pairwise(edges)]
@@ -64,9 +64,25 @@ class AdaptiveDecoder(torch.nn.Module):
                 for tail, part in zip(self.tails, parts, strict=True):
                     tail.get_parameter("1.bias").copy_((part / part.sum()).log())
 
+    def vectors(self) -> Tensor:
+        """(words, inputs), a vector for each word: the rows of W, and of W_k P_k. An embedding may share them.
+
+        Source: Baevski and Auli (2019), arXiv 1809.10853, tied weights.
+        """
+        tails = [tail.get_parameter("1.weight") @ tail.get_parameter("0.weight") for tail in self.tails]
+        return torch.cat([self.head.weight[: self.cutoffs[0]], *tails])
+
     def targets(self, y: Tensor) -> Tensor:
         """Keep a window's targets (T, B) for the ``forward`` that follows."""
-        self._wanted = y if self.training else None
+        self._wanted = None
+        if self.training:
+            edges = torch.tensor(self.cutoffs, device=y.device)
+            flat = y.flatten()
+            cluster = torch.bucketize(flat, edges, right=True)  # 0: the head's own words
+            first = torch.where(cluster == 0, flat, self.cutoffs[0] + cluster - 1)
+            # How many there are is asked here, where a GPU has nothing else to finish first.
+            here = [(cluster == k + 1).nonzero()[:, 0] for k in range(len(self.tails))]
+            self._wanted = y, first, here
         return y
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,17 +94,13 @@ class AdaptiveDecoder(torch.nn.Module):
             for k, tail in enumerate(self.tails):
                 parts.append(_log_softmax(tail(x)) + head[..., first + k, None])
             return torch.cat(parts, -1)
-        y = self._wanted.flatten()
-        edges = torch.tensor(self.cutoffs, device=y.device)
-        cluster = torch.bucketize(y, edges, right=True)  # 0: the head's own words
-        at = torch.where(cluster == 0, y, first + cluster - 1)
+        wanted, at, clusters = self._wanted
         found = head.flatten(0, 1).gather(1, at[:, None])[:, 0]
-        flat = x.flatten(0, 1)
-        for k, tail in enumerate(self.tails):
-            here = (cluster == k + 1).nonzero()[:, 0]
+        flat, y = x.flatten(0, 1), wanted.flatten()
+        for cutoff, tail, here in zip(self.cutoffs, self.tails, clusters, strict=True):
             logp = _log_softmax(tail(flat[here]))
-            found = found.index_add(0, here, logp.gather(1, (y[here] - self.cutoffs[k])[:, None])[:, 0])
-        return found.view(self._wanted.shape)
+            found = found.index_add(0, here, logp.gather(1, (y[here] - cutoff)[:, None])[:, 0])
+        return found.view(wanted.shape)
 
     @staticmethod
     def loss(logp: Tensor, y: Tensor) -> Tensor:

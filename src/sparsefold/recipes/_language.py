@@ -28,11 +28,38 @@ class WordEmbedding(torch.nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         """Tokens (T, B) -> (T, B, size)."""
         vectors = super().forward(tokens)
-        vectors = vectors if self.scale == 1 else vectors * self.scale
-        if not (self.training and self.drop):
-            return vectors
-        kept = torch.full((self.num_embeddings,), 1 - self.drop, device=tokens.device).bernoulli() / (1 - self.drop)
-        return vectors * kept[tokens][..., None].to(vectors.dtype)
+        return _words_dropped(vectors if self.scale == 1 else vectors * self.scale, tokens, self)
+
+
+def _words_dropped(vectors: Tensor, tokens: Tensor, embedding: WordEmbedding | SharedEmbedding) -> Tensor:
+    """The vectors of tokens (T, B), in training without those of the words that this window does without."""
+    drop = embedding.drop
+    if not (embedding.training and drop):
+        return vectors
+    kept = torch.full((embedding.num_embeddings,), 1 - drop, device=tokens.device).bernoulli() / (1 - drop)
+    return vectors * kept[tokens][..., None].to(vectors.dtype)
+
+
+class SharedEmbedding(torch.nn.Module):
+    """As `WordEmbedding`, of the vectors that an adaptive softmax has for the words; has no weights of its own."""
+
+    def __init__(self, decoder: AdaptiveDecoder, drop: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        self._decoder = [decoder]  # in a list it is no member, and its weights have one name
+        self.drop, self.scale = drop, scale
+
+    @property
+    def num_embeddings(self) -> int:
+        """Words."""
+        return self._decoder[0].out_features
+
+    def table(self) -> Tensor:
+        """What is read for each word: (words, size)."""
+        return self._decoder[0].vectors() * self.scale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (T, B) -> (T, B, size)."""
+        return _words_dropped(F.embedding(tokens, self.table()), tokens, self)
 
 
 class LockedDropout(torch.nn.Module):
@@ -147,6 +174,9 @@ def plain(model: Stack) -> Stack:
         if isinstance(module, WordEmbedding):
             weight = module.weight.detach() * module.scale
             members.append(torch.nn.Embedding(module.num_embeddings, module.embedding_dim, _weight=weight))
+        elif isinstance(module, SharedEmbedding):
+            weight = module.table().detach()
+            members.append(torch.nn.Embedding(len(weight), weight.shape[1], _weight=weight))
         elif isinstance(module, SampledLinear):
             decoder = torch.nn.Linear(module.in_features, module.out_features, device="meta")
             decoder.weight, decoder.bias = torch.nn.Parameter(module.weight.detach()), module.bias
@@ -165,15 +195,18 @@ def build(config: Config, words: int, share: torch.Tensor | None = None) -> Stac
     torch.manual_seed(c.seed)
     widths = (c.embedding, *c.hidden)
     embedding = WordEmbedding(words, widths[0], c.drop_word, c.embedding_scale)
-    members: list[torch.nn.Module] = [embedding, LockedDropout(c.drop_input)]
+    members: list[torch.nn.Module] = [LockedDropout(c.drop_input)]
     for k in range(len(c.hidden)):
         last = k == len(c.hidden) - 1
         members.append(_layer(c, widths[k], widths[k + 1], c.output if last else "events"))
         members.append(LockedDropout(c.drop_output if last else c.drop_hidden))
     if c.cutoffs:
         adaptive = AdaptiveDecoder(widths[-1], words, c.cutoffs, c.divide, share)
+        if c.tied:
+            _vectors_alike(adaptive)
+            return Stack(SharedEmbedding(adaptive, c.drop_word, c.embedding_scale), *members, adaptive)
         torch.nn.init.uniform_(embedding.weight, -0.1, 0.1)
-        return Stack(*members, adaptive)
+        return Stack(embedding, *members, adaptive)
     decoder = SampledLinear(widths[-1], words, c.samples, share)
     with torch.no_grad():
         for weight in (embedding.weight, decoder.weight):
@@ -184,7 +217,16 @@ def build(config: Config, words: int, share: torch.Tensor | None = None) -> Stac
             decoder.bias.copy_(share.clamp(min=1e-8).log())
     if c.tied:
         decoder.weight = embedding.weight
-    return Stack(*members, decoder)
+    return Stack(embedding, *members, decoder)
+
+
+@torch.no_grad()
+def _vectors_alike(decoder: AdaptiveDecoder) -> None:
+    """Starts at which the vectors of all words are as long as those of an embedding drawn from [-0.1, 0.1)."""
+    decoder.head.weight.uniform_(-0.1, 0.1)
+    for tail in decoder.tails:
+        tail.get_parameter("1.weight").uniform_(-0.1, 0.1)
+        torch.nn.init.normal_(projection := tail.get_parameter("0.weight"), std=len(projection) ** -0.5)
 
 
 def _layer(c: Any, inputs: int, units: int, output: Any) -> torch.nn.Module:

@@ -20,7 +20,7 @@ class Config:
     size: Literal["small", "medium", "paper"] = "small"
     hidden: tuple[int, ...] | None = None  # units of each layer, 1350x1350x750
     embedding: int | None = None
-    tied: bool | None = None  # decoder and embedding are one matrix; none: unless there are cutoffs
+    tied: bool | None = None  # decoder and embedding share their weights; none: unless there are cutoffs
     cutoffs: tuple[
         int, ...
     ] = ()  # adaptive softmax, 300x1000x3000: rarer words are met by cluster, one from each on; none: no
@@ -111,8 +111,6 @@ class Config:
         )
         if not all(a < b for a, b in zip((0, *self.cutoffs), self.cutoffs, strict=False)):
             raise ValueError(f"cutoffs are numbers of words that rise, got {self.cutoffs}.")
-        if self.cutoffs and self.tied:
-            raise ValueError("an adaptive softmax has no matrix of all words to share: with cutoffs, leave out tied.")
         for key in ("divide", "lr", "minutes", "epochs", "surrogate_width", "embedding_scale"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:

@@ -127,7 +127,7 @@ def settings(config: Config) -> LMConfig:
         key = word.partition("=")[0]
         if key in own:
             raise ValueError(f"{key} is a setting of ptb-paper: say it beside more, not in it.")
-        if key in _FIXED or key in ("epochs", "minutes", "prune_every", "snapshots", "size", "tied"):
+        if key in _FIXED or key in ("epochs", "minutes", "prune_every", "snapshots", "size"):
             raise ValueError(f"more cannot say {key}: it is part of the recipe ptb-paper.")
     said = {key: getattr(config, key) for key in own}
     minutes = None if config.steps is not None else config.budget
