@@ -334,6 +334,25 @@ def uninterrupted(config, tmp_path_factory):
     return get
 
 
+def test_training_begins_with_the_weights_of_another_run(config, uninterrupted, tmp_path):
+    folder, _ = uninterrupted("adaptive")
+    again = config("adaptive", initial=str(folder), lr=1e-30, steps=5, prune_begin=0.0, prune_until=0.0, drop_input=0.5)
+    lm.run(again, tmp_path / "again")
+    before, after = (dict(lm.load(f)[0].named_parameters()) for f in (folder, tmp_path / "again"))
+    assert all(torch.equal(p, before[name]) for name, p in after.items())
+    assert lm.load(tmp_path / "again")[1]["progress"]["step"] == 5
+    with pytest.raises(
+        ValueError, match=r"is of another network than these settings make\. Give the settings that it had"
+    ):
+        lm.run(replace(again, hidden=(16, 13)), tmp_path / "other")
+    other = tmp_path / "other.txt"
+    other.write_text(" ".join(f"other{i % 150}" for i in range(3000)))
+    with pytest.raises(ValueError, match="has learned other words than those of this text"):
+        lm.run(replace(again, corpus=str(other)), tmp_path / "other")
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        lm.run(replace(again, initial=str(tmp_path / "none")), tmp_path / "other")
+
+
 def killed(config: Config, folder: Path, step: int, writing: bool) -> None:
     """A process of its own that trains and is killed after a step, or while it writes its next checkpoint."""
 

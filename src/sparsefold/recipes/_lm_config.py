@@ -26,6 +26,7 @@ class Config:
     ] = ()  # adaptive softmax, 300x1000x3000: rarer words are met by cluster, one from each on; none: no
     divide: float = 2.0  # each cluster reads so many times fewer numbers than the one before it
     embedding_scale: float | None = None  # what layers read is the embedding times this
+    initial: str = ""  # run, or checkpoint of one, on this text, whose weights training begins with; all else is new
     # training
     epochs: float | None = None
     steps: int | None = None

@@ -8,6 +8,7 @@ starts, by the time that some of them take: schedules are functions of the step 
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import asdict, replace
@@ -97,7 +98,10 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
     steps: Any = config.steps
     peak: Any = config.lr
     share = torch.from_numpy(np.bincount(corpus.train, minlength=corpus.tokens) / len(corpus.train)).float()
-    model = build(config, corpus.tokens, share).to(device)
+    model = build(config, corpus.tokens, share)
+    if config.initial:
+        _begin_with(model, Path(config.initial), corpus)
+    model.to(device)
     decoder: Any = model[-1]
     groups = param_groups(model, config.weight_decay or 0.0, config.recurrent_decay)
     optimizer: torch.optim.Optimizer
@@ -210,18 +214,36 @@ def pruner_of(config: Config, model: Stack, share: torch.Tensor) -> tuple[Pruner
     return Pruner(model, rules, schedule), schedule.end
 
 
+def _begin_with(model: Stack, path: Path, corpus: Corpus) -> None:
+    """Put the weights of a checkpoint of the same text's words into a model of the same shape."""
+    tensors, facts = _read(path)
+    if facts["about"].get("vocabulary") != json.loads(json.dumps(corpus.metadata()["vocabulary"])):
+        raise ValueError(f"{path} has learned other words than those of this text. Begin with a run on the same text.")
+    try:
+        model.load_state_dict(whole(tensors, model))
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is of another network than these settings make. Give the settings that it had. {error}"
+        ) from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and facts of a checkpoint; a run's folder means its best."""
+    tensors, facts = read_checkpoint(path / "best.safetensors" if path.is_dir() else path)
+    return {**part(tensors, "model."), **part(tensors, "average.mean.")}, facts
+
+
 def load(path: Path) -> tuple[Stack, dict[str, Any]]:
     """The trained model of a checkpoint (a run's folder means its best), ready to compile, and the facts kept with it.
 
     Of a run that averages, the last checkpoint means the average.
     """
-    tensors, facts = read_checkpoint(path / "best.safetensors" if path.is_dir() else path)
+    tensors, facts = _read(path)
     config = from_dict(Config, facts["about"]["config"])
     words = len(facts["about"]["vocabulary"]) + (config.level == "byte")
     model = build(replace(config, samples=0), words)
-    mean = part(tensors, "average.mean.")
     try:
-        model.load_state_dict(whole({**part(tensors, "model."), **mean}, model))
+        model.load_state_dict(whole(tensors, model))
     except (RuntimeError, KeyError) as error:
         raise ValueError(f"{path} holds other weights than its own settings ask for: it is damaged. {error}") from error
     return plain(model.eval()), facts
