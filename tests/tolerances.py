@@ -47,11 +47,6 @@ def gradient_f32(steps, batch, units, largest):
     return 4 * (steps * batch + 3 * units) * 2.0**-24 * 8 * steps * max(largest, 1.0)
 
 
-# A float32 product of 3xTF32, beside Σ|a||b|: of a⁻ and of b⁻ 2^-22 of a and b are lost each, and a⁻b⁻, where a⁻ <= 2^-11 a.
-ROUNDED_TF32 = 2.0**-11
-TF32X3 = 3 * 2.0**-22
-
-
 # --- a GPU's cells in bfloat16 -----------------------------------------------------------------------------------------
 
 EPS_BF16 = 2.0**-9  # relative error of one rounding to bfloat16

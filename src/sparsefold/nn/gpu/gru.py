@@ -19,7 +19,6 @@ from .window import (
     gate_rows,
     gathered,
     kernels,
-    multiply,
     padded,
     precision,
     product_dtype,
@@ -152,14 +151,16 @@ def _egru(
         if reset_after:
             n = n[:, 2 * HP :]
         for t in range(T):
-            place.ahead(place.said, 0, rz)
-            if not reset_after:
+            if reset_after:
+                torch.mm(place.said, place.weight.t(), out=rz)
+            else:
+                torch.mm(place.said, place.weight[: 2 * HP].t(), out=rz)
                 k.gru_before[place.grid](place.table, rz, place.said, place.scaled, t, B, **bare, **biases)
-                place.ahead(place.scaled, 1, n)
+                torch.mm(place.scaled, place.weight[2 * HP :].t(), out=n)
             k.gru_forward[place.grid](place.table, rz, n, place.said, place.first, place.second, t, B, **form, **biases)
 
     with place.held():
-        multiply(rows(x, matmul), gate_rows(weight_ih, [0, 1, 2], 3, matmul).t(), out=gates[:, : 3 * HP])
+        torch.mm(rows(x, matmul), gate_rows(weight_ih, [0, 1, 2], 3, matmul).t(), out=gates[:, : 3 * HP])
         place.take(weight_hh)
         place.said[:, :H].copy_(y0)
         place.first.copy_(h0)
@@ -227,10 +228,12 @@ def _egru_backward(
             k.gru_backward[place.grid](
                 place.table, place.said, rz, n, place.second, place.first, place.third, t, B, **form, **has
             )
-            if not reset_after:
-                place.back(n, 1, place.scaled)
+            if reset_after:
+                torch.mm(rz, place.weight, out=place.said)
+            else:
+                torch.mm(n, place.weight[2 * HP :], out=place.scaled)
                 k.gru_backward_before[place.grid](place.table, place.scaled, rz, place.second, t, B, **bare)
-            place.back(rz, 0, place.said)
+                torch.mm(rz, place.weight[: 2 * HP], out=place.said)
 
     with place.held():
         place.take(weight_hh)
@@ -249,15 +252,15 @@ def _egru_backward(
 
         dx, dw_i, dw_h, outside, inside = (x.new_empty(0) for _ in range(5))
         if wants[0]:
-            dx = multiply(tape[:, : 3 * HP], gate_rows(weight_ih, _TAPE, 3, matmul))
+            dx = torch.mm(tape[:, : 3 * HP], gate_rows(weight_ih, _TAPE, 3, matmul))
             dx = dx[:, :I].to(x.dtype).reshape(T, B, I)
         if wants[3]:
-            dw_i = gathered(multiply(tape[:, : 3 * HP].t(), rows(x, matmul)), _TAPE, H, I, x.dtype)
+            dw_i = gathered(torch.mm(tape[:, : 3 * HP].t(), rows(x, matmul)), _TAPE, H, I, x.dtype)
         if wants[4] and reset_after:
-            dw_h = gathered(multiply(tape[:, HP:].t(), said), [0, 1, 2], H, H, x.dtype)
+            dw_h = gathered(torch.mm(tape[:, HP:].t(), said), [0, 1, 2], H, H, x.dtype)
         elif wants[4]:
             scaled = gates[:, :HP] * said
-            parts = multiply(tape[:, HP:].t(), said), multiply(tape[:, :HP].t(), scaled)
+            parts = torch.mm(tape[:, HP:].t(), said), torch.mm(tape[:, :HP].t(), scaled)
             dw_h = gathered(torch.cat(parts), [0, 1, 2], H, H, x.dtype)
         if wants[5] or wants[6]:
             sums = tape.sum(0, dtype=place.size.state).view(G, HP)[:, :H].to(x.dtype)

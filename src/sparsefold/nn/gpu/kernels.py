@@ -60,21 +60,6 @@ def fill(
     tl.store(table + 21, a21)
 
 
-@triton.jit(do_not_specialize=["n", "width", "row", "out_row", "piece"])
-def split(a, out, n, width, row, out_row, piece, LEFT: tl.constexpr, BLOCK: tl.constexpr):
-    """Three pieces of a float32 matrix: rounded to TF32, a⁺, and what is left, a⁻: a⁺ a⁻ a⁺ if LEFT, else a⁺ a⁺ a⁻."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < n
-    i, j = at // width, at % width
-    x = tl.load(a + i * row + j, mask=live, other=0)
-    high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)  # 10 bits behind the point
-    low = x - high
-    to = out + i * out_row + j
-    tl.store(to, high, mask=live)
-    tl.store(to + piece, low if LEFT else high, mask=live)
-    tl.store(to + 2 * piece, high if LEFT else low, mask=live)
-
-
 @triton.jit
 def _address(table, place: tl.constexpr, dtype: tl.constexpr):
     return tl.load(table + place).to(tl.pointer_type(dtype))

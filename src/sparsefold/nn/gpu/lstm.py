@@ -18,7 +18,6 @@ from .window import (
     gate_rows,
     gathered,
     kernels,
-    multiply,
     padded,
     precision,
     product_dtype,
@@ -98,11 +97,11 @@ def _lstm(
     def loop() -> None:
         k, (product,) = kernels(), place.products
         for t in range(T):
-            place.ahead(place.said, 0, product)
+            torch.mm(place.said, place.weight.t(), out=product)
             k.lstm_forward[place.grid](place.table, product, place.said, place.first, place.second, t, B, **form)
 
     with place.held():
-        multiply(rows(x, matmul), gate_rows(weight_ih.detach(), _GATES, 4, matmul).t(), out=gates)
+        torch.mm(rows(x, matmul), gate_rows(weight_ih.detach(), _GATES, 4, matmul).t(), out=gates)
         place.take(weight_hh.detach())
         place.said[:, :H].copy_(h0)
         place.first.copy_(h0)
@@ -154,7 +153,7 @@ def _lstm_backward(
         k, (q,) = kernels(), place.q
         for t in range(T - 1, -1, -1):
             k.lstm_backward[place.grid](place.table, place.said, q, place.first, place.second, t, B, **form)
-            place.back(q, 0, place.said)
+            torch.mm(q, place.weight, out=place.said)
 
     with place.held():
         place.take(weight_hh.detach())
@@ -170,12 +169,12 @@ def _lstm_backward(
         dc = place.second.to(x.dtype, copy=True)
         dx, dw_i, dw_h, outside, inside = (x.new_empty(0) for _ in range(5))
         if wants[0]:
-            dx = multiply(tape, gate_rows(weight_ih.detach(), _GATES, 4, matmul))
+            dx = torch.mm(tape, gate_rows(weight_ih.detach(), _GATES, 4, matmul))
             dx = dx[:, :I].to(x.dtype).reshape(T, B, I)
         if wants[3]:
-            dw_i = gathered(multiply(tape.t(), rows(x, matmul)), _GATES, H, I, x.dtype)
+            dw_i = gathered(torch.mm(tape.t(), rows(x, matmul)), _GATES, H, I, x.dtype)
         if wants[4]:
-            dw_h = gathered(multiply(tape.t(), said), _GATES, H, H, x.dtype)
+            dw_h = gathered(torch.mm(tape.t(), said), _GATES, H, H, x.dtype)
         if wants[5] or wants[6]:
             outside = tape.sum(0, dtype=place.size.state).view(4, HP)[:, :H].to(x.dtype).reshape(-1)
             inside = outside.clone()

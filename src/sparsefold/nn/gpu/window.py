@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from torch import Tensor
 _ROOMS, _GRAPHS = 16, 64  # at most, the room used last staying longest; graphs in each room
 _PAD = 16  # rows begin at multiples of 32 bytes or more, as products on tensor cores want them
 _BLOCK = 256
-# Whether float32 without TF32 is multiplied as three products in TF32, which lose about as little (`split`). Not timed yet.
-TF32X3 = False
 _rooms: OrderedDict[Any, Room] = OrderedDict()
 _pools: dict[Any, Any] = {}
 _lock = threading.Lock()
@@ -53,7 +50,6 @@ class Size:
     parts: tuple[int, ...]  # gates of each product of a step
     io: torch.dtype
     matmul: torch.dtype
-    tf32x3: bool
 
     @property
     def gates(self) -> int:
@@ -77,10 +73,6 @@ class Room:
             return torch.zeros(shape, dtype=dtype, device=size.device)
 
         self.weight = zeros(size.gates * HP, HP)
-        edges = [HP * sum(size.parts[:k]) for k in range(len(size.parts) + 1)]
-        self.rows = [slice(*pair) for pair in pairwise(edges)]  # of each product
-        self.ahead_weight = zeros(size.gates * HP, 3 * HP) if size.tf32x3 else self.weight
-        self.back_weights = [zeros(3 * gates * HP, HP) for gates in size.parts if size.tf32x3]
         self.products = [zeros(B, gates * HP) for gates in size.parts]
         self.q = [zeros(B, gates * HP) for gates in size.parts]
         self.said, self.scaled = zeros(B, HP), zeros(B, HP)
@@ -115,27 +107,6 @@ class Room:
         """The recurrent weight (gates · H, H) of the layer that is to run, in the products' dtype and rows."""
         H, gates = self.size.units, self.size.gates
         self.weight.view(gates, self.width, self.width)[:, :H, :H].copy_(weight.reshape(gates, H, H))
-        if self.size.tf32x3:
-            split(self.weight, 1, RIGHT, self.ahead_weight)
-            for rows, back in zip(self.rows, self.back_weights, strict=True):
-                split(self.weight[rows], 0, RIGHT, back)
-
-    def ahead(self, said: Tensor, part: int, out: Tensor) -> None:
-        """Into out (B, gates · HP) what was said (B, HP) times the weight of this part's gates."""
-        weight = self.ahead_weight[self.rows[part]].t()
-        if self.size.tf32x3:
-            with _tf32():
-                torch.mm(split(said, 1, LEFT), weight, out=out)
-        else:
-            torch.mm(said, weight, out=out)
-
-    def back(self, q: Tensor, part: int, out: Tensor) -> None:
-        """Into out (B, HP) gradients q (B, gates · HP) times the weight, the other way round."""
-        if self.size.tf32x3:
-            with _tf32():
-                torch.mm(split(q, 1, LEFT), self.back_weights[part], out=out)
-        else:
-            torch.mm(q, self.weight[self.rows[part]], out=out)
 
     def play(self, key: Any, addresses: dict[str, Any], loop: Callable[[], None]) -> None:
         """Run `loop` over tensors at `addresses`: {place in the table: tensor, None or (tensor, stride, stride)}.
@@ -174,7 +145,7 @@ class Room:
 def room(batch: int, units: int, parts: tuple[int, ...], like: Tensor, matmul: torch.dtype) -> Room:
     """The room of layers of this size on the device and stream of `like`."""
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    size = Size(like.device, stream, batch, units, parts, like.dtype, matmul, in_3xtf32(matmul))
+    size = Size(like.device, stream, batch, units, parts, like.dtype, matmul)
     with _lock, torch.inference_mode(False):  # a room outlasts the mode it was first needed in
         if size not in _rooms:
             _rooms[size] = Room(size)
@@ -187,51 +158,6 @@ def room(batch: int, units: int, parts: tuple[int, ...], like: Tensor, matmul: t
 def precision() -> str:
     """How torch multiplies float32 on the device now; a graph keeps what held when it was captured."""
     return str(torch.backends.cuda.matmul.fp32_precision)
-
-
-def in_3xtf32(dtype: torch.dtype) -> bool:
-    """Whether products of this dtype are made of three."""
-    return TF32X3 and dtype == torch.float32 and precision() != "tf32"
-
-
-LEFT, RIGHT = "hlh", "hhl"  # of a product's two factors, the high and the low part: a⁺b⁺ + a⁻b⁺ + a⁺b⁻
-
-
-def split(a: Tensor, axis: int, order: str, out: Tensor | None = None) -> Tensor:
-    """Of a (M, K) three pieces side by side along an axis: a = a⁺ + a⁻, a⁺ exact in TF32, and of a⁻ that loses 2^-22 of a.
-
-    Two factors split like this along the axis that they are summed over, LEFT and RIGHT, have a product in TF32 that lacks of
-    theirs a⁻b⁻, again 2^-22 of it.
-    """
-    if a.stride(1) != 1 and a.stride(0) == 1:
-        return split(a.t(), 1 - axis, order).t()
-    rows, columns = a.shape
-    shape = (rows, 3 * columns) if axis else (3 * rows, columns)
-    out = a.new_empty(shape) if out is None else out
-    piece = columns if axis else rows * columns
-    block = _BLOCK if a.is_cuda else max(1 << (a.numel() - 1).bit_length(), 2)
-    kernels().split[(-(-a.numel() // block),)](
-        a, out, a.numel(), columns, a.stride(0), out.stride(0), piece, LEFT=order == LEFT, BLOCK=block
-    )
-    return out
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
-def multiply(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """The product of a (M, K) and b (K, N): torch's own product, or three where TF32X3 says so."""
-    if not in_3xtf32(a.dtype):
-        return torch.mm(a, b, out=out)
-    with _tf32():
-        return torch.mm(split(a, 1, LEFT), split(b, 0, RIGHT), out=out)
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:
