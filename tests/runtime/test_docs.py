@@ -2,48 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import pytest
+from tables import engine, language, pruning, training
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/pruning.md"])
 def test_tables_are_generated(page: str) -> None:
-    generate = generator()
     text = (ROOT / page).read_text()
     assert generate.render(text, generate.SECTIONS[page]) == text, f"{page} is not what 'make docs' writes"
 
 
 def test_figures_are_generated() -> None:
-    generate = generator()
     for page, make in generate.FIGURES.items():
         assert (ROOT / page).read_text() == make(), f"{page} is not what 'make docs' writes"
 
 
 def test_rows_from_c_and_of_sparse_inputs_say_so(monkeypatch, tmp_path: Path) -> None:
-    generate = generator()
     about = {"processor": "A", "isa": "avx2", "units": 128, "layers": 1, "latency_us": {"p50": 1.5, "p99": 2.5}}
     about |= {"ratio_to_fastest_f32": 7.25, "ratio_to_fastest_int8": 6.25, "density": 0.1, "event_rate": 0.11}
     path = tmp_path / "steps-2026-01-01-abc.jsonl"
-    monkeypatch.setattr(generate, "newest", lambda *_: path)
-    monkeypatch.setattr(generate, "ROOT", tmp_path)
+    monkeypatch.setattr(engine, "newest", lambda *_: path)
+    monkeypatch.setattr(engine, "ROOT", tmp_path)
 
     def made(**line: object) -> list[str]:
         path.write_text(json.dumps(about | line) + "\n")
-        table = generate.steps().splitlines()
+        table = engine.steps().splitlines()
         return [table[2], table[-1]]
 
     figures = "10% of blocks, 11.0% events | 1.50 | 2.50 | 7.2x | 6.2x |"
@@ -57,9 +48,8 @@ def test_rows_from_c_and_of_sparse_inputs_say_so(monkeypatch, tmp_path: Path) ->
 
 
 def test_the_table_of_streams_is_made_of_the_newest_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = generator()
-    monkeypatch.setattr(generate, "ROOT", tmp_path)
-    assert generate.throughput() == "Not measured yet."
+    monkeypatch.setattr(engine, "ROOT", tmp_path)
+    assert engine.throughput() == "Not measured yet."
     folder = tmp_path / "bench/results/a-machine"
     folder.mkdir(parents=True)
     line: dict[str, object] = {
@@ -75,7 +65,7 @@ def test_the_table_of_streams_is_made_of_the_newest_result(tmp_path: Path, monke
     (folder / "throughput-2025-01-01-b.jsonl").write_text("damaged")
     newest = folder / "throughput-2025-01-02-a.jsonl"
     newest.write_text("".join(json.dumps(line | way) + "\n" for way in ways))
-    table = generate.throughput()
+    table = engine.throughput()
     assert "| bf16 | 1 | 125.0 | **80** |  |  | 1,050 |" in table
     assert "| bf16 | 8 | 100.0 | **100** | 190 (1.90x) | 180 (1.80x) | 1,050 |" in table
     assert table.endswith(
@@ -85,9 +75,8 @@ def test_the_table_of_streams_is_made_of_the_newest_result(tmp_path: Path, monke
 
 
 def test_the_tables_of_a_gpu_are_made_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = generator()
-    monkeypatch.setattr(generate, "ROOT", tmp_path)
-    assert generate.on_a_gpu() == "Not measured yet."
+    monkeypatch.setattr(training, "ROOT", tmp_path)
+    assert training.on_a_gpu() == "Not measured yet."
     folder = tmp_path / "bench/results/a-gpu"
     folder.mkdir(parents=True)
     about = {
@@ -111,7 +100,7 @@ def test_the_tables_of_a_gpu_are_made_of_what_was_measured(tmp_path: Path, monke
     ]  # fmt: skip
     path = folder / "gpu-2025-01-01-a.jsonl"
     path.write_text("".join(json.dumps(about | line) + "\n" for line in lines))
-    table = generate.on_a_gpu()
+    table = training.on_a_gpu()
     assert "| 1350, 64 | float32 | **ours, EGRU** | 2.00 | 1.50x |  |  |" in table
     assert "| 1350, 64 | float32, TF32 | nn.GRU (cuDNN) | 3.00 | 1.00x |  |  |" in table
     assert "| **ours, float32** | 10.0% | 5,000 | 10.0 | 20.0 | 4.00x |" in table
@@ -123,11 +112,10 @@ def test_the_tables_of_a_gpu_are_made_of_what_was_measured(tmp_path: Path, monke
 def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = generator()
-    monkeypatch.setattr(generate, "ROOT", tmp_path)
-    monkeypatch.setattr(generate, "GRID", tmp_path / "grid.json")
-    monkeypatch.setattr(generate, "LATENCY", tmp_path / "latency.json")
-    assert generate.pruned() == "Not measured yet."
+    monkeypatch.setattr(pruning, "ROOT", tmp_path)
+    monkeypatch.setattr(pruning, "GRID", tmp_path / "grid.json")
+    monkeypatch.setattr(pruning, "LATENCY", tmp_path / "latency.json")
+    assert pruning.pruned() == "Not measured yet."
 
     def point(
         method: str, seed: int, bits: float, us: float, cell: str = "egru", hidden: int = 512, decoder: float = 1
@@ -146,7 +134,7 @@ def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     latency = {str(i): p["latency_us"] for i, p in enumerate(found)} | {"3/ONNX Runtime": {"p50": 20.0}}
     timed = {"provenance": {"processor": "A Processor"}, "latency_us": latency}
     (tmp_path / "latency.json").write_text(json.dumps(timed))
-    table = generate.pruned()
+    table = pruning.pruned()
     assert "| egru 512 | glp | 10.0% | **1.800** | 2 | 8.0% | 20,000 | 4.50 |" in table
     assert "| egru 512 | 4x4 | 10.0% | 1.900 | 1 | 8.0% | 20,000 | 6.00 |" in table
     assert "| gru 512 | dense | 10.0% | **1.700** | 1 |  | 20,000 | 9.00 (ONNX Runtime 20.0) |" in table
@@ -154,17 +142,16 @@ def test_the_table_and_the_plot_of_pruning_are_made_of_the_grid(
     assert "| egru 64 | 20,000 | 1.950 | egru 512, glp, 10.0% | 20,000 | 1.800 | 2 |" in table
     assert "1800 steps. A Processor, one thread, pinned, one race of all." in table
     assert "From [grid.json](../grid.json) and [latency.json](../latency.json)." in table
-    drawn = generate.pruned_svg()
+    drawn = pruning.pruned_svg()
     assert drawn.count("<title>") == 10 and "egru 512, glp, 10.0%: 1.800 bits, 4.50 µs" in drawn
 
 
 def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate = generator()
-    monkeypatch.setattr(generate, "ROOT", tmp_path)
-    monkeypatch.setattr(generate, "MULTIPLY", tmp_path / "ptb.json")
-    assert generate.multiplied() == "Not measured yet."
+    monkeypatch.setattr(language, "ROOT", tmp_path)
+    monkeypatch.setattr(language, "MULTIPLY", tmp_path / "ptb.json")
+    assert language.multiplied() == "Not measured yet."
 
     def point(cell: str, units: int, test: float, macs: int, density: float = 1.0) -> dict[str, object]:
         parts = [{"role": "decoder", "macs_effective": macs / 2}, {"role": "recurrent", "macs_effective": macs / 2}]
@@ -187,7 +174,7 @@ def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
     race += [{"network": f"{n}-cutoffs9", "engine": "sparsefold", **scored} for n in ("lstm-512", "event")]
     about = {"corpus": {"source": "a corpus"}, "provenance": {"processor": "A Processor", "isa": "avx2"}}
     (tmp_path / "ptb.json").write_text(json.dumps({"points": points, "race": race, **about}))
-    table = generate.multiplied()
+    table = language.multiplied()
     dense = "| lstm 512 | 100% | 25% |  | 106.0 | 105.0 | 8,000,000 | 3,500,000 | 1.0x | 5 | 500.0 | 1000 | 400 "
     assert f"{dense}| 2.0x | 0.8x |  |" in table
     event = (
@@ -200,10 +187,10 @@ def test_the_table_and_the_plot_of_both_sparsities_are_made_of_the_experiment(
     assert (
         "to say log p of the word that follows, else the median time to give the logits of all words. A Proc" in table
     )
-    chosen = generate.words()
+    chosen = language.words()
     assert "| EGRU 512 | 110.0 | 8.0% | 10% | 200,000 | 20 |  |  |" in chosen, "at most a twentieth worse"
     assert "adaptive 9" in chosen and "40.0 times fewer multiplications, 50.0 times less time" in chosen
-    drawn = generate.multiply_svg()
+    drawn = language.multiply_svg()
     assert drawn.count("<circle") == 7 and "egru 512, 8% events, 10%" in drawn and "lstm 128, fastest rival" in drawn
 
 
