@@ -353,6 +353,19 @@ def test_training_begins_with_the_weights_of_another_run(config, uninterrupted, 
         lm.run(replace(again, initial=str(tmp_path / "none")), tmp_path / "other")
 
 
+def test_a_checkpoint_that_asks_for_another_network_is_refused_before_there_is_one(
+    uninterrupted, tmp_path, monkeypatch
+):
+    tensors, facts = read_checkpoint(uninterrupted("gru")[0] / "best.safetensors")
+    facts["about"]["config"]["hidden"] = [2**14, 2**14]  # 11 GB
+    save_checkpoint(tmp_path / "large.safetensors", tensors, facts["about"], Progressed())
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_: pytest.fail("a network was made"))
+    with pytest.raises(
+        ValueError, match=r"other weights than its own settings ask for: it is damaged\. 2\.bias_hh_l0 is \(48,\), by"
+    ):
+        lm.load(tmp_path / "large.safetensors")
+
+
 def killed(config: Config, folder: Path, step: int, writing: bool) -> None:
     """A process of its own that trains and is killed after a step, or while it writes its next checkpoint."""
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ _OF_THE_MACHINE = {
     "corpus", "data_dir", "minutes", "device", "threads", "precision", "eval_every", "checkpoint_every", "checkpoint_minutes",
     "tensorboard",
 }  # fmt: skip
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 @dataclass
@@ -324,6 +327,26 @@ def whole(tensors: Mapping[str, Tensor], model: torch.nn.Module) -> dict[str, Te
         if first != name and first in found:
             found.setdefault(name, found[first])
     return found
+
+
+def holding(make: Callable[[], Model], tensors: Mapping[str, Tensor], path: Path) -> Model:
+    """The model that ``make`` builds, with the weights of the checkpoint at ``path``.
+
+    Shapes are compared before memory is asked for: the settings of a damaged file may ask for any amount.
+
+    Raises:
+        ValueError: the file holds other weights than the model has.
+    """
+    with torch.device("meta"):
+        blank = make()
+    found = whole(tensors, blank)
+    wanted, there = ({k: tuple(v.shape) for k, v in each.items()} for each in (blank.state_dict(), found))
+    if odd := sorted(k for k in wanted.keys() | there.keys() if wanted.get(k) != there.get(k)):
+        what = f"{odd[0]} is {there.get(odd[0], 'missing')}, by the settings {wanted.get(odd[0], 'not there')}"
+        raise ValueError(f"{path} holds other weights than its own settings ask for: it is damaged. {what}.")
+    model = make()
+    model.load_state_dict(found)
+    return model
 
 
 def _tuple(state: Any) -> tuple[Tensor, ...]:

@@ -236,8 +236,8 @@ def _layer(c: Any, inputs: int, units: int, output: Any) -> torch.nn.Module:
             options |= {"threshold": c.threshold, "reset": c.reset, "output": output}
             egru = EGRU(inputs, units, surrogate=Triangle(c.surrogate, c.surrogate_width), **options)
             if c.spread_thresholds and c.threshold:
-                a = torch.tensor(3 * c.threshold / (1 - c.threshold))
-                spread = torch.distributions.Beta(a, torch.tensor(3.0))
+                a, b = (torch.tensor(v, device="cpu") for v in (3 * c.threshold / (1 - c.threshold), 3.0))
+                spread = torch.distributions.Beta(a, b)
                 egru.get_parameter("threshold_l0").copy_(spread.sample((units,)))
             return egru
         if c.cell == "gru":

@@ -23,7 +23,7 @@ from sparsefold.data import Corpus, load_corpus
 from sparsefold.nn import Stack, anneal, param_groups
 from sparsefold.recipes import _distributed as processes
 from sparsefold.recipes._average import Average
-from sparsefold.recipes._checkpoint import part, read_checkpoint, whole
+from sparsefold.recipes._checkpoint import holding, part, read_checkpoint, whole
 from sparsefold.recipes._config import from_dict
 from sparsefold.recipes._language import Smoothness, build, plain
 from sparsefold.recipes._lm_config import Config, resolved
@@ -241,11 +241,7 @@ def load(path: Path) -> tuple[Stack, dict[str, Any]]:
     tensors, facts = _read(path)
     config = from_dict(Config, facts["about"]["config"])
     words = len(facts["about"]["vocabulary"]) + (config.level == "byte")
-    model = build(replace(config, samples=0), words)
-    try:
-        model.load_state_dict(whole(tensors, model))
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} holds other weights than its own settings ask for: it is damaged. {error}") from error
+    model = holding(lambda: build(replace(config, samples=0), words), tensors, path)
     return plain(model.eval()), facts
 
 
