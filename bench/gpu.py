@@ -400,7 +400,10 @@ def main() -> None:
     lines: list[Line] = []
     all_parts, skipped = list(parts(device)), []
     if args.only:
-        all_parts = [part for part in all_parts if any(words in part[0] for words in args.only)]
+        named = [part for part in all_parts if any(words in part[0] for words in args.only)]
+        if not named:
+            raise SystemExit(f"--only names no part. They are: {'; '.join(name for name, _ in all_parts)}.")
+        all_parts = named
     with Progress(len(all_parts), "gpu") as progress:
         for done, (name, measure) in enumerate(all_parts, 1):
             if time.monotonic() > end:

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -109,8 +108,11 @@ def main() -> None:
 
 def make(args: argparse.Namespace, folder: Path, file: Path, facts: Path) -> None:
     """The model and its facts."""
-    result = paper.run(override(paper.Config(corpus="", level="byte"), args.settings), folder, args.name)
-    shutil.copyfile(folder / "paper-i8.sfold", file)
+    try:
+        result = paper.run(override(paper.Config(corpus="", level="byte"), args.settings), folder, args.name)
+    except KeyboardInterrupt as stop:
+        raise SystemExit(f"{stop} The same command goes on.") from None
+    write_atomically(file, (folder / "paper-i8.sfold").read_bytes())
     sample = command("run", str(file), "--prompt", args.prompt, "--tokens", "400", "--temperature", "0.5")
     read = json.loads(command("eval", str(file), "--json"))
     raw = file.read_bytes()

@@ -21,6 +21,7 @@ def paper() -> str:
         seconds = (
             f"{start['seconds']:.0f} + {took['seconds'] - start['seconds']:.0f}" if start else f"{took['seconds']:.0f}"
         )
+        seconds += " more" if c.get("initial") else ""
         decoder = f"{'x'.join(map(str, c['cutoffs']))} by {c['divide']:g}" if c.get("cutoffs") else "all words"
         times = f"{wide:.0f}, {narrow:.0f}" if "sparsefold i8" in ours else f"{wide:.0f}"
         rivals = f"{_fastest(r['race'], wide, False, kind)} | {_fastest(r['race'], narrow, True, kind)}"
@@ -40,7 +41,8 @@ def paper() -> str:
         )
     about = (
         "Perplexity of Penn Treebank's words, each split read as one stream. Seconds of training: on a GPU; or there, and then "
-        "on the processor that a transfer checkpoint came to. MACs are counted on a sample, decoder included, and compared with "
+        'on the processor that a transfer checkpoint came to; "more": on a processor, begun with the network of the line before. '
+        "MACs are counted on a sample, decoder included, and compared with "
         "the dense network whose decoder reads all words, and where there are clusters with dense layers under the same decoder "
         "too. A word takes so long on one core, pinned, in float32 and with int8 weights: of the GPU's host, no rival beside it; "
         "or, where rivals stand beside it, of the processor it came to. With clusters it is the mean of a text that is scored, "

@@ -287,7 +287,9 @@ def _compile(args: argparse.Namespace) -> None:
 
     best = args.checkpoint / "best.safetensors" if args.checkpoint.is_dir() else args.checkpoint
     _, facts = read_checkpoint(best)
-    model, facts = _recipe(facts["about"]["recipe"]).load(best)
+    if not isinstance(recipe := facts["about"].get("recipe"), str):
+        raise ValueError(f"{best} does not say which recipe made it: it is damaged, or of a training of your own.")
+    model, facts = _recipe(recipe).load(best)
     about = facts["about"] | {"training": facts["progress"]}
     sample = None
     if args.sample:

@@ -107,7 +107,7 @@ def test_cutoffs_that_do_not_rise_within_the_words_are_refused(cutoffs) -> None:
 
 
 def test_other_arguments_that_do_not_fit_are_refused() -> None:
-    for divide in (0.0, -1.0, float("nan")):
+    for divide in (0.0, -1.0, 0.5, 1e-300, float("nan")):
         with pytest.raises(ValueError, match="divide says how much narrower"):
             AdaptiveDecoder(12, 30, CUTOFFS, divide=divide)
     with pytest.raises(ValueError, match=r"how often each of 30 words is met; got shape \(29,\)"):

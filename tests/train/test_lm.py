@@ -66,7 +66,8 @@ def test_every_default_survives_the_command_line_and_json(setting):
         (["snapshots=0.5", "density=0.5"], "leave density out"), (["snapshots=x"], "numbers like 0.5,0.25"),
         (["drop_input=1"], "drop_input"), (["lr=0"], "lr"), (["prune_begin=0.9"], "prune_begin"),
         (["cutoffs=0x5"], "cutoffs"), (["cutoffs=9x5"], "cutoffs"),
-        (["divide=0"], "divide"), (["decoder_frequency=2"], "decoder_frequency"),
+        (["divide=0"], "divide"), (["divide=1e-300"], "divide"), (["divide=nan"], "divide"),
+        (["decoder_frequency=2"], "decoder_frequency"),
         (["surrogate_width=0"], "surrogate_width"), (["cell=rnn"], "cell"), (["precision=half"], "precision"),
     ],
 )  # fmt: skip
@@ -364,6 +365,21 @@ def test_a_checkpoint_that_asks_for_another_network_is_refused_before_there_is_o
         ValueError, match=r"other weights than its own settings ask for: it is damaged\. 2\.bias_hh_l0 is \(48,\), by"
     ):
         lm.load(tmp_path / "large.safetensors")
+
+
+@pytest.mark.parametrize(
+    "about", [{}, {"config": {}}, {"config": [], "vocabulary": ["a"]}, {"config": {}, "vocabulary": 3}], ids=str
+)
+def test_a_checkpoint_that_does_not_say_its_settings_is_refused(about, tmp_path, capsys):
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, {"model.x": torch.zeros(2)}, {"recipe": "lm", **about}, Progressed())
+    with pytest.raises(ValueError, match="does not say the settings and the vocabulary of its network"):
+        lm.load(path)
+    assert main(["compile", str(path), "-o", str(tmp_path / "a.sfold")]) == 2
+    assert "does not say" in capsys.readouterr().err
+    save_checkpoint(path, {"model.x": torch.zeros(2)}, {**about, "recipe": 3}, Progressed())
+    assert main(["compile", str(path), "-o", str(tmp_path / "a.sfold")]) == 2
+    assert "does not say which recipe made it" in capsys.readouterr().err
 
 
 def killed(config: Config, folder: Path, step: int, writing: bool) -> None:

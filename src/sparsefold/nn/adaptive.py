@@ -29,7 +29,7 @@ class AdaptiveDecoder(torch.nn.Module):
         share: (words,) how often each word is met in the text: the biases' start.
 
     Raises:
-        ValueError: cutoffs that do not rise within [1, words), ``divide`` that is not above 0, or ``share`` of another shape.
+        ValueError: cutoffs that do not rise within [1, words), ``divide`` below 1, or ``share`` of another shape.
 
     Source: Grave, Joulin, Cissé, Grangier and Jégou (2017), arXiv 1609.04309.
     """
@@ -44,8 +44,8 @@ class AdaptiveDecoder(torch.nn.Module):
                 f"cutoffs rise, each at least 1 and less than the number of words, {words}; got {list(cutoffs)}. "
                 "Without a cluster, take a Linear."
             )
-        if not divide > 0:
-            raise ValueError(f"divide says how much narrower each cluster is, a number above 0; got {divide}.")
+        if not divide >= 1:
+            raise ValueError(f"divide says how much narrower each cluster is, a number of at least 1; got {divide}.")
         if share is not None and share.shape != (words,):
             raise ValueError(f"share holds how often each of {words} words is met; got shape {tuple(share.shape)}.")
         self.in_features, self.out_features, self.cutoffs = inputs, words, tuple(cutoffs)

@@ -73,6 +73,16 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def made_with(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Settings and vocabulary of a checkpoint's network. Raises ``ValueError`` where it does not say them."""
+    config, words = (facts["about"].get(key) for key in ("config", "vocabulary"))
+    if not (isinstance(config, dict) and isinstance(words, list)):
+        raise ValueError(
+            f"{path} does not say the settings and the vocabulary of its network: it is damaged, or of no recipe."
+        )
+    return config, words
+
+
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Those whose name begins with ``prefix``, without it."""
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}

@@ -107,12 +107,18 @@ class Config:
                 **dict.fromkeys(amounts, (0, math.inf)),
                 **dict.fromkeys(shares, (0, 1)),
                 **dict.fromkeys(drops, (0, 0.99)),
-                **{"embedding": (1, 2**14), "threads": (1, 256), "seed": (0, 2**63 - 1), "beta1": (0, 0.9999)},
+                **{
+                    "embedding": (1, 2**14),
+                    "threads": (1, 256),
+                    "seed": (0, 2**63 - 1),
+                    "beta1": (0, 0.9999),
+                    "divide": (1, 2**14),
+                },
             },
         )
         if not all(a < b for a, b in zip((0, *self.cutoffs), self.cutoffs, strict=False)):
             raise ValueError(f"cutoffs are numbers of words that rise, got {self.cutoffs}.")
-        for key in ("divide", "lr", "minutes", "epochs", "surrogate_width", "embedding_scale"):
+        for key in ("lr", "minutes", "epochs", "surrogate_width", "embedding_scale"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{key} is positive and finite, got {value}.")

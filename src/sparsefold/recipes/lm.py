@@ -23,7 +23,7 @@ from sparsefold.data import Corpus, load_corpus
 from sparsefold.nn import Stack, anneal, param_groups
 from sparsefold.recipes import _distributed as processes
 from sparsefold.recipes._average import Average
-from sparsefold.recipes._checkpoint import holding, part, read_checkpoint, whole
+from sparsefold.recipes._checkpoint import holding, made_with, part, read_checkpoint, whole
 from sparsefold.recipes._config import from_dict
 from sparsefold.recipes._language import Smoothness, build, plain
 from sparsefold.recipes._lm_config import Config, resolved
@@ -239,9 +239,10 @@ def load(path: Path) -> tuple[Stack, dict[str, Any]]:
     Of a run that averages, the last checkpoint means the average.
     """
     tensors, facts = _read(path)
-    config = from_dict(Config, facts["about"]["config"])
-    words = len(facts["about"]["vocabulary"]) + (config.level == "byte")
-    model = holding(lambda: build(replace(config, samples=0), words), tensors, path)
+    settings, words = made_with(path, facts)
+    config = from_dict(Config, settings)
+    count = len(words) + (config.level == "byte")
+    model = holding(lambda: build(replace(config, samples=0), count), tensors, path)
     return plain(model.eval()), facts
 
 

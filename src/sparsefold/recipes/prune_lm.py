@@ -31,7 +31,7 @@ from sparsefold.lowering import compile_model
 from sparsefold.nn import Stack, anneal, param_groups
 from sparsefold.program import write_atomically
 from sparsefold.recipes import rivals, text
-from sparsefold.recipes._checkpoint import holding, make_folder, part, read_checkpoint
+from sparsefold.recipes._checkpoint import holding, made_with, make_folder, part, read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict, override
 from sparsefold.recipes._loop import Trainer, train
 from sparsefold.recipes._windows import Windows, bits_per_char
@@ -174,8 +174,9 @@ def run(config: Config, folder: Path, label: str = "prune_lm") -> dict[str, Any]
 def load(path: Path) -> tuple[Stack, dict[str, Any]]:
     """The trained model of a point (its folder means its last step, when it is as sparse as it gets), and its facts."""
     tensors, facts = read_checkpoint(path / "last.safetensors" if path.is_dir() else path)
-    config, words = from_dict(Config, facts["about"]["config"]), len(facts["about"]["vocabulary"]) + 1
-    model = holding(lambda: build(config, words), part(tensors, "model."), path)
+    settings, words = made_with(path, facts)
+    config = from_dict(Config, settings)
+    model = holding(lambda: build(config, len(words) + 1), part(tensors, "model."), path)
     return model.eval(), facts
 
 

@@ -16,7 +16,7 @@ import torch
 
 from sparsefold.data import ByteCorpus, load_text
 from sparsefold.nn import EGRU, Stack, anneal, param_groups
-from sparsefold.recipes._checkpoint import holding, part, read_checkpoint
+from sparsefold.recipes._checkpoint import holding, made_with, part, read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict
 from sparsefold.recipes._loop import Trainer, train
 from sparsefold.recipes._windows import Windows, bits_per_char
@@ -186,6 +186,7 @@ def one_cycle(progress: float, warmup: float) -> float:
 def load(path: Path) -> tuple[Stack, dict[str, Any]]:
     """The trained model of a checkpoint (a run's folder means its best), and the facts kept with it."""
     tensors, facts = read_checkpoint(path / "best.safetensors" if path.is_dir() else path)
-    config = from_dict(Config, facts["about"]["config"])
-    model = holding(lambda: build(config, len(facts["about"]["vocabulary"]) + 1), part(tensors, "model."), path)
+    settings, words = made_with(path, facts)
+    config = from_dict(Config, settings)
+    model = holding(lambda: build(config, len(words) + 1), part(tensors, "model."), path)
     return model.eval(), facts
