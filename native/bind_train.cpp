@@ -82,8 +82,6 @@ BlockWeight<Real> view(const Blocks<Real>* blocks, uint32_t gates, size_t units,
     return w;
 }
 
-constexpr double kFewBlocks = 0.4;  // up to which a gradient's blocks are better made one by one
-
 struct PyTeam {
     std::unique_ptr<Team, Team::Delete> team;
     std::string isa;
@@ -161,7 +159,7 @@ struct PyTeam {
     }
 
     template <class Real>
-    void input_gradient(const Blocks<Real>& blocks, In<Real> g, In<uint8_t> wild, Out<Real> out) const {
+    void input_gradient(const Blocks<Real>& blocks, In<Real> g, Out<Real> out) const {
         if (g.ndim() != 2 || out.ndim() != 2 || out.shape(0) != g.shape(0) || !blocks.packed())
             throw std::invalid_argument("a gradient of x reads and writes rows, by packed blocks.");
         InputGradientArgs<Real> a{};
@@ -171,7 +169,6 @@ struct PyTeam {
         a.rows = size32(g.shape(0), "rows");
         a.g = g.data();
         a.stride = g.shape(1);
-        a.wild = data(wild, a.rows, "wild");
         a.out = out.data();
         const nb::gil_scoped_release release;
         sparsefold::input_gradient(*team, kernels(Real()), a);
@@ -271,7 +268,6 @@ struct PyTeam {
             if (!p || p->gates != a.gates || p->units != a.units || p->cols != cols)
                 throw std::invalid_argument("these are the blocks of another weight.");
             a.live = p->live.data();
-            a.by_column = live->share() < kFewBlocks;
         }
         SiftArgs<Real> x{};
         const size_t above = head.is_valid() ? head.size() / std::max<size_t>(cols, 1) : 0;
@@ -292,7 +288,7 @@ struct PyTeam {
     }
 
     template <class Real>
-    void outer_blocks(In<Real> g, const std::vector<uint32_t>& parts, In<Real> head, In<Real> rest,
+    void outer_blocks(In<Real> g, const std::vector<uint32_t>& parts, In<Real> head, In<Real> rest, In<uint8_t> wild,
                       const Blocks<Real>& blocks, Out<Real> out) const {
         OuterBlocksArgs<Real> a{};
         if (!blocks.pattern) throw std::invalid_argument("nobody looked which blocks these are.");
@@ -314,6 +310,7 @@ struct PyTeam {
         if (!rest.is_valid() || rest.size() < (a.rows - above) * a.cols)
             throw std::invalid_argument("x has too few rows.");
         a.rest = rest.data();
+        a.wild = data(wild, a.rows, "wild");
         a.out = given(out, size_t{a.gates} * a.units * a.cols, "out");
         const nb::gil_scoped_release release;
         sparsefold::outer_blocks(*team, kernels(Real()), a, p);
@@ -407,7 +404,7 @@ void bind_real(nb::class_<PyTeam>& c) {
         .def("pack", &PyTeam::pack<Real>, "weight"_a, "gates"_a, "most"_a, "previous"_a.none(), "kept"_a.none())
         .def("input_product", &PyTeam::input_product<Real>, "weight"_a.none(), "blocks"_a.none(), "bias"_a, "x"_a,
              "events"_a, "out"_a)
-        .def("input_gradient", &PyTeam::input_gradient<Real>, "blocks"_a, "g"_a, "wild"_a.none(), "out"_a)
+        .def("input_gradient", &PyTeam::input_gradient<Real>, "blocks"_a, "g"_a, "out"_a)
         .def("egru_forward", &PyTeam::egru_forward<Real>, "options"_a, "hidden"_a.none(), "blocks"_a.none(),
              "blocks_n"_a.none(), "every"_a, "bias_n"_a.none(), "theta"_a, "mask"_a.none(), "y0"_a, "h0"_a, "tape"_a,
              "u"_a, "o"_a.none(), "y"_a, "h"_a)
@@ -417,8 +414,8 @@ void bind_real(nb::class_<PyTeam>& c) {
              "wants_y0"_a, "gates"_a, "dy"_a, "dh"_a, "dtheta"_a, "dbias"_a, "wild"_a)
         .def("outer", &PyTeam::outer<Real>, "g"_a, "parts"_a, "head"_a.none(), "rest"_a, "scale"_a.none(),
              "wild"_a.none(), "live"_a.none(), "out"_a)
-        .def("outer_blocks", &PyTeam::outer_blocks<Real>, "g"_a, "parts"_a, "head"_a.none(), "rest"_a, "blocks"_a,
-             "out"_a)
+        .def("outer_blocks", &PyTeam::outer_blocks<Real>, "g"_a, "parts"_a, "head"_a.none(), "rest"_a, "wild"_a.none(),
+             "blocks"_a, "out"_a)
         .def("gated_forward", &PyTeam::gated_forward<Real>, "kind"_a, "keep_h"_a, "keep_c"_a, "weight"_a,
              "blocks"_a.none(), "blocks_n"_a.none(), "bias_n"_a.none(), "mask_h"_a.none(), "mask_c"_a.none(), "h0"_a,
              "c0"_a.none(), "live"_a.none(), "tape"_a, "out"_a, "cells"_a.none())

@@ -60,19 +60,3 @@ struct GatedBackwardArgs : GatedArgs<Real> {
     uint8_t* wild;  // (steps * batch) zeros, with blocks: 1 where that is not finite
     Real* back;     // (batch, units) room of gru_before
 };
-
-/// out (gates * units, cols) += sum over rows of g(row) x(row)^T in a weight's live blocks, where all of x is read.
-template <class Real>
-struct OuterBlocksArgs {
-    uint32_t rows, units, cols, gates;
-    const Real* g;  // (rows, stride)
-    size_t stride;
-    uint32_t part[4];  // where in a row each gate begins
-    const Real* head;  // x (rows, cols): its first rows,
-    uint32_t head_rows;
-    const Real* rest;       // and the others
-    const uint32_t* start;  // (groups * gates + 1): where the blocks of a group and gate begin
-    const uint32_t* col;    // (blocks) ascending
-    Real* sums;             // (blocks, kLanes) room, zeros
-    Real* out;
-};

@@ -48,23 +48,6 @@ SF_SHORT Vec<Real> between(const Vec<Real>& a, const Vec<Real>& b, const Vec<Rea
     return lerp<Real>(a, b, w);
 }
 
-// Sums in registers, and how many of a panel's vectors are multiplied at a time: where registers are few, one, and
-// more samples.
-template <class Real>
-struct BlockOf {
-    static constexpr uint32_t sums = kSums, vectors = 1;
-};
-#if defined(__AVX512F__)
-template <>
-struct BlockOf<float> {
-    static constexpr uint32_t sums = 24, vectors = kPanelVectors;
-};
-#endif
-template <>
-struct BlockOf<double> {
-    static constexpr uint32_t sums = 2, vectors = 1;
-};
-
 constexpr uint32_t kFetched = 16;  // inputs between two looks at what comes next
 
 /// Lines of the weight that are read next, asked for bit by bit.
@@ -117,13 +100,6 @@ SF_INLINE void add_block(Real* acc, const Real* rows, const Real* x, size_t stri
     for (uint32_t i = 0; i < M * Now; ++i) store(acc + (i / Now * N + i % Now) * kLanes, total[0][i]);
 }
 
-template <uint32_t Most, class F>
-SF_INLINE void with_samples(uint32_t n, const F& f) {
-    if constexpr (Most > 1)
-        if (n < Most) return with_samples<Most - 1>(n, f);
-    f(Width<Most>{});
-}
-
 /// acc (samples, N vectors) += panel x, x (depth, stride) of which each row begins with the samples; `next` is the
 /// panel that is read after this one, null where all weights stay in the cache.
 template <uint32_t N, class Real>
@@ -142,7 +118,7 @@ static __attribute__((noinline)) void add_panel(Real* acc, const Real* panel, ui
         if (next) coming.lines = (kLines + groups - 1) / groups;
         for (uint32_t group = 0; group < groups; ++group) {
             const uint32_t from = share(samples, group, groups), count = share(samples, group + 1, groups) - from;
-            with_samples<kMost>(count, [&](auto width) {
+            with_number<kMost>(count, [&](auto width) {
                 for (uint32_t i = 0; i < N; i += kNow) {
                     add_block<N, kNow, decltype(width)::value>(
                         acc + (static_cast<size_t>(from) * N + i) * kLanes, rows + i * kLanes,
@@ -540,56 +516,6 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
         } else {
             product(sent, 0, gates_of(a.kind) * H, live, a.dh, t);
         }
-    }
-}
-
-/// sums (M, kLanes) += sum over r < n of g(r) * x(r, col[i]).
-template <uint32_t M, class Real>
-static __attribute__((noinline)) void add_columns(Real* sums, const Real* g, const Real* x, size_t stride,
-                                                  const uint32_t* col, uint32_t n) {
-    Vec<Real> total[M];
-#pragma GCC unroll 32
-    for (uint32_t i = 0; i < M; ++i) total[i] = load(sums + i * kLanes);
-    for (uint32_t r = 0; r < n; ++r, g += kLanes, x += stride) {
-        const Vec<Real> now = load(g);
-#pragma GCC unroll 32
-        for (uint32_t i = 0; i < M; ++i) total[i] = fma(now, set1(x[col[i]]), total[i]);
-    }
-#pragma GCC unroll 32
-    for (uint32_t i = 0; i < M; ++i) store(sums + i * kLanes, total[i]);
-}
-
-template <class Real>
-static void outer_blocks(const OuterBlocksArgs<Real>& a, const Member& m) {
-    constexpr uint32_t kMost = BlockOf<Real>::sums < 6 ? 1 : BlockOf<Real>::sums,
-                       kRows = 128;  // x of these rows fits the second level, g the first
-    const Part part(count_of_groups(a.units) * a.gates, m);
-    alignas(64) Real g[kRows * kLanes];
-    for (uint32_t first = 0, n; first < a.rows; first += n) {
-        const bool head = first < a.head_rows;
-        const uint32_t end = head ? a.head_rows : a.rows;
-        const Real* x = (head ? a.head : a.rest) + static_cast<size_t>(head ? first : first - a.head_rows) * a.cols;
-        n = end - first < kRows ? end - first : kRows;
-        for (uint32_t i = part.first; i < part.last; ++i) {
-            const uint32_t unit = i / a.gates * kLanes;
-            const Real* from = a.g + first * a.stride + a.part[i % a.gates] + unit;
-            if (a.start[i] == a.start[i + 1]) continue;
-            for (uint32_t r = 0; r < n; ++r) store(g + r * kLanes, get(from + r * a.stride, a.units - unit));
-            for (uint32_t at = a.start[i], count; at < a.start[i + 1]; at += count) {
-                count = a.start[i + 1] - at < kMost ? a.start[i + 1] - at : kMost;
-                with_samples<kMost>(count, [&](auto width) {
-                    add_columns<decltype(width)::value>(a.sums + static_cast<size_t>(at) * kLanes, g, x, a.cols,
-                                                        a.col + at, n);
-                });
-            }
-        }
-    }
-    for (uint32_t i = part.first; i < part.last; ++i) {
-        const uint32_t unit = i / a.gates * kLanes, rows = a.units - unit < kLanes ? a.units - unit : kLanes;
-        Real* to = a.out + (static_cast<size_t>(i % a.gates) * a.units + unit) * a.cols;
-        for (uint32_t at = a.start[i]; at < a.start[i + 1]; ++at)
-            for (uint32_t r = 0; r < rows; ++r)
-                to[static_cast<size_t>(r) * a.cols + a.col[at]] = a.sums[static_cast<size_t>(at) * kLanes + r];
     }
 }
 

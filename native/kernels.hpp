@@ -202,6 +202,10 @@ struct BlockWeight {
     const uint32_t* start;  // (cols * strips + 1): where the blocks of an input and strip begin
     const uint32_t* row;    // (blocks) group * gates + gate, ascending for an input
     const Real* values;     // (blocks, kLanes), zeros where a gate ends
+    // The same blocks row after row: where those of a row begin (groups * gates + 1), their inputs, ascending, and
+    // values.
+    const uint32_t *row_start, *col;
+    const Real* by_row;
     uint32_t gates, units, cols, strips;
 };
 
@@ -210,10 +214,10 @@ template <class Real>
 struct PackBlocksArgs {
     const Real* weight;
     uint32_t gates, units, cols, strips;
-    const uint64_t* kept;   // (groups * gates, segments of cols) bits of blocks that are live whatever they hold; null
-    uint64_t* live;         // alike; in: as they were, out: as they are
-    const uint32_t* start;  // of BlockWeight, null: values are not wanted
-    Real* values;
+    const uint64_t* kept;  // (groups * gates, segments of cols) bits of blocks that are live whatever they hold; null
+    uint64_t* live;        // alike; in: as they were, out: as they are
+    const uint32_t *start, *row_start;  // of BlockWeight, null: values are not wanted
+    Real *values, *by_row;
     uint32_t* cursor;  // (members, cols)
     uint8_t* changed;  // (members) out
     uint8_t* wild;     // (members) out: 1 where a weight is not finite
@@ -257,17 +261,13 @@ constexpr size_t sifted_stride(uint32_t rows) { return static_cast<size_t>(rows)
 /// x may have its first rows elsewhere and each row scaled by another array's; rows that are wild are taken whole.
 template <class Real>
 struct SiftArgs {
-    Sifted<Real> out;  // lane is not written by column
-    bool by_column;    // each part column by column: start (parts, kSegment + 1)
+    Sifted<Real> out;
     const Real* head;  // (head_rows, cols)
     uint32_t head_rows;
     const Real* rest;   // (rows - head_rows, cols)
     const Real* scale;  // (rows, scale_stride) or null
     size_t scale_stride;
     const uint8_t* wild;  // (rows) or null
-    // By column: (members, sifted_stride(rows)) each.
-    uint32_t *room_lane, *room_row;
-    Real* room_value;
 };
 
 /// out (rows, stride) = bias + W x of all rows of x.
@@ -280,7 +280,9 @@ struct InputProductArgs {
     const Real* bias;   // (gates * units)
     Real* out;
     size_t stride;
-    Real* room;  // (members, product_rows(rows) * gates * kTile); with blocks (members, gates * pad(units))
+    Real* room;             // (members, room_of_member)
+    size_t room_of_member;  // product_rows(rows) * gates * kTile; with blocks gates * pad(units); where all of x is
+                            // read kTogether * pad(cols) * kLanes
 };
 constexpr uint32_t kProductRows = 1024;  // whose sums of a tile fit L2
 constexpr uint32_t product_rows(uint32_t rows) { return rows < kProductRows ? rows : kProductRows; }
@@ -292,11 +294,10 @@ struct InputGradientArgs {
     uint32_t rows;
     const Real* g;
     size_t stride;
-    const uint8_t* wild;  // (rows) 1 where g is not finite; null
     Real* out;
-    Real* room;  // (members, kAtOnce, gates * pad(units))
+    Real* room;  // (members, kTogether, pad(cols), kLanes)
 };
-constexpr uint32_t kAtOnce = 2;  // rows that share the reading of a block
+constexpr uint32_t kTogether = 4;  // tiles of kLanes rows that share the reading of a weight's blocks
 
 enum class Event : uint32_t { threshold, always, smooth };
 
@@ -343,10 +344,16 @@ struct EgruBackwardArgs : EgruArgs<Real> {
     Real* dtheta;     // (units) out
     Real* dbias;      // (4 * units) out: `gates` summed
     uint8_t* wild;    // (steps * batch) out: 1 where a gradient is not finite
+    bool all;         // with blocks: every gradient of a message is made, samples in the lanes
     Real* sent[2];    // by turns: r, z and what r multiplies (or r and z alone) of one step: (tiles, batch, gates,
-                      // kTile), with blocks (batch, groups, gates, kLanes)
+                      // kTile), with blocks (batch, groups, gates, kLanes); with `all` zeros at first, (samples /
+                      // kLanes, groups, gates, kLanes units, kLanes samples)
     Real* sent_n[2];  // n where !reset_after
-    Real* back;       // (batch, units) room where !reset_after
+    // With `all`: (members, kTogether, pad(units), kLanes); and where a member's inputs begin and end among the blocks
+    // of each row of both weights, (members, groups, 3, 2).
+    Real* room;
+    uint32_t* bounds;
+    Real* back;  // (batch, units) room where !reset_after
     Needed<Real> need;
 };
 
@@ -359,7 +366,6 @@ struct OuterArgs {
     uint32_t part[4];  // where in a row each gate begins, in units
     Sifted<Real> x;
     const uint64_t* live;  // (groups * gates, parts of x) bits of the blocks to make, zero elsewhere; null: all
-    bool by_column;        // how x is sifted: by column where few blocks are live
     Real* out;
     Real* room;  // (members, outer_chunk(rows), gates * kPair)
 };
@@ -369,6 +375,28 @@ constexpr uint32_t outer_chunk(uint32_t rows) {
     const uint32_t chunks = (rows + kOuterRows - 1) / kOuterRows;
     return chunks ? (rows + chunks - 1) / chunks : 0;
 }
+
+/// out (gates * units, cols) += sum over rows of g(row) x(row)^T in a weight's live blocks.
+template <class Real>
+struct OuterBlocksArgs {
+    uint32_t rows, units, cols, gates;
+    const Real* g;  // (rows, stride)
+    size_t stride;
+    uint32_t part[4];  // where in a row each gate begins
+    const Real* head;  // x (rows, cols): its first rows,
+    uint32_t head_rows;
+    const Real* rest;       // and the others
+    const uint32_t* start;  // (groups * gates + 1): where the blocks of a group and gate begin
+    const uint32_t* col;    // (blocks) ascending
+    Real* sums;             // (blocks, kLanes) room, zeros
+    Real* out;
+    // By turns x turned over, (2, pad(cols), kTurned); or of each input what is not zero, the rows where that is, and
+    // how many, (2, pad(cols)). Without `row` all of x is read.
+    Real* room;
+    uint16_t *row, *count;
+    const uint8_t* wild;  // (rows) 1 where g is not finite: zeros of x count as others do there; null for none
+};
+constexpr uint32_t kTurned = 256;  // rows of x that are turned over at a time: their g fits L1
 
 #include "gated.hpp"
 

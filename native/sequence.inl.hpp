@@ -6,134 +6,10 @@
 // the backward multiplies the same rows with the tile's gradients, for the units that need theirs. Work is shared by
 // tiles; a sum has one order, whoever makes it.
 #pragma once
-#include "simd.hpp"
+#include "blocks.inl.hpp"
 
 namespace sparsefold {
 namespace SPARSEFOLD_ISA {
-
-/// Sixteen doubles: the same words as F16, in loops that the compiler turns into what the instruction set has.
-struct D16 {
-    double v[kLanes];
-};
-#define SF_LANES(expression)                                       \
-    D16 out;                                                       \
-    for (uint32_t i = 0; i < kLanes; ++i) out.v[i] = (expression); \
-    return out
-SF_INLINE D16 set1(double a) { SF_LANES(a); }
-SF_INLINE D16 load(const double* p) { SF_LANES(p[i]); }
-SF_INLINE void store(double* p, const D16& a) {
-    for (uint32_t i = 0; i < kLanes; ++i) p[i] = a.v[i];
-}
-SF_INLINE D16 load_first(const double* p, uint32_t n) { SF_LANES(i < n ? p[i] : 0.0); }
-SF_INLINE void store_first(double* p, uint32_t n, const D16& a) {
-    for (uint32_t i = 0; i < n; ++i) p[i] = a.v[i];
-}
-SF_INLINE D16 add(const D16& a, const D16& b) { SF_LANES(a.v[i] + b.v[i]); }
-SF_INLINE D16 sub(const D16& a, const D16& b) { SF_LANES(a.v[i] - b.v[i]); }
-SF_INLINE D16 mul(const D16& a, const D16& b) { SF_LANES(a.v[i] * b.v[i]); }
-SF_INLINE D16 div(const D16& a, const D16& b) { SF_LANES(a.v[i] / b.v[i]); }
-SF_INLINE D16 fma(const D16& a, const D16& b, const D16& c) { SF_LANES(a.v[i] * b.v[i] + c.v[i]); }
-SF_INLINE D16 min(const D16& a, const D16& b) { SF_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
-SF_INLINE D16 max(const D16& a, const D16& b) { SF_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
-SF_INLINE D16 keep(uint32_t bits, const D16& a) { SF_LANES((bits >> i & 1) ? a.v[i] : 0.0); }
-SF_INLINE D16 sigmoid(const D16& a) { SF_LANES(1.0 / (1.0 + __builtin_exp(-a.v[i]))); }
-SF_INLINE D16 tanh(const D16& a) { SF_LANES(__builtin_tanh(a.v[i])); }
-#undef SF_LANES
-SF_INLINE uint32_t not_le(const D16& a, const D16& b) {
-    uint32_t bits = 0;
-    for (uint32_t i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(!(a.v[i] <= b.v[i])) << i;
-    return bits;
-}
-SF_INLINE double sum(const D16& a) {
-    double lanes[kLanes];
-    store(lanes, a);
-    for (uint32_t half = kLanes / 2; half; half /= 2)
-        for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
-}
-SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const D16& a, uint32_t* index, double* value) {
-    uint32_t n = 0;
-    for (; bits; bits &= bits - 1, ++n) {
-        const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(bits));
-        index[n] = first + lane;
-        value[n] = a.v[lane];
-    }
-    return n;
-}
-SF_INLINE void add_sums(double* out, const D16& a, const D16& b, const D16& c, const D16& d) {
-    out[0] += sum(a), out[1] += sum(b), out[2] += sum(c), out[3] += sum(d);
-}
-
-template <class Real>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-    using type = F16;
-};
-template <>
-struct VectorOf<double> {
-    using type = D16;
-};
-template <class Real>
-using Vec = typename VectorOf<Real>::type;
-
-constexpr uint32_t kSums = kAccumulators * 3 / 2;  // of a tile's row that stay in registers
-
-template <class Real>
-SF_INLINE Vec<Real> load_some(const Real* p, uint32_t n) {  // the first n of sixteen, zeros behind
-    return n < kLanes ? load_first(p, n) : load(p);
-}
-template <class Real>
-SF_INLINE void store_some(Real* p, uint32_t n, const Vec<Real>& a) {
-    if (n < kLanes)
-        store_first(p, n, a);
-    else
-        store(p, a);
-}
-template <class V>
-SF_INLINE uint32_t is_nan(const V& a) {
-    return not_le(a, a);
-}
-template <class Real>
-SF_INLINE uint32_t not_zero(const Vec<Real>& x) {
-    const Vec<Real> zero = set1(Real(0));
-    return not_le(x, zero) | not_le(zero, x);
-}
-SF_INLINE uint32_t first_lanes(uint32_t left) { return left < kLanes ? (1u << left) - 1 : 0xffff; }
-
-/// Calls f with the number of vectors in a tile's row as a constant.
-template <uint32_t N>
-struct Width {
-    static constexpr uint32_t value = N;
-};
-template <class F>
-SF_INLINE void with_width(uint32_t n, const F& f) {
-    switch (n) {
-        case 1:
-            return f(Width<1>{});
-        case 2:
-            return f(Width<2>{});
-        case 3:
-            return f(Width<3>{});
-        case 4:
-            return f(Width<4>{});
-        case 6:
-            return f(Width<6>{});
-        case 8:
-            return f(Width<8>{});
-        case 9:
-            return f(Width<9>{});
-        default:
-            return f(Width<12>{});
-    }
-}
-
-/// The same pointer: compilers otherwise keep one register for each vector of a row, and lack them.
-template <class Real>
-SF_INLINE const Real* one_base(const Real* p) {
-    asm("" : "+r"(p));
-    return p;
-}
 
 /// acc[0 .. N) += sum over the list of value * the row of that index; rows lie `stride` vectors apart.
 template <uint32_t N, class Real>
@@ -182,37 +58,9 @@ SF_INLINE uint64_t fetch(const Real* rows, uint64_t bits, uint32_t n) {
     return bits;
 }
 
-SF_INLINE uint32_t share(uint32_t n, uint32_t number, uint32_t members) {
-    return static_cast<uint32_t>(static_cast<uint64_t>(n) * number / members);
-}
-/// The part of n tiles (or rows, ...) that a member works on.
-struct Part {
-    uint32_t first, last;
-    Part(uint32_t n, const Member& m) : first(share(n, m.number, m.members)), last(share(n, m.number + 1, m.members)) {}
-};
-
 template <class Real>
 SF_INLINE const Real* tile_of(const Transposed<Real>& w, uint32_t tile) {
     return w.values + static_cast<size_t>(tile) * kTile * w.gates * w.cols;
-}
-
-/// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, zeros up to kLanes; says whether any is not finite.
-template <class Real>
-SF_INLINE uint32_t turn(const Real* from, size_t from_stride, uint32_t rows, uint32_t cols, Real* to,
-                        size_t to_stride) {
-    alignas(64) Real room[kLanes * kLanes];
-    Vec<Real> zeros = set1(Real(0));
-    for (uint32_t r = 0; r < rows; ++r) {
-        const Vec<Real> x = load_some(from + r * from_stride, cols);
-        zeros = fma(x, set1(Real(0)), zeros);
-        store(room + r * kLanes, x);
-    }
-    for (uint32_t r = rows; r < kLanes; ++r) store(room + r * kLanes, set1(Real(0)));
-    for (uint32_t c = 0; c < cols; ++c) {
-        Real* line = to + c * to_stride;
-        for (uint32_t r = 0; r < kLanes; ++r) line[r] = room[r * kLanes + c];
-    }
-    return is_nan(zeros) != 0;
 }
 
 template <class Real>
@@ -235,118 +83,6 @@ static void transpose(const TransposeArgs<Real>& a, const Member& m) {
         }
     }
     a.wild[m.number] = wild;
-}
-
-/// Of the tiles, those of the strips that a member works on; where nothing is packed in strips every tile is one.
-struct Strips : Part {
-    uint32_t first_tile, last_tile;
-    Strips(uint32_t units, uint32_t strips, const Member& m) : Part(strips ? strips : count_of_tiles(units), m) {
-        const uint32_t tiles = count_of_tiles(units), of = strips ? strips : tiles;
-        first_tile = of ? share(tiles, first, of) : 0;
-        last_tile = of ? share(tiles, last, of) : 0;
-    }
-};
-
-template <class Real>
-static void pack_blocks(const PackBlocksArgs<Real>& a, const Member& m) {
-    const Strips part(a.units, a.strips, m);
-    const uint32_t segments = count_of_segments(a.cols), H = a.units;
-    uint32_t* cursor = a.cursor + static_cast<size_t>(m.number) * a.cols;
-    const Vec<Real> zero = set1(Real(0));
-    Vec<Real> wild = zero;
-    bool changed = false;
-    for (uint32_t strip = part.first; strip < part.last; ++strip) {
-        const uint32_t tiles = count_of_tiles(H), end = share(tiles, strip + 1, a.strips) * (kTile / kLanes);
-        const uint32_t groups = count_of_groups(H), last = end < groups ? end : groups;
-        if (a.start)
-            for (uint32_t c = 0; c < a.cols; ++c) cursor[c] = a.start[static_cast<size_t>(c) * a.strips + strip];
-        for (uint32_t i = share(tiles, strip, a.strips) * (kTile / kLanes) * a.gates; i < last * a.gates; ++i) {
-            const uint32_t unit = i / a.gates * kLanes, rows = H - unit < kLanes ? H - unit : kLanes;
-            const Real* from = a.weight + (static_cast<size_t>(i % a.gates) * H + unit) * a.cols;
-            for (uint32_t s = 0; s < segments; ++s) {
-                const uint32_t col = s * kSegment, cols = a.cols - col < kSegment ? a.cols - col : kSegment;
-                uint64_t bits = a.kept ? a.kept[static_cast<size_t>(i) * segments + s] : 0;
-                for (uint32_t c = 0; c < cols; c += kLanes) {
-                    uint32_t found = 0;
-                    for (uint32_t r = 0; r < rows; ++r) {
-                        const Vec<Real> x = load_some(from + static_cast<size_t>(r) * a.cols + col + c, cols - c);
-                        found |= not_le(x, zero) | not_le(zero, x);
-                        wild = fma(x, zero, wild);
-                    }
-                    bits |= static_cast<uint64_t>(found) << c;
-                }
-                uint64_t& live = a.live[static_cast<size_t>(i) * segments + s];
-                changed |= bits != live;
-                live = bits;
-                if (!a.start || changed) continue;
-                for (; bits; bits &= bits - 1) {
-                    const uint32_t c = col + static_cast<uint32_t>(__builtin_ctzll(bits));
-                    Real* to = a.values + static_cast<size_t>(cursor[c]++) * kLanes;
-                    for (uint32_t r = 0; r < rows; ++r) to[r] = from[static_cast<size_t>(r) * a.cols + c];
-                    for (uint32_t r = rows; r < kLanes; ++r) to[r] = 0;
-                }
-            }
-        }
-    }
-    a.changed[m.number] = changed;
-    a.wild[m.number] = is_nan(wild) != 0;
-}
-
-/// f(row, block) of the live blocks of an input from `at` up to `end`, and f(row, null) of the missing ones of `rows`.
-template <class Real, class F>
-SF_INLINE void every_block(const BlockWeight<Real>& w, uint32_t at, uint32_t end, uint32_t row, uint32_t rows,
-                           const F& f) {
-    for (; row < rows; ++row) {
-        const bool live = at < end && w.row[at] == row;
-        f(row, live ? w.values + static_cast<size_t>(at) * kLanes : nullptr);
-        at += live;
-    }
-}
-
-/// sums += W x in the rows of one strip. x is a list of n values, of inputs `col` + index[k] (of col + k without one);
-/// sums hold all of W's rows, group by group, gate by gate.
-template <class Real>
-SF_INLINE void add_blocks(Real* sums, const BlockWeight<Real>& w, uint32_t strip, uint32_t col, const uint32_t* index,
-                          const Real* value, uint32_t n) {
-    const uint32_t *start = w.start + strip, *row = w.row;
-    const Real* values = w.values;
-    for (uint32_t k = 0; k < n; ++k) {
-        const size_t at = static_cast<size_t>(col + (index ? index[k] : k)) * w.strips;
-        const uint32_t end = start[at + 1];
-        const Vec<Real> x = set1(value[k]);
-        if (value[k] * 0 == 0) {
-            for (uint32_t i = start[at]; i < end; ++i) {
-                Real* to = sums + static_cast<size_t>(row[i]) * kLanes;
-                store(to, fma(load(values + static_cast<size_t>(i) * kLanes), x, load(to)));
-            }
-        } else {  // zeros that were not stored make no number of it either
-            const uint32_t tiles = count_of_tiles(w.units), rows = kTile / kLanes * w.gates;
-            const uint32_t last = share(tiles, strip + 1, w.strips) * rows, all = count_of_groups(w.units) * w.gates;
-            every_block(w, start[at], end, share(tiles, strip, w.strips) * rows, last < all ? last : all,
-                        [&](uint32_t r, const Real* block) {
-                            Real* to = sums + static_cast<size_t>(r) * kLanes;
-                            store(to, fma(block ? load(block) : set1(Real(0)), x, load(to)));
-                        });
-        }
-    }
-}
-
-/// Vectors whose lanes' sum is input `col` of W^T q; q holds all of W's rows, as sums above. `wild`: q is not finite.
-template <class Real>
-SF_INLINE Vec<Real> dot_blocks(const BlockWeight<Real>& w, uint32_t col, const Real* q, bool wild) {
-    const uint32_t at = w.start[static_cast<size_t>(col) * w.strips];
-    const uint32_t end = w.start[static_cast<size_t>(col + 1) * w.strips];
-    Vec<Real> total = set1(Real(0));
-    if (wild) {
-        every_block(w, at, end, 0, count_of_groups(w.units) * w.gates, [&](uint32_t r, const Real* block) {
-            total = fma(block ? load(block) : set1(Real(0)), load(q + static_cast<size_t>(r) * kLanes), total);
-        });
-        return total;
-    }
-    for (uint32_t i = at; i < end; ++i)
-        total = fma(load(w.values + static_cast<size_t>(i) * kLanes), load(q + static_cast<size_t>(w.row[i]) * kLanes),
-                    total);
-    return total;
 }
 
 /// Appends to the list of row `row` the lanes of `bits` of `x`, the values of units from `unit` on. Rows come in order,
@@ -385,14 +121,12 @@ static void sift(const SiftArgs<Real>& a, const Member& m) {
     const Part part(count_of_segments(s.cols), m);
     for (uint32_t p = part.first; p < part.last; ++p) {
         const uint32_t col = p * kSegment, cols = s.cols - col < kSegment ? s.cols - col : kSegment;
-        const size_t base = p * s.stride, room = m.number * s.stride;
-        uint32_t* start = s.start + p * (static_cast<size_t>(a.by_column ? kSegment : s.rows) + 1);
-        uint32_t* lane = a.by_column ? a.room_lane + room : s.lane + base;
-        uint32_t* row = a.by_column ? a.room_row + room : s.row + base;
-        Real* value = a.by_column ? a.room_value + room : s.value + base;
+        uint32_t* start = s.start + p * (static_cast<size_t>(s.rows) + 1);
+        uint32_t *lane = s.lane + p * s.stride, *row = s.row + p * s.stride;
+        Real* value = s.value + p * s.stride;
         uint32_t n = 0;
         for (uint32_t r = 0; r < s.rows; ++r) {
-            if (!a.by_column) start[r] = n;
+            start[r] = n;
             const Real* x = r < a.head_rows ? a.head + static_cast<size_t>(r) * s.cols
                                             : a.rest + static_cast<size_t>(r - a.head_rows) * s.cols;
             const bool whole = a.wild && a.wild[r];
@@ -405,86 +139,19 @@ static void sift(const SiftArgs<Real>& a, const Member& m) {
                 n += compress(bits, c, v, lane + n, value + n);
             }
         }
-        if (!a.by_column) {
-            start[s.rows] = n;
-            continue;
-        }
-        uint32_t at[kSegment + 1] = {0};
-        for (uint32_t k = 0; k < n; ++k) ++at[lane[k] + 1];
-        for (uint32_t c = 0; c < kSegment; ++c) at[c + 1] += at[c];
-        for (uint32_t c = 0; c <= kSegment; ++c) start[c] = at[c];
-        for (uint32_t k = 0; k < n; ++k) {
-            const size_t to = base + at[lane[k]]++;
-            s.row[to] = row[k];
-            s.value[to] = value[k];
-        }
+        start[s.rows] = n;
     }
 }
 
 /// f(part, where its entries begin, how many) of a row.
-template <class Real, class F>
-SF_INLINE void each_part(const Sifted<Real>& x, uint32_t row, const F& f) {
-    for (uint32_t p = 0; p < count_of_segments(x.cols); ++p) {
-        const uint32_t* start = x.start + p * (static_cast<size_t>(x.rows) + 1) + row;
-        if (start[1] != start[0]) f(p, p * x.stride + start[0], start[1] - start[0]);
-    }
-}
-
-template <class Real>
-static void input_product_of_blocks(const InputProductArgs<Real>& a, const Member& m) {
-    const BlockWeight<Real>& w = a.blocks;
-    const Strips part(w.units, w.strips, m);
-    const uint32_t groups = count_of_groups(w.units), end = part.last_tile * (kTile / kLanes);
-    const uint32_t first = part.first_tile * (kTile / kLanes) * w.gates, last = (end < groups ? end : groups) * w.gates;
-    Real* sums = a.room + static_cast<size_t>(m.number) * w.gates * groups * kLanes;
-    for (uint32_t r = 0; r < a.x.rows; ++r) {
-        const auto each = [&](auto f) {
-            for (uint32_t i = first; i < last; ++i) {
-                const uint32_t unit = i / w.gates * kLanes;
-                f(sums + static_cast<size_t>(i) * kLanes, i % w.gates * w.units + unit, w.units - unit);
-            }
-        };
-        each([&](Real* to, uint32_t at, uint32_t left) { store(to, load_some(a.bias + at, left)); });
-        for (uint32_t strip = part.first; strip < part.last; ++strip) {
-            if (a.dense)
-                add_blocks(sums, w, strip, 0, nullptr, a.dense + static_cast<size_t>(r) * w.cols, w.cols);
-            else
-                each_part(a.x, r, [&](uint32_t p, size_t at, uint32_t n) {
-                    add_blocks(sums, w, strip, p * kSegment, a.x.lane + at, a.x.value + at, n);
-                });
-        }
-        each([&](Real* from, uint32_t at, uint32_t left) { store_some(a.out + r * a.stride + at, left, load(from)); });
-    }
-}
-
-template <class Real>
-static void input_gradient(const InputGradientArgs<Real>& a, const Member& m) {
-    const BlockWeight<Real>& w = a.blocks;
-    const Part part(a.rows, m);
-    const size_t size = static_cast<size_t>(w.gates) * count_of_groups(w.units) * kLanes;
-    Real* q = a.room + static_cast<size_t>(m.number) * kAtOnce * size;
-    for (uint32_t r = part.first; r < part.last; r += kAtOnce) {
-        const uint32_t rows = part.last - r < kAtOnce ? part.last - r : kAtOnce;
-        for (uint32_t k = 0; k < rows; ++k)
-            for (uint32_t i = 0; i < size / kLanes; ++i) {
-                const uint32_t unit = i / w.gates * kLanes;
-                store(q + k * size + i * kLanes,
-                      load_some(a.g + (r + k) * a.stride + i % w.gates * w.units + unit, w.units - unit));
-            }
-        for (uint32_t c = 0; c < w.cols; ++c)
-            for (uint32_t k = 0; k < rows; ++k)
-                a.out[static_cast<size_t>(r + k) * w.cols + c] =
-                    sum(dot_blocks(w, c, q + k * size, a.wild && a.wild[r + k]));
-    }
-}
-
 template <class Real>
 static void input_product(const InputProductArgs<Real>& a, const Member& m) {
-    if (a.blocks.start) return input_product_of_blocks(a, m);
+    if (a.dense) return input_product_of_rows(a, m);
+    if (a.blocks.start) return input_product_of_events(a, m);
     const Transposed<Real>& w = a.weight;
     const Part part(count_of_tiles(w.units), m);
     const uint32_t chunk = product_rows(a.x.rows);
-    Real* acc = a.room + static_cast<size_t>(m.number) * chunk * w.gates * kTile;
+    Real* acc = a.room + m.number * a.room_of_member;
     for (uint32_t tile = part.first; tile < part.last; ++tile) {
         const uint32_t vectors = tile_vectors(w.units, tile), n = w.gates * vectors;
         for (uint32_t first = 0; first < a.x.rows; first += chunk) {
@@ -688,27 +355,69 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     const auto add_to = [&](Real* p, uint32_t left, const Vec<Real>& x) {
         store_some(p, left, add(load_some(p, left), x));
     };
-    const auto own = [&](auto f) {  // every vector of units of this member, as they lie in memory
-        for (uint32_t b = 0; b < B; ++b)
-            for (uint32_t tile = part.first; tile < part.last; ++tile) {
-                const uint32_t vectors = tile_vectors(H, tile);
-                for (uint32_t v = 0; v < vectors; ++v) {
-                    const uint32_t j = tile * kTile + v * kLanes;
-                    f(tile, vectors, b, v, j, H - j);
+    // Every vector of units of this member, as they lie in memory; or tile by tile, where what is sent is spread out.
+    const auto own = [&](auto f) {
+        const uint32_t tiles_now = a.all ? 1 : part.last - part.first;
+        for (uint32_t first = part.first; first < part.last; first += tiles_now)
+            for (uint32_t b = 0; b < B; ++b)
+                for (uint32_t tile = first; tile < first + tiles_now; ++tile) {
+                    const uint32_t vectors = tile_vectors(H, tile);
+                    for (uint32_t v = 0; v < vectors; ++v) {
+                        const uint32_t j = tile * kTile + v * kLanes;
+                        f(tile, vectors, b, v, j, H - j);
+                    }
                 }
-            }
     };
     const uint32_t parts = count_of_near(H), first_part = part.first * (kTile / kNear);
     const uint32_t end = part.last * (kTile / kNear), last_part = end < parts ? end : parts;
     const uint32_t ahead = (kNear + B - 1) / B;
-    const size_t all = static_cast<size_t>(count_of_groups(H)) * kLanes;
-    /// Where a step's gradients lie that W^T multiplies: of one vector of units, of gate 0; and how far the next
-    /// gate's.
-    const auto place = [&](uint32_t count, uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v) -> size_t {
-        if (a.blocks.start) return (b * all + tile * kTile + v * kLanes) * count;
-        return static_cast<size_t>(tile) * kTile * count * B + (static_cast<size_t>(b) * count * vectors + v) * kLanes;
+    const uint32_t groups = count_of_groups(H);
+    const size_t all = static_cast<size_t>(groups) * kLanes;
+    /// To where the product with W^T finds it: one vector of units' gradients, of one of `count` gates.
+    const auto send = [&](Real* sent, uint32_t count, uint32_t gate, uint32_t tile, uint32_t vectors, uint32_t b,
+                          uint32_t v, const Vec<Real>& x) {
+        if (a.all) {
+            const size_t row = static_cast<size_t>(tile * (kTile / kLanes) + v) * count + gate;
+            Real* to = sent + (b / kLanes * static_cast<size_t>(groups) * count + row) * kBlock + b % kLanes;
+            alignas(64) Real lanes[kLanes];
+            store(lanes, x);
+            for (uint32_t i = 0; i < kLanes; ++i) to[i * kLanes] = lanes[i];
+        } else if (a.blocks.start) {
+            store(sent + (b * all + tile * kTile + v * kLanes) * count + gate * kLanes, x);
+        } else {
+            store(sent + static_cast<size_t>(tile) * kTile * count * B +
+                      (static_cast<size_t>(b) * count * vectors + gate * vectors + v) * kLanes,
+                  x);
+        }
     };
-    const auto apart = [&](uint32_t vectors) { return a.blocks.start ? kLanes : vectors * kLanes; };
+    /// out[b, j] += row j of W * sent of sample b, of all that are this member's.
+    const uint32_t first_own = part.first * kTile, last_own = part.last * kTile < H ? part.last * kTile : H;
+    uint32_t* bounds = a.bounds + static_cast<size_t>(m.number) * groups * 6;
+    const auto all_products = [&](const BlockWeight<Real>& w, const Real* sent, Real* out, size_t row) {
+        const uint32_t rows = groups * w.gates;
+        const uint32_t* bound = bounds + (w.by_row == a.blocks.by_row ? 0 : static_cast<size_t>(groups) * 4);
+        const size_t size = all * kLanes;
+        Real* sums = a.room + m.number * kTogether * size;
+        every_tile(0, count_of_groups(B), B, [&](const auto& each) {
+            bool wild[kTogether] = {};
+            each([&](uint32_t k, uint32_t first, uint32_t n) {
+                for (uint32_t s = 0; s < n; ++s) wild[k] |= __atomic_load_n(a.wild + row + first + s, __ATOMIC_RELAXED);
+                for (uint32_t c = 0; c < pad(last_own - first_own); ++c)
+                    store(sums + k * size + static_cast<size_t>(c) * kLanes, zero);
+            });
+            for (uint32_t i = 0; i < rows; ++i)
+                each([&](uint32_t k, uint32_t first, uint32_t) {
+                    const Real* q = sent + (first / kLanes * static_cast<size_t>(rows) + i) * kBlock;
+                    add_row_turned(sums + k * size, first_own, w, bound[2 * i], bound[2 * i + 1], q);
+                    if (wild[k]) add_zeros_turned(sums + k * size, w, i, first_own, last_own, q);
+                });
+            each([&](uint32_t k, uint32_t first, uint32_t n) {
+                turn_back(sums + k * size, last_own - first_own, n, [&](uint32_t s, uint32_t c, const Vec<Real>& x) {
+                    add_to(out + static_cast<size_t>(first + s) * H + first_own + c, last_own - first_own - c, x);
+                });
+            });
+        });
+    };
     const auto dots_of_blocks = [&](const BlockWeight<Real>& w, const Real* sent, Real* out, size_t row) {
         for (uint32_t b = 0; b < B; ++b) {
             const Real* q = sent + b * all * w.gates;
@@ -729,6 +438,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     /// out[b, j] += row j of W * sent of sample b, where needed.
     const auto dots = [&](const Transposed<Real>& w, const BlockWeight<Real>& blocks, const Real* sent, Real* out,
                           size_t row, bool upwards) {
+        if (a.all) return all_products(blocks, sent, out, row);
         if (blocks.start) return dots_of_blocks(blocks, sent, out, row);
         const auto lists = [&](auto f) {
             for (uint32_t s = first_part; s < last_part; ++s)
@@ -764,6 +474,14 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             for (uint32_t k = 0; k < count; ++k) to[a.need.index[at + k]] += a.need.value[at + k];
         });
     };
+    if (a.all)
+        for (uint32_t i = 0; i < groups * 3; ++i) {
+            const bool second = i >= groups * a.blocks.gates;
+            const BlockWeight<Real>& w = second ? a.blocks_n : a.blocks;
+            const uint32_t row = second ? i - groups * a.blocks.gates : i;
+            bounds[2 * i] = first_block(w, row, first_own);
+            bounds[2 * i + 1] = first_block(w, row, last_own);
+        }
     own([&](uint32_t, uint32_t, uint32_t b, uint32_t, uint32_t j, uint32_t left) {
         const size_t at = static_cast<size_t>(b) * H + j;
         store_some(a.dy + at, left, some(a.grad_y_n, at, left));
@@ -779,6 +497,14 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
         own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
             const size_t at = static_cast<size_t>(b) * H + j, now = t * step + at;
             const Real* tape = a.tape + (row + b) * 4 * H + j;
+            if (a.all) {  // what the next sample reads and writes: too many short runs to be foreseen
+                for (uint32_t i = 0; i < 4; ++i) {
+                    __builtin_prefetch(tape + (4 + i) * H, 0, 3);
+                    __builtin_prefetch(a.gates + (row + b + 1) * 4 * H + i * H + j, 1, 3);
+                }
+                __builtin_prefetch(a.u + now + H, 0, 3);
+                __builtin_prefetch(a.grad_y + now + H, 0, 3);
+            }
             const Vec<Real> r = load_some(tape, left), z = load_some(tape + H, left), n = load_some(tape + 2 * H, left);
             const Vec<Real> theta = load_some(a.theta + j, left), dh = load_some(a.dh + at, left);
             const Vec<Real> u = load_some(a.u + now, left), o = event(a, sub(u, theta));
@@ -807,8 +533,10 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             store_some(out + 2 * H, left, dn);
             add_to(a.dbias + H + j, left, dz);
             add_to(a.dbias + 2 * H + j, left, dn);
-            Real* sent = a.sent[t % 2] + place(gates, tile, vectors, b, v);
-            store(sent + apart(vectors), dz);
+            const auto sends = [&](uint32_t gate, const Vec<Real>& x) {
+                send(a.sent[t % 2], gates, gate, tile, vectors, b, v, x);
+            };
+            sends(1, dz);
             Vec<Real> all = add(dz, dn);
             if (a.reset_after) {
                 const Vec<Real> dk = mul(r, dn);
@@ -817,43 +545,44 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 store_some(out + 3 * H, left, dk);
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dbias + 3 * H + j, left, dk);
-                store(sent, dr);
-                store(sent + 2 * apart(vectors), dk);
+                sends(0, dr);
+                sends(2, dk);
                 all = add(all, add(dr, dk));
             } else {
-                store(a.sent_n[t % 2] + place(1, tile, vectors, b, v), dn);
+                send(a.sent_n[t % 2], 1, 0, tile, vectors, b, v, dn);
                 store_some(a.back + at, left, zero);
             }
             if (is_nan(mul(all, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
         });
         m.wait(m.team);
         // Who needs the gradient of its message: all where one is no number, as 0 * inf is none either.
-        own([&](uint32_t, uint32_t, uint32_t b, uint32_t, uint32_t j, uint32_t left) {
-            const size_t at = static_cast<size_t>(b) * H + j;
-            uint32_t bits = 0xffff;
-            if (!a.every && !__atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED)) {
-                if (t) {
-                    const Vec<Real> v = sub(load_some(u_old + at, left), load_some(a.theta + j, left));
-                    bits = not_zero<Real>(event(a, v));
-                    if (a.event != Event::always && a.height != 0) {
-                        const Vec<Real> size = max(v, sub(zero, v));
-                        bits |= ~(not_le(size, set1(a.half_width)) & ~is_nan(size));
+        if (!a.all)
+            own([&](uint32_t, uint32_t, uint32_t b, uint32_t, uint32_t j, uint32_t left) {
+                const size_t at = static_cast<size_t>(b) * H + j;
+                uint32_t bits = 0xffff;
+                if (!a.every && !__atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED)) {
+                    if (t) {
+                        const Vec<Real> v = sub(load_some(u_old + at, left), load_some(a.theta + j, left));
+                        bits = not_zero<Real>(event(a, v));
+                        if (a.event != Event::always && a.height != 0) {
+                            const Vec<Real> size = max(v, sub(zero, v));
+                            bits |= ~(not_le(size, set1(a.half_width)) & ~is_nan(size));
+                        }
+                    } else if (!a.wants_y0) {
+                        bits = a.reset_after ? 0 : not_zero<Real>(load_some(a.y0 + at, left));
                     }
-                } else if (!a.wants_y0) {
-                    bits = a.reset_after ? 0 : not_zero<Real>(load_some(a.y0 + at, left));
                 }
-            }
-            bits &= first_lanes(left);
-            const uint32_t near = j / kNear, lane = j % kNear;
-            uint32_t& count = a.need.count[static_cast<size_t>(near) * B + b];
-            if (lane == 0) count = 0;
-            if (lane == 0 && b == 0) a.need.any[near] = 0;
-            a.need.any[near] |= bits << lane;
-            uint32_t* index = a.need.index + b * a.need.stride + static_cast<size_t>(near) * kNear;
-            for (; bits; bits &= bits - 1) index[count++] = lane + static_cast<uint32_t>(__builtin_ctz(bits));
-            if (lane != 0 || left <= kLanes)
-                for (uint32_t k = count; k % 4; ++k) index[k] = index[count - 1];
-        });
+                bits &= first_lanes(left);
+                const uint32_t near = j / kNear, lane = j % kNear;
+                uint32_t& count = a.need.count[static_cast<size_t>(near) * B + b];
+                if (lane == 0) count = 0;
+                if (lane == 0 && b == 0) a.need.any[near] = 0;
+                a.need.any[near] |= bits << lane;
+                uint32_t* index = a.need.index + b * a.need.stride + static_cast<size_t>(near) * kNear;
+                for (; bits; bits &= bits - 1) index[count++] = lane + static_cast<uint32_t>(__builtin_ctz(bits));
+                if (lane != 0 || left <= kLanes)
+                    for (uint32_t k = count; k % 4; ++k) index[k] = index[count - 1];
+            });
         if (!a.reset_after) {
             dots(a.hidden_n, a.blocks_n, a.sent_n[t % 2], a.back, row, t % 2);  // of r * y
             own([&](uint32_t tile, uint32_t vectors, uint32_t b, uint32_t v, uint32_t j, uint32_t left) {
@@ -865,7 +594,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                 if (is_nan(mul(dr, zero))) __atomic_store_n(a.wild + row + b, uint8_t{1}, __ATOMIC_RELAXED);
                 add_to(a.dbias + j, left, dr);
                 add_to(a.dy + at, left, mul(r, back));
-                store(a.sent[t % 2] + place(2, tile, vectors, b, v), dr);
+                send(a.sent[t % 2], 2, 0, tile, vectors, b, v, dr);
             });
             m.wait(m.team);
         }
@@ -903,41 +632,25 @@ static void outer(const OuterArgs<Real>& a, const Member& m) {
             const uint32_t last = x.rows - first < chunk ? x.rows : first + chunk;
             for (uint32_t r = first; r < last; ++r)
                 for (uint32_t i = 0; i < n; ++i) {
-                    const size_t to = a.by_column ? static_cast<size_t>(i) * chunk + r - first
-                                                  : static_cast<size_t>(r - first) * n + i;
-                    store(g + to * kLanes,
+                    store(g + (static_cast<size_t>(r - first) * n + i) * kLanes,
                           load_some(a.g + r * a.stride + a.part[i % a.gates] + unit_of(i), a.units - unit_of(i)));
                 }
             for (uint32_t p = 0; p < parts; ++p) {
                 const uint32_t cols = x.cols - p * kSegment < kSegment ? x.cols - p * kSegment : kSegment;
-                const uint32_t* start = x.start + p * (static_cast<size_t>(a.by_column ? kSegment : x.rows) + 1);
+                const uint32_t* start = x.start + p * (static_cast<size_t>(x.rows) + 1);
                 const uint32_t* row = x.row + p * x.stride;
                 const Real* value = x.value + p * x.stride;
                 for (uint32_t i = 0; i < cols * n; ++i) store(sums + i * kLanes, set1(Real(0)));
-                if (a.by_column) {
-                    for (uint32_t i = 0; i < n; ++i)
-                        for (uint64_t bits = live(i, p); bits; bits &= bits - 1) {
-                            const uint32_t c = static_cast<uint32_t>(__builtin_ctzll(bits)), end = start[c + 1];
-                            const Real* rows = g + static_cast<size_t>(i) * chunk * kLanes;
-                            Vec<Real> total = set1(Real(0));
-                            for (uint32_t k = start[c]; k < end; ++k)
-                                if (row[k] >= first && row[k] < last)
-                                    total = fma(load(rows + static_cast<size_t>(row[k] - first) * kLanes),
-                                                set1(value[k]), total);
-                            store(sums + (c * n + i) * kLanes, total);
-                        }
-                } else {
-                    const uint32_t at = start[first];
-                    with_width(n, [&](auto width) {
-                        constexpr uint32_t N = decltype(width)::value;
-                        if constexpr (N <= 6)
-                            add_outer<N>(sums, g, first, x.lane + p * x.stride + at, row + at, value + at,
-                                         start[last] - at);
-                    });
-                    for (uint32_t i = 0; a.live && i < n; ++i)
-                        for (uint32_t c = 0; c < cols; ++c)
-                            if (!(live(i, p) >> c & 1)) store(sums + (c * n + i) * kLanes, set1(Real(0)));
-                }
+                const uint32_t at = start[first];
+                with_width(n, [&](auto width) {
+                    constexpr uint32_t N = decltype(width)::value;
+                    if constexpr (N <= 6)
+                        add_outer<N>(sums, g, first, x.lane + p * x.stride + at, row + at, value + at,
+                                     start[last] - at);
+                });
+                for (uint32_t i = 0; a.live && i < n; ++i)
+                    for (uint32_t c = 0; c < cols; ++c)
+                        if (!(live(i, p) >> c & 1)) store(sums + (c * n + i) * kLanes, set1(Real(0)));
                 for (uint32_t i = 0; i < n; ++i) {
                     const uint32_t unit = unit_of(i), rows = a.units - unit < kLanes ? a.units - unit : kLanes;
                     for (uint32_t r = 0; r < rows; ++r) {

@@ -144,21 +144,15 @@ struct Lists {
 /// The room of what is sifted; pages that nothing falls into are never touched.
 template <class Real>
 struct Sieve {
-    Room<uint32_t> start, lane, row, room_lane, room_row;
-    Room<Real> value, room_value;
-    Sieve(SiftArgs<Real>& a, size_t members, uint32_t rows, uint32_t cols) {
-        const size_t parts = count_of_segments(cols), stride = sifted_stride(rows), room = a.by_column ? members : 0;
-        start = Room<uint32_t>(parts * (size_t{a.by_column ? kSegment : rows} + 1));
-        lane = Room<uint32_t>(a.by_column ? 0 : parts * stride);
+    Room<uint32_t> start, lane, row;
+    Room<Real> value;
+    Sieve(SiftArgs<Real>& a, uint32_t rows, uint32_t cols) {
+        const size_t parts = count_of_segments(cols), stride = sifted_stride(rows);
+        start = Room<uint32_t>(parts * (size_t{rows} + 1));
+        lane = Room<uint32_t>(parts * stride);
         row = Room<uint32_t>(parts * stride);
         value = Room<Real>(parts * stride);
-        room_lane = Room<uint32_t>(room * stride);
-        room_row = Room<uint32_t>(room * stride);
-        room_value = Room<Real>(room * stride);
         a.out = {rows, cols, stride, start.get(), lane.get(), row.get(), value.get()};
-        a.room_lane = room_lane.get();
-        a.room_row = room_row.get();
-        a.room_value = room_value.get();
     }
 };
 
@@ -209,7 +203,14 @@ void find_places(BlockPattern& p, size_t blocks) {
     for (size_t i = 1; i < p.start.size(); ++i) p.start[i] += p.start[i - 1];
     std::vector<uint32_t> at(p.start.begin(), p.start.end() - 1);
     p.row.resize(blocks);
-    each_live(p, [&](uint32_t row, uint32_t col) { p.row[at[place(row, col)]++] = row; });
+    p.row_start.assign(static_cast<size_t>(count_of_groups(p.units)) * p.gates + 1, 0);
+    p.col.reserve(blocks);
+    each_live(p, [&](uint32_t row, uint32_t col) {
+        p.row[at[place(row, col)]++] = row;
+        ++p.row_start[row + 1];
+        p.col.push_back(col);
+    });
+    for (size_t i = 1; i < p.row_start.size(); ++i) p.row_start[i] += p.row_start[i - 1];
 }
 
 /// Of a few blocks of every row of blocks, the share that is live.
@@ -245,7 +246,8 @@ double Blocks<Real>::share() const {
 template <class Real>
 BlockWeight<Real> Blocks<Real>::view() const {
     const BlockPattern& p = *pattern;
-    return {p.start.data(), p.row.data(), values.get(), p.gates, p.units, p.cols, p.strips};
+    return {p.start.data(), p.row.data(), values.get(), p.row_start.data(), p.col.data(), by_row.get(), p.gates,
+            p.units,        p.cols,       p.strips};
 }
 
 template <class Real>
@@ -256,7 +258,8 @@ Blocks<Real> pack_blocks(Team& team, const SequenceKernels<Real>& k, const Real*
     if (old && (old->gates != gates || old->units != units || old->cols != cols || old->strips != strips))
         old = nullptr;
     const bool was_packed = old && !old->start.empty();
-    if (!kept && !was_packed && guess_share(weight, gates, units, cols) > most + kDoubt) return {nullptr, Room<Real>()};
+    if (!kept && !was_packed && guess_share(weight, gates, units, cols) > most + kDoubt)
+        return {nullptr, Room<Real>(), Room<Real>()};
     auto found = std::make_shared<BlockPattern>();
     found->gates = gates, found->units = units, found->cols = cols, found->strips = strips;
     if (old)
@@ -265,27 +268,37 @@ Blocks<Real> pack_blocks(Team& team, const SequenceKernels<Real>& k, const Real*
         found->live.assign(static_cast<size_t>(count_of_groups(units)) * gates * count_of_segments(cols), 0);
     std::vector<uint8_t> changed(team.size(), 0), wild(team.size(), 0);
     const Room<uint32_t> cursor(team.size() * cols);
-    PackBlocksArgs<Real> args{weight,  gates,   units,        cols,           strips,     kept, found->live.data(),
-                              nullptr, nullptr, cursor.get(), changed.data(), wild.data()};
+    PackBlocksArgs<Real> args{};
+    args.weight = weight;
+    args.gates = gates, args.units = units, args.cols = cols, args.strips = strips;
+    args.kept = kept;
+    args.live = found->live.data();
+    args.cursor = cursor.get();
+    args.changed = changed.data();
+    args.wild = wild.data();
     const auto any = [](const std::vector<uint8_t>& v) { return std::find(v.begin(), v.end(), 1) != v.end(); };
     const auto fill = [&](const BlockPattern& pattern) {
-        Room<Real> values(pattern.row.size() * kLanes);
+        Blocks<Real> out{nullptr, Room<Real>(pattern.row.size() * kLanes), Room<Real>(pattern.row.size() * kLanes)};
         args.start = pattern.start.data();
-        args.values = values.get();
+        args.row_start = pattern.row_start.data();
+        args.values = out.values.get();
+        args.by_row = out.by_row.get();
         team.run(strips, [&](const Member& m) { k.pack_blocks(args, m); });
-        return values;
+        return out;
     };
     if (was_packed) {
-        Room<Real> values = fill(*old);
-        if (!any(wild) && !any(changed)) return {previous->pattern, std::move(values)};
+        Blocks<Real> out = fill(*old);
+        out.pattern = previous->pattern;
+        if (!any(wild) && !any(changed)) return out;
         args.start = nullptr;
     } else {
         team.run(strips, [&](const Member& m) { k.pack_blocks(args, m); });
     }
-    Blocks<Real> out{found, Room<Real>()};
+    Blocks<Real> out{found, Room<Real>(), Room<Real>()};
     if (any(wild) || out.share() > most) return out;
     find_places(*found, count_live(*found));
-    out.values = fill(*found);
+    out = fill(*found);
+    out.pattern = found;
     return out;
 }
 
@@ -300,13 +313,15 @@ bool transpose(Team& team, const SequenceKernels<Real>& k, TransposeArgs<Real> a
 template <class Real>
 void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<Real> args, const Real* x,
                    uint32_t rows, uint32_t cols) {
-    const size_t sums = args.blocks.start ? size_t{args.blocks.gates} * pad(args.blocks.units)
-                                          : size_t{args.weight.gates} * kTile * product_rows(rows);
-    const Room<Real> room(team.size() * sums);
+    const BlockWeight<Real>& w = args.blocks;
+    args.room_of_member = args.dense ? size_t{kTogether} * pad(cols) * kLanes
+                          : w.start  ? size_t{w.gates} * pad(w.units)
+                                     : size_t{args.weight.gates} * kTile * product_rows(rows);
+    const Room<Real> room(team.size() * args.room_of_member);
     args.room = room.get();
     SiftArgs<Real> from{};
     from.rest = x;
-    const Sieve<Real> sieve(from, team.size(), args.dense ? 0 : rows, cols);
+    const Sieve<Real> sieve(from, args.dense ? 0 : rows, cols);
     args.x = from.out;
     args.x.rows = rows;
     team.run(team.size(), [&](const Member& m) {
@@ -320,7 +335,7 @@ void input_product(Team& team, const SequenceKernels<Real>& k, InputProductArgs<
 
 template <class Real>
 void input_gradient(Team& team, const SequenceKernels<Real>& k, InputGradientArgs<Real> args) {
-    const Room<Real> room(team.size() * kAtOnce * args.blocks.gates * pad(args.blocks.units));
+    const Room<Real> room(team.size() * kTogether * pad(args.blocks.cols) * kLanes);
     args.room = room.get();
     team.run(team.size(), [&](const Member& m) { k.input_gradient(args, m); });
 }
@@ -338,9 +353,35 @@ void egru_forward(Team& team, const SequenceKernels<Real>& k, EgruForwardArgs<Re
     team.run(count_of_tiles(args.units), [&](const Member& m) { k.egru_forward(args, m); });
 }
 
+namespace {
+
+/// Of the gradients of messages, the share that is needed: of some steps, all that spoke or are near enough to it.
+template <class Real>
+double needed_share(const EgruArgs<Real>& a) {
+    constexpr uint32_t kApart = 8;
+    if (a.event != Event::threshold || a.every) return 1;
+    size_t needed = 0, seen = 0;
+    for (uint32_t t = 0; t < a.steps; t += kApart)
+        for (uint32_t b = 0; b < a.batch; ++b) {
+            const Real* u = a.u + (static_cast<size_t>(t) * a.batch + b) * a.units;
+            for (uint32_t j = 0; j < a.units; ++j) needed += u[j] - a.theta[j] > -a.half_width;
+            seen += a.units;
+        }
+    return seen ? static_cast<double>(needed) / static_cast<double>(seen) : 0;
+}
+constexpr double kFewNeeded = 0.25;  // up to which lists of them beat all of them with the samples in the lanes
+
+}  // namespace
+
 template <class Real>
 void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<Real> args) {
-    const size_t step = static_cast<size_t>(args.batch) * pad(args.units);
+    const size_t lanes = pad(args.batch), groups = count_of_groups(args.units), members = team.size();
+    args.all = args.blocks.start && needed_share(args) * args.batch > kFewNeeded * static_cast<double>(lanes);
+    const size_t step = (args.all ? lanes : args.batch) * pad(args.units);
+    const Room<Real> room(args.all ? members * kTogether * pad(args.units) * kLanes : 0);
+    const Room<uint32_t> bounds(args.all ? members * groups * 6 : 0);
+    args.room = room.get();
+    args.bounds = bounds.get();
     const size_t parts = count_of_near(args.units), stride = parts * kNear;
     const Room<uint32_t> index(args.batch * stride), count(args.batch * parts), any(parts);
     const Room<Real> value(args.batch * stride);
@@ -348,6 +389,10 @@ void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<
     const size_t gates = args.reset_after ? 3 : 2, alone = args.reset_after ? 0 : 1;
     const Room<Real> sent(2 * gates * step), sent_n(2 * alone * step), back(alone * step);
     args.back = back.get();
+    if (args.all && lanes > args.batch) {  // the lanes of no sample
+        std::fill_n(sent.get(), 2 * gates * step, Real(0));
+        std::fill_n(sent_n.get(), 2 * alone * step, Real(0));
+    }
     for (size_t i = 0; i < 2; ++i) {
         args.sent[i] = sent.get() + i * gates * step;
         args.sent_n[i] = alone ? sent_n.get() + i * step : nullptr;
@@ -358,8 +403,7 @@ void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<
 template <class Real>
 void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, SiftArgs<Real> from, uint32_t rows,
            uint32_t cols) {
-    from.by_column = args.by_column;
-    const Sieve<Real> sieve(from, team.size(), rows, cols);
+    const Sieve<Real> sieve(from, rows, cols);
     const Room<Real> room(team.size() * outer_chunk(rows) * args.gates * kPair);
     args.x = from.out;
     args.room = room.get();
@@ -485,11 +529,19 @@ void outer_blocks(Team& team, const SequenceKernels<Real>& k, OuterBlocksArgs<Re
         start[row + 1] = static_cast<uint32_t>(col.size());
     });
     for (size_t i = 1; i < start.size(); ++i) start[i] = std::max(start[i], start[i - 1]);
-    const Room<Real> sums(col.size() * kLanes);
+    constexpr double kFewEvents = 0.25;  // of x, up to which lists of them beat reading all of it
+    const size_t inputs = pad(args.cols), told = args.rows - args.head_rows;
+    const bool events = args.wild && static_cast<double>(count_spoken(team, args.rest, told * args.cols)) <=
+                                         kFewEvents * static_cast<double>(told * args.cols);
+    const Room<Real> sums(col.size() * kLanes), room(2 * inputs * kTurned);
+    const Room<uint16_t> row(events ? 2 * inputs * kTurned : 0), count(events ? 2 * inputs : 0);
+    args.row = row.get();
+    args.count = count.get();
     std::fill_n(sums.get(), col.size() * kLanes, Real(0));
     args.start = start.data();
     args.col = col.data();
     args.sums = sums.get();
+    args.room = room.get();
     team.run(start.size() - 1, [&](const Member& m) { k.outer_blocks(args, m); });
 }
 

@@ -101,14 +101,14 @@ class Room {
 struct BlockPattern {
     uint32_t gates, units, cols, strips;
     std::vector<uint64_t> live;  // (groups * gates, segments of cols)
-    std::vector<uint32_t> start, row;
+    std::vector<uint32_t> start, row, row_start, col;
 };
 
 /// A weight by its live blocks. Never changed once made; weights with the same blocks share the pattern.
 template <class Real>
 struct Blocks {
     std::shared_ptr<const BlockPattern> pattern;  // null: nobody looked closely, far too many are live
-    Room<Real> values;
+    Room<Real> values, by_row;
     bool packed() const { return pattern && !pattern->start.empty(); }
     double share() const;  // of blocks that are live; 1 where nobody looked
     BlockWeight<Real> view() const;
@@ -143,8 +143,7 @@ void egru_forward(Team& team, const SequenceKernels<Real>& k, EgruForwardArgs<Re
 template <class Real>
 void egru_backward(Team& team, const SequenceKernels<Real>& k, EgruBackwardArgs<Real> args);
 
-/// args.out = sum over rows of g x^T, x as `from` says it; `by_column` where few blocks of args.live are live. What x
-/// holds and the room of args are filled in here.
+/// args.out = sum over rows of g x^T, x as `from` says it. What x holds and the room of args are filled in here.
 template <class Real>
 void outer(Team& team, const SequenceKernels<Real>& k, OuterArgs<Real> args, SiftArgs<Real> from, uint32_t rows,
            uint32_t cols);

@@ -306,7 +306,6 @@ class Team:
         self,
         blocks: BlocksF32,
         g: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
-        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
         out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
@@ -314,7 +313,6 @@ class Team:
         self,
         blocks: BlocksF64,
         g: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
-        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...
     @overload
@@ -442,6 +440,7 @@ class Team:
         parts: Sequence[int],
         head: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)] | None,
         rest: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu", writable=False)],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
         blocks: BlocksF32,
         out: Annotated[NDArray[numpy.float32], dict(order="C", device="cpu")],
     ) -> None: ...
@@ -452,6 +451,7 @@ class Team:
         parts: Sequence[int],
         head: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)] | None,
         rest: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu", writable=False)],
+        wild: Annotated[NDArray[numpy.uint8], dict(order="C", device="cpu", writable=False)] | None,
         blocks: BlocksF64,
         out: Annotated[NDArray[numpy.float64], dict(order="C", device="cpu")],
     ) -> None: ...

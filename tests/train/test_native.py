@@ -27,6 +27,8 @@ torch.set_num_threads(2)
 FORMS = list(itertools.product(get_args(Reset), (True, False)))
 # steps, batch, inputs, units: one of everything, below and above a vector, a tile and a part of a list, one sample
 SHAPES = [(1, 1, 1, 1), (5, 3, 4, 6), (3, 2, 17, 33), (4, 1, 16, 64), (3, 19, 33, 130)]
+# Of every unit the gradient of the message is needed: with blocks and this many samples they lie in the lanes.
+WIDE, MANY = Triangle(0.5, 8.0), 20
 NAMES = ("x", "y0", "h0", "weight_ih", "weight_hh", "bias_ih", "bias_hh", "threshold")
 
 
@@ -113,9 +115,20 @@ def test_every_instruction_set(isa, monkeypatch, reset, reset_after, dtype):
     team = _native.Team(2, isa)
     monkeypatch.setattr(native, "_team", lambda: team)
     form: dict[str, Any] = {"reset": reset, "reset_after": reset_after, "surrogate": Triangle(0.7, 0.3)}
+    compare = compare_f64 if dtype == torch.float64 else compare_f32
     for density in (1.0, 0.1):
-        p = in_blocks(inputs(4, 5, 20, 150, dtype, rate=0.3), density)
-        (compare_f64 if dtype == torch.float64 else compare_f32)(p, **form)
+        compare(in_blocks(inputs(4, 5, 20, 150, dtype, rate=0.3), density), **form)
+    p = in_blocks(inputs(4, MANY, 40, 150, dtype), 0.1)
+    compare(p, **form | {"surrogate": WIDE})
+    mark(p)  # and the gradients of blocks alone, by all of x and by events
+    trace = native.egru(**p, **form)
+    mine, (weight, hidden) = gradients(trace, p, cotangents(trace)), (p["weight_ih"], p["weight_hh"])
+    del weight.kept, hidden.kept
+    full = gradients(native.egru(**p, **form), p, cotangents(trace))
+    for name in ("weight_ih", "weight_hh"):
+        held = p[name].detach() == 0
+        assert not mine[name][held].any()
+        close(mine[name], full[name] * ~held, 1e-4 if dtype == torch.float32 else 64 * GRADIENT_F64)
 
 
 def compare_f32(p: dict[str, Tensor], **form: Any) -> None:
@@ -180,14 +193,16 @@ def test_the_smooth_tape_passes_finite_differences(reset, reset_after):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, reset_after):
-    for density in (1.0, 0.1):
+    for density, batch, marked in ((1.0, 7, False), (0.1, 7, False), (0.1, MANY, False), (0.1, MANY, True)):
         # x as events: a dense product would be torch's, and so is the gradient of x of a dense weight
-        p = in_blocks(inputs(6, 7, 20, 200, dtype, rate=0.3), density)
+        p = in_blocks(inputs(6, batch, 20, 200, dtype, rate=0.3), density)
+        if marked:
+            mark(p)
         found = []
         for threads in (1, 2, 3, 7):
             team = _native.Team(threads)
             monkeypatch.setattr(native, "_team", lambda team=team: team)
-            trace = native.egru(**p, reset_after=reset_after)
+            trace = native.egru(**p, reset_after=reset_after, surrogate=Triangle() if batch == 7 else WIDE)
             leaves = {k: v for k, v in p.items() if k != "x" or density < 1}
             found.append([*trace, *gradients(trace, leaves, cotangents(trace)).values()])
         for other in found[1:]:
@@ -269,6 +284,13 @@ def in_blocks(p: dict[str, Tensor], density: float, seed: int = 11) -> dict[str,
         alive = torch.rand(3, -(-H // 16), 1, cols, generator=g) < density
         q[name] *= alive.expand(-1, -1, 16, -1).flatten(1, 2)[:, :H].flatten(0, 1)
     return {k: v.requires_grad_() for k, v in q.items()}
+
+
+def mark(p: dict[str, Tensor]) -> None:
+    """Says of both weights that what is zero is held there."""
+    for name in ("weight_ih", "weight_hh"):
+        mask = p[name].detach() != 0
+        p[name].kept = lambda mask=mask: mask  # type: ignore[attr-defined]
 
 
 def packed(weight: Tensor) -> bool:
@@ -375,12 +397,14 @@ NOT_NUMBERS = [float("nan"), float("inf"), float("-inf")]
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("reset_after", [True, False])
 def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, name, reset_after):
-    for rate, density in ((1.0, 1.0), (0.2, 1.0), (1.0, 0.1), (0.2, 0.1)):
-        p = in_blocks(inputs(5, 3, 20, 40, rate=rate), density)
+    for rate, density, batch in (
+        (1.0, 1.0, 3), (0.2, 1.0, 3), (1.0, 0.1, 3), (0.2, 0.1, 3), (1.0, 0.1, MANY), (0.2, 0.1, MANY)
+    ):  # fmt: skip
+        p = in_blocks(inputs(5, batch, 20, 40, rate=rate), density)
         with torch.no_grad():
             at = p[name].reshape(-1)
             at[at.numel() // 2] = bad
-        wanted, got = both(p, reset_after=reset_after)
+        wanted, got = both(p, reset_after=reset_after, surrogate=Triangle() if batch == 3 else WIDE)
         for a, b in zip(wanted, got, strict=True):
             close(b, a, 16 * CELL_F64)
         weights = cotangents(wanted)
@@ -392,9 +416,11 @@ def test_what_is_no_number_arrives_where_the_reference_puts_it(bad, name, reset_
 @pytest.mark.parametrize("bad", NOT_NUMBERS)
 @pytest.mark.parametrize("at", range(5))
 def test_so_does_what_comes_from_above(bad, at):
-    for density, reset_after in ((1.0, True), (0.1, True), (0.1, False)):
-        p = in_blocks(inputs(5, 3, 20, 40, rate=0.2), density)
-        wanted, got = both(p, reset_after=reset_after)
+    for density, reset_after, batch in itertools.product((1.0, 0.1), (True, False), (3, MANY)):
+        p = in_blocks(inputs(5, batch, 20, 40, rate=0.2), density)
+        if density < 1:
+            mark(p)
+        wanted, got = both(p, reset_after=reset_after, surrogate=Triangle() if batch == 3 else WIDE)
         weights = cotangents(wanted)
         weights[at].view(-1)[weights[at].numel() // 2] = bad
         mine, theirs = gradients(got, p, weights), gradients(wanted, p, weights)

@@ -28,10 +28,10 @@ except ImportError:  # the extension was not built: `nn` imports all the same, a
 
 # A product of x that is zero elsewhere beats a dense one up to this share.
 _SPARSE_INPUT = 0.4
-# Blocks of 16 rows and a column beat whole tiles up to this share of them, and a dense product of dense x up to that.
-_SPARSE_BLOCKS = 0.35
-_SPARSE_BLOCKS_DENSE = 0.13
-_SPARSE_OUTER = 0.4  # and so does the gradient of those blocks alone, where all of x is read
+# Blocks of 16 rows and a column beat whole tiles, and dense products, up to this share of them; in loops that read all of a
+# dense state, which take one sample after the other, up to that.
+_SPARSE_BLOCKS = 0.5
+_SPARSE_BLOCKS_DENSE = 0.35
 
 _teams: dict[tuple[int, int], Any] = {}
 atexit.register(_teams.clear)  # threads end before the interpreter does
@@ -235,11 +235,6 @@ class _Packed(NamedTuple):
         return all(b.packed for b in self.blocks)
 
     @property
-    def share(self) -> float:
-        """Of blocks that are live."""
-        return max(float(b.share) for b in self.blocks)
-
-    @property
     def product(self) -> list[Any]:
         """Blocks of the two parts that the loops take, None for a part that is read transposed or is not there."""
         return [*self.blocks, None][:2] if self.sparse else [None, None]
@@ -255,7 +250,14 @@ def _parts(reset_after: bool) -> tuple[int, ...]:
 
 
 def _packed(
-    team: Any, weight: Tensor, mask: Tensor | None, parts: tuple[int, ...], *, fresh: bool = False, turn: bool = True
+    team: Any,
+    weight: Tensor,
+    mask: Tensor | None,
+    parts: tuple[int, ...],
+    *,
+    fresh: bool = False,
+    turn: bool = True,
+    most: float = _SPARSE_BLOCKS,
 ) -> _Packed:
     """`weight` (3H, I) packed; one that the forward left is taken unless it shall be `fresh`.
 
@@ -278,7 +280,7 @@ def _packed(
         previous = old.blocks[i] if old is not None and len(old.blocks) == len(parts) else None
         if previous is not None and type(previous) is not _blocks_type(w):
             previous = None
-        blocks.append(team.pack(rows, gates, _SPARSE_BLOCKS, previous, held))
+        blocks.append(team.pack(rows, gates, most, previous, held))
         first += gates
     made = _Packed(key, blocks, None, False)
     if turn and not made.sparse:
@@ -339,7 +341,7 @@ def _input_weight(
 
 def _input_product(team: Any, x: Tensor, weight: Tensor, w: _Packed, events: bool, bias: Tensor, gates: Tensor) -> None:
     """W_i x + b into the first columns of each row of `gates`."""
-    if w.sparse and (events or w.share <= _SPARSE_BLOCKS_DENSE):
+    if w.sparse:
         team.input_product(None, w.blocks[0], bias, x, events, gates)
     elif events and not w.wild:
         team.input_product(w.turned, None, bias, x, events, gates)
@@ -407,15 +409,17 @@ def _egru_backward(
     flat = x.view(T * B, I)
     dx = dw_i = dw_h = none
     weight, packed, events = w_i
-    few = packed.sparse and packed.share <= _SPARSE_BLOCKS_DENSE
     if wants_x:
         dx = torch.empty_like(flat)
-        if few:
-            team.input_gradient(packed.blocks[0], gates, wild, dx)
+        if packed.sparse:
+            team.input_gradient(packed.blocks[0], gates, dx)
         else:
             torch.mm(gates[:, : 3 * H], weight, out=dx)
         dx = dx.view(T, B, I)
-    if wants_w_i and (events or (few and kept_ih is not None)):
+    if wants_w_i and kept_ih is not None and packed.sparse:
+        dw_i = _empty(team, x, 3 * H, I).zero_()
+        team.outer_blocks(gates, [0, H, 2 * H], None, flat, wild, packed.blocks[0], dw_i)
+    elif wants_w_i and events:
         dw_i = _empty(team, x, 3 * H, I)
         held = packed.blocks[0] if kept_ih is not None else None
         team.outer(gates, [0, H, 2 * H], None, flat, None, wild, held, dw_i)
@@ -423,7 +427,15 @@ def _egru_backward(
         dw_i = gates[:, : 3 * H].t() @ flat
         if kept_ih is not None:
             dw_i.masked_fill_(~live(weight, kept_ih, 3), 0)
-    if wants_w_h:
+    if wants_w_h and kept_hh is not None and w.sparse:
+        dw_h = _empty(team, x, 3 * H, H).zero_()
+        if reset_after:
+            team.outer_blocks(gates, [0, H, 3 * H], y0, y, wild, w.blocks[0], dw_h)
+        else:
+            r = rows[:, :H].view(T, B, H)
+            team.outer_blocks(gates, [0, H], y0, y, wild, w.blocks[0], dw_h[: 2 * H])
+            team.outer_blocks(gates, [2 * H], r[0] * y0, r[1:] * y[:-1], wild, w.blocks[1], dw_h[2 * H :])
+    elif wants_w_h:
         dw_h = _empty(team, x, 3 * H, H)
         of = w.blocks if kept_hh is not None else [None, None]
         if reset_after:
@@ -649,10 +661,10 @@ def _gated(
     flat = x.view(T * B, x.shape[2])
     w_i = _input_weight(team, flat, weight_ih, kept_ih, fresh=True, gates=_GATES[kind])
     _input_product(team, flat, *w_i, bias, tape)
-    blocks = _packed(team, weight_hh, kept_hh, _products(kind), fresh=True, turn=False).product
+    w = _packed(team, weight_hh, kept_hh, _products(kind), fresh=True, turn=False, most=_SPARSE_BLOCKS_DENSE)
     masks = _plain(mask_h), _plain(mask_c)
     team.gated_forward(
-        kind, keep_h, keep_c, w_h, *blocks, bias_n, *masks, h0, _plain(c0), until, tape, out, cells
+        kind, keep_h, keep_c, w_h, *w.product, bias_n, *masks, h0, _plain(c0), until, tape, out, cells
     )  # fmt: skip
     if cells is None:
         return out, x.new_empty(0), out[-1].clone(), x.new_empty(0), tape
@@ -701,7 +713,7 @@ def _gated_backward(
         dc = torch.empty_like(h0)
     above = [_plain(g) for g in grads]
     masks, cells = (_plain(mask_h), _plain(mask_c)), None if c0 is None else c.detach()
-    w = _packed(team, weight_hh, kept_hh, _products(kind), turn=False)
+    w = _packed(team, weight_hh, kept_hh, _products(kind), turn=False, most=_SPARSE_BLOCKS_DENSE)
     team.gated_backward(
         kind, keep_h, keep_c, w_h, *w.product, *masks, h0, _plain(c0), until, tape, h, cells,
         *above, gates, dh, None if c0 is None else dc, dbias,
@@ -711,27 +723,25 @@ def _gated_backward(
     if wants[0] or wants[3]:
         w_i = _packed(team, weight_ih, kept_ih, (number,), turn=False)
     if wants[0]:
-        if w_i.sparse and w_i.share <= _SPARSE_BLOCKS_DENSE:
+        if w_i.sparse:
             dx = torch.empty_like(x)
-            team.input_gradient(
-                w_i.blocks[0], gates, torch.isfinite(outer).all(1).logical_not_().byte(), dx.view(T * B, I)
-            )
+            team.input_gradient(w_i.blocks[0], gates, dx.view(T * B, I))
         else:
             dx = (outer @ weight_ih.detach()).view(T, B, I)
     if wants[3]:
-        if kept_ih is not None and w_i.share <= _SPARSE_OUTER:
-            dw_i = x.new_zeros(rows, I)
-            team.outer_blocks(gates, first, None, flat, w_i.blocks[0], dw_i)
+        if kept_ih is not None and w_i.sparse:
+            dw_i = _empty(team, x, rows, I).zero_()
+            team.outer_blocks(gates, first, None, flat, None, w_i.blocks[0], dw_i)
         else:
             dw_i = _held(outer.t() @ flat, weight_ih, kept_ih, number)
-    if wants[4] and kept_hh is not None and w.share <= _SPARSE_OUTER:
-        dw_h = x.new_zeros(rows, H)
+    if wants[4] and kept_hh is not None and w.sparse:
+        dw_h = _empty(team, x, rows, H).zero_()
         if kind == "gru_before":
             r = tape[:, :H].view(T, B, H)
-            team.outer_blocks(gates, first[:2], h0, h, w.blocks[0], dw_h[: 2 * H])
-            team.outer_blocks(gates, first[2:], r[0] * h0, r[1:] * h[:-1], w.blocks[1], dw_h[2 * H :])
+            team.outer_blocks(gates, first[:2], h0, h, None, w.blocks[0], dw_h[: 2 * H])
+            team.outer_blocks(gates, first[2:], r[0] * h0, r[1:] * h[:-1], None, w.blocks[1], dw_h[2 * H :])
         else:
-            team.outer_blocks(gates, [0, H, 3 * H] if kind == "gru" else first, h0, h, w.blocks[0], dw_h)
+            team.outer_blocks(gates, [0, H, 3 * H] if kind == "gru" else first, h0, h, None, w.blocks[0], dw_h)
     elif wants[4]:
         dw_h = _empty(team, x, rows, H)
         cut = rows if kind in ("lstm", "tanh", "relu") else 2 * H
