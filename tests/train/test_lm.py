@@ -33,7 +33,10 @@ from sparsefold.recipes.names import RECIPES
 from tolerances import REORDERED_F32, STREAMED_F32, TRAINED_F32
 
 # Of a process with threads; those that are forked here find one thread each, and nothing that another holds.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*no instructions for bfloat16"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -333,6 +336,24 @@ def uninterrupted(config, tmp_path_factory):
         return done[run]
 
     return get
+
+
+def test_the_precision_follows_the_processor_where_it_is_left_to_it(config, tmp_path, monkeypatch):
+    device, corpus = torch.device("cpu"), load_corpus(config("egru").corpus, "word", None)
+
+    def planned(precision: str, **capabilities: bool) -> Config:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+        return lm.planned(resolved(config("egru", precision=precision)), corpus, tmp_path, device)
+
+    assert planned("auto", avx2=True, avx512_bf16=False).precision == "float32"
+    assert planned("auto", amx_bf16=True).precision == "bfloat16"
+    assert lm.trainer_of(planned("auto", amx_bf16=True), corpus, device).autocast is torch.bfloat16
+    assert planned("bfloat16", avx512_bf16=True).precision == "bfloat16"
+    with pytest.warns(UserWarning, match="no instructions for bfloat16"):
+        assert planned("bfloat16", avx2=True).precision == "bfloat16"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not lm.multiplies_bfloat16(device)
+    assert lm.multiplies_bfloat16(torch.device("cuda"))
 
 
 def test_training_begins_with_the_weights_of_another_run(config, uninterrupted, tmp_path):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 from sparsefold.nn import EGRU, CausalConv1d, EGRUCell, EGRUState, Stack, Triangle, anneal, param_groups
+from sparsefold.nn.kept import dropped
 from sparsefold.nn.native import egru
 from tolerances import CELL_F64
 
@@ -181,6 +182,32 @@ def test_dropout_between_layers_in_training_only():
     assert torch.equal(state.h[1], trace.h_n)
     with pytest.warns(UserWarning, match="between layers"):
         EGRU(3, 5, dropout=0.5)
+
+
+def test_recurrent_dropout_of_a_pruned_weight_draws_for_what_is_left():
+    """As torch does: the share that it says, the rest scaled; the gradient goes by the same mask, the mark stays."""
+    torch.manual_seed(1)
+    weight = torch.nn.Parameter(torch.randn(320, 200))
+    mask = torch.rand(320, 200) < 0.3
+    with torch.no_grad():
+        weight[~mask] = 0
+    weight.kept = lambda: mask
+    for p in (0.0, 0.25, 1.0):
+        found = dropped(weight, p)
+        assert found.kept is weight.kept
+        assert not found[~mask].any()
+        left = found[mask] != 0
+        assert abs(float(left.double().mean()) - (1 - p)) < 4 * (p * (1 - p) / int(mask.sum())) ** 0.5 + 1e-9
+        if p < 1:
+            torch.testing.assert_close(found[mask][left], weight[mask][left] / (1 - p))
+        (gradient,) = torch.autograd.grad(found.sum(), [weight])
+        torch.testing.assert_close(gradient[mask], left / max(1 - p, 1e-9))
+    torch.manual_seed(7)
+    once, twice = dropped(weight, 0.5), dropped(weight, 0.5)
+    assert not torch.equal(once, twice)
+    mask[:, :100] = False  # another pattern, under the same tensor
+    assert not dropped(weight, 0.5)[:, :100].any()
+    assert dropped(weight, 0.5)[:, 100:].any()
 
 
 def test_recurrent_dropout_drops_weights_once_per_forward():

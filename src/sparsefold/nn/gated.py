@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import gpu, native, reference
+from .kept import dropped
 from .modules import Backend, _one_of, _probability, _reverse
 
 States = tuple[Tensor, ...]  # h, or h and c
@@ -121,8 +122,7 @@ class _Gated(nn.RNNBase):
         """One layer in one direction over x (T, B, I) -> output (T, B, H) and the state it ends with."""
         weight_hh = getattr(self, "weight_hh" + suffix)
         if self.training and self.recurrent_dropout:
-            mark, weight_hh = getattr(weight_hh, "kept", None), F.dropout(weight_hh, self.recurrent_dropout)
-            weight_hh.kept = mark  # type: ignore[attr-defined]
+            weight_hh = dropped(weight_hh, self.recurrent_dropout)
         biases = (getattr(self, f"bias_{which}{suffix}") if self.bias else None for which in ("ih", "hh"))
         weights = (getattr(self, "weight_ih" + suffix), weight_hh, *biases)
         trace = self._cell(cells)(x, *start, *weights, zoneout=self.zoneout, training=self.training, lengths=lengths)

@@ -7,9 +7,12 @@ None. As long as it gives one, nobody asks for the gradient of a weight outside:
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 ROWS = 16  # of a block, all of one gate and of one column
 
@@ -19,6 +22,33 @@ def kept(weight: Tensor) -> Tensor | None:
     mark = getattr(weight, "kept", None)
     mask: Tensor | None = mark() if callable(mark) else None
     return mask if mask is not None and mask.shape == weight.shape and mask.dtype == torch.bool else None
+
+
+def dropped(weight: Tensor, p: float) -> Tensor:
+    """The weight with dropout, under the same mark. On a processor draws are made for what the mark lets be, and for no other."""
+    mask, places = kept(weight), None
+    if mask is not None and weight.device.type == "cpu" and p < 1:
+        places = _places(mask)
+    if places is None:
+        out = F.dropout(weight, p)
+    else:
+        drawn = torch.empty(len(places), dtype=weight.dtype).bernoulli_(1 - p).div_(1 - p)
+        out = weight * torch.zeros_like(weight.detach()).view(-1).scatter_(0, places, drawn).view_as(weight)
+    out.kept = getattr(weight, "kept", None)  # type: ignore[attr-defined]
+    return out
+
+
+_FEW = 0.5  # of the weights, up to which single draws are faster than one of all
+_found: MutableMapping[Tensor, tuple[int, Tensor | None]] = WeakTensorKeyDictionary()
+
+
+def _places(mask: Tensor) -> Tensor | None:
+    """Where a mask is True, or None where that is at too many places; looked for once for each mask."""
+    version, places = _found.get(mask, (-1, None))
+    if version != mask._version:
+        places = mask.view(-1).nonzero()[:, 0] if mask.sum() <= _FEW * mask.numel() else None
+        _found[mask] = mask._version, places
+    return places
 
 
 def live(weight: Tensor, mask: Tensor, gates: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from . import gpu, native, reference
 from .activity import Activity
 from .events import Triangle
+from .kept import dropped
 from .reference import EGRUTrace, Reset, Tape, carried
 
 Output = Literal["events", "state"]
@@ -121,8 +122,7 @@ class _EventRecurrent(nn.Module):
             cells = gpu
         weight_hh = getattr(self, "weight_hh" + suffix)
         if self.training and self.recurrent_dropout:
-            mark, weight_hh = getattr(weight_hh, "kept", None), F.dropout(weight_hh, self.recurrent_dropout)
-            weight_hh.kept = mark  # type: ignore[attr-defined]
+            weight_hh = dropped(weight_hh, self.recurrent_dropout)
         # The GPU's kernels make their products in what autocast asks for, and carry the state in float32 all the same.
         with nullcontext() if cells is gpu else torch.autocast(x.device.type, enabled=False):
             return cells.egru(  # type: ignore[no-any-return]

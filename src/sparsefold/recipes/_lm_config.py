@@ -48,7 +48,8 @@ class Config:
     average_from: float | None = None  # whatever validation says, averaging begins after this share of the steps
     clip: float | None = None
     samples: int = 0  # words that the softmax of a window is estimated from in training; 0, or with cutoffs: all
-    precision: Literal["float32", "bfloat16"] = "float32"  # of products in training, but for those of our own kernels
+    # of products in training, but for those of our own kernels; auto: bfloat16 where the device has instructions for it
+    precision: Literal["float32", "bfloat16", "auto"] = "float32"
     device: str = "cpu"
     seed: int = 0
     threads: int = 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import warnings
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +55,15 @@ def run(config: Config, folder: Path, label: str = "lm") -> dict[str, Any]:
 
 
 def planned(config: Config, corpus: Corpus, folder: Path, device: torch.device) -> Config:
-    """The config with a number of steps and of steps between evaluations: those of the run that ``folder`` holds, if any."""
+    """The config with a precision and a number of steps and of steps between evaluations: those of the run that ``folder`` holds,
+    if any.
+    """
+    if config.precision == "bfloat16" and not multiplies_bfloat16(device):
+        warnings.warn(
+            "this processor has no instructions for bfloat16, so that training takes longer than with precision=float32.",
+            stacklevel=2,
+        )
+    config = replace(config, precision=_precision(config, device))
     last = folder / "last.safetensors"
     if config.steps is None and config.minutes is not None:
         if last.exists():
@@ -71,6 +80,20 @@ def planned(config: Config, corpus: Corpus, folder: Path, device: torch.device) 
     if config.eval_every is None:
         config = replace(config, eval_every=max(1, min(windows.per_pass, -(-(config.steps or 1) // _EVALUATIONS))))
     return config
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products of bfloat16, without which they take longer than float32's."""
+    if device.type != "cpu":
+        return True
+    told: Any = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not say it
+    return any(there for name, there in told.items() if "bf16" in name)
+
+
+def _precision(config: Config, device: torch.device) -> Any:
+    if config.precision != "auto":
+        return config.precision
+    return "bfloat16" if multiplies_bfloat16(device) else "float32"
 
 
 def _windows(config: Config, corpus: Corpus) -> Windows:
@@ -150,7 +173,7 @@ def trainer_of(config: Config, corpus: Corpus, device: torch.device) -> Trainer:
         average=_average(config, model),
         snapshots={last: f"snapshot-{d:g}" for (_, last), d in zip(parts, config.snapshots, strict=False)},
         best_from=max(pruned_at, rate_until if target and config.cell == "egru" else 0),
-        autocast=torch.bfloat16 if config.precision == "bfloat16" else None,
+        autocast=torch.bfloat16 if _precision(config, device) == "bfloat16" else None,
         tensorboard=config.tensorboard,
     )
 

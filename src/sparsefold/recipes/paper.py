@@ -81,7 +81,7 @@ class Config:
     decoder_density: float = 1.0  # of an adaptive softmax's first step, or of the matrix of all words
     target_rate: float = 0.10
     lr: float = 2e-3  # peak
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["float32", "bfloat16", "auto"] = "auto"
     device: str = "cpu"
     seed: int = 0
     threads: int = 1
