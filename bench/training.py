@@ -38,7 +38,7 @@ STEPS, SEED, TURNS = 70, 0, 5
 WIDE = Triangle(height=0.5, half_width=8.0)  # of every u
 RATES = (0.02, 0.05, 0.1, 0.2, 0.4, 1.0)
 RIVALS = ("nn.GRU", "nn.LSTM", "unrolled loop", "every unit speaks, events in x", "ours, events in x")
-OTHERS = ((256, 1), (256, 8), (256, 64), (512, 1), (512, 8), (512, 64))  # units, batch
+OTHERS = ((1350, 64), (256, 1), (256, 8), (256, 64), (512, 1), (512, 8), (512, 64))  # units, batch
 
 
 def layer(
@@ -213,7 +213,14 @@ def main() -> None:
                 "ours, events in x, with its gradient": (layer(units, batch, 0.1, events, Triangle()), learned),
                 "ours, dense x, β = 1": (layer(units, batch, 0.1, x, WIDE), x),
                 "ours, events in x, β = 1": (layer(units, batch, 0.1, events, WIDE), events),
+                "ours, dense x, 10 % of the blocks": (layer(units, batch, 0.1, x, Triangle(), 0.1), x),
                 "ours, events in x, 10 % of the blocks": (layer(units, batch, 0.1, events, Triangle(), 0.1), events),
+                "ours, events in x, with its gradient, 10 % of the blocks": (
+                    layer(units, batch, 0.1, events, Triangle(), 0.1), learned,
+                ),
+                "ours, events in x, with its gradient, β = 1, 10 % of the blocks": (
+                    layer(units, batch, 0.1, events, WIDE, 0.1), learned,
+                ),
                 "ours, events in x, tape recompute": (
                     layer(units, batch, 0.1, events, Triangle(), tape="recompute"), events,
                 ),
