@@ -260,6 +260,48 @@ SF_INLINE void every_tile(uint32_t first, uint32_t last, uint32_t rows, const F&
         });
 }
 
+/// f(sample, input, vector from that input on) of W^T q of the inputs [first, last), for `samples` samples of q
+/// (samples / kLanes, groups, gates, kLanes units, kLanes samples). bound: where those inputs begin and end among each
+/// row's blocks. wild(sample): q is not finite.
+template <class Real, class Wild, class F>
+SF_INLINE void every_turned_product(const BlockWeight<Real>& w, const uint32_t* bound, uint32_t first, uint32_t last,
+                                    const Real* q, uint32_t samples, Real* sums, const Wild& wild, const F& f) {
+    const uint32_t rows = count_of_groups(w.units) * w.gates;
+    const size_t size = static_cast<size_t>(pad(w.cols)) * kLanes;
+    every_tile(0, count_of_groups(samples), samples, [&](const auto& each) {
+        bool zeros[kTogether] = {};
+        each([&](uint32_t k, uint32_t sample, uint32_t n) {
+            for (uint32_t s = 0; s < n; ++s) zeros[k] |= wild(sample + s);
+            for (uint32_t c = 0; c < pad(last - first); ++c)
+                store(sums + k * size + static_cast<size_t>(c) * kLanes, set1(Real(0)));
+        });
+        for (uint32_t i = 0; i < rows; ++i)
+            each([&](uint32_t k, uint32_t sample, uint32_t) {
+                const Real* from = q + (sample / kLanes * static_cast<size_t>(rows) + i) * kBlock;
+                add_row_turned(sums + k * size, first, w, bound[2 * i], bound[2 * i + 1], from);
+                if (zeros[k]) add_zeros_turned(sums + k * size, w, i, first, last, from);
+            });
+        each([&](uint32_t k, uint32_t sample, uint32_t n) {
+            turn_back(sums + k * size, last - first, n,
+                      [&](uint32_t s, uint32_t c, const Vec<Real>& x) { f(sample + s, first + c, x); });
+        });
+    });
+}
+
+/// Fills in where the inputs [first, last) begin and end among the blocks of each row.
+template <class Real>
+SF_INLINE void find_bounds(const BlockWeight<Real>& w, uint32_t first, uint32_t last, uint32_t* bound) {
+    for (uint32_t i = 0; i < count_of_groups(w.units) * w.gates; ++i) {
+        bound[2 * i] = first_block(w, i, first);
+        bound[2 * i + 1] = first_block(w, i, last);
+    }
+}
+
+/// Where the product finds a vector of units of one sample, and lane i's neighbour kLanes behind: row `row` of `rows`.
+SF_INLINE size_t in_lanes(uint32_t sample, size_t rows, size_t row) {
+    return (sample / kLanes * rows + row) * kBlock + sample % kLanes;
+}
+
 template <class Real>
 static void input_product_of_rows(const InputProductArgs<Real>& a, const Member& m) {
     const BlockWeight<Real>& w = a.blocks;

@@ -36,6 +36,9 @@ struct GatedArgs {
     // for r.
     Panels<Real> panels, panels_n;
     BlockWeight<Real> blocks, blocks_n;
+    bool lanes;     // with blocks: the samples lie in the lanes
+    uint8_t* wild;  // zeros at first, 1 where a factor of weight_hh is not finite: (steps * batch) of what is sent
+                    // back, with blocks; (batch) of the state, ever, in lanes
     Real* room;  // (members, room_of_sums)
     size_t room_of_sums;
 };
@@ -43,8 +46,10 @@ struct GatedArgs {
 template <class Real>
 struct GatedForwardArgs : GatedArgs<Real> {
     const Real* bias_n;  // (units) of what r multiplies in a gru; null for none
-    Real* state[2];      // by turns: (units, batch) h as the product of panels reads it
-    Real* scaled;        // alike r * h, of gru_before; (batch, units) with blocks
+    // By turns h as the product reads it: (units, batch) for panels; in lanes, zeros at first, (samples / kLanes,
+    // groups, kLanes units, kLanes samples).
+    Real* state[2];
+    Real* scaled;  // alike r * h, of gru_before; (batch, units) with blocks, if not in lanes
 };
 
 template <class Real>
@@ -55,8 +60,9 @@ struct GatedBackwardArgs : GatedArgs<Real> {
     Real *dh, *dc;  // (batch, units) out: gradients of h0 and c0
     Real* dbias;    // (tape_of * units) out: `gates` summed
     // By turns what weight_hh is multiplied with: (gates * units, batch); with blocks (batch, groups, gates, kLanes),
-    // in a gru_before of r and z, and behind them of n.
+    // in lanes, zeros at first, (samples / kLanes, groups, gates, kLanes units, kLanes samples); in a gru_before of r
+    // and z, and behind them of n.
     Real* sent[2];
-    uint8_t* wild;  // (steps * batch) zeros, with blocks: 1 where that is not finite
-    Real* back;     // (batch, units) room of gru_before
+    uint32_t* bounds;  // in lanes: (members, groups, gates, 2), where a member's inputs begin and end among each row's
+    Real* back;        // (batch, units) room of gru_before
 };

@@ -240,6 +240,34 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
     const auto pass = [&](const Panels<Real>& w, const BlockWeight<Real>& blocks, const Part& own, uint32_t t,
                           uint32_t first_gate, const Real* x, uint32_t live, const auto& f) {
         const auto tape = [&](uint32_t b) { return a.tape + (static_cast<size_t>(t) * B + b) * width; };
+        if (a.lanes) {
+            const Part groups(count_of_groups(H), m);
+            for (uint32_t group = groups.first; group < groups.last; ++group)
+                every_tile(0, count_of_groups(live), live, [&](const auto& each) {
+                    each([&](uint32_t, uint32_t first, uint32_t n) {
+                        const Real* from = x + in_lanes(first, count_of_groups(H), 0);
+                        bool wild = false;
+                        for (uint32_t s = 0; s < n; ++s) wild |= __atomic_load_n(a.wild + first + s, __ATOMIC_RELAXED);
+                        alignas(64) Real sums[kBlock], lines[4 * kBlock];
+                        for (uint32_t gate = 0; gate < w.gates; ++gate) {
+                            for (uint32_t i = 0; i < kLanes; ++i) store(sums + i * kLanes, zero);
+                            add_row(sums, blocks, group * w.gates + gate, from);
+                            if (wild) add_zeros(sums, blocks, group * w.gates + gate, from);
+                            turn(sums, kLanes, kLanes, n, lines + gate * kBlock, kLanes);
+                        }
+                        const uint32_t j = group * kLanes;
+                        for (uint32_t b = first; b < first + n; ++b) {
+                            Real* line = lines + (b - first) * kLanes;
+                            for (uint32_t gate = 0; gate < w.gates; ++gate) {
+                                Real* sum = line + gate * kBlock;
+                                store(sum, add(begin(tape(b), first_gate + gate, j), load(sum)));
+                            }
+                            f(b, j, H - j, line, kBlock, tape(b) + j);
+                        }
+                    });
+                });
+            return;
+        }
         if (in_blocks) {
             const Strips strips(H, blocks.strips, m);
             const uint32_t of_tile = kTile / kLanes, end = strips.last_tile * of_tile, groups = count_of_groups(H);
@@ -270,10 +298,18 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
             });
         });
     };
-    for (uint32_t panel = last_part.first; panel < last_part.last && !in_blocks; ++panel)
+    /// To where the next product finds it: a vector of one sample's state.
+    const auto send = [&](Real* to, uint32_t b, uint32_t j, uint32_t left, const Vec<Real>& h) {
+        if (a.lanes) {
+            spread_out(to + in_lanes(b, count_of_groups(H), j / kLanes), kLanes, left, h);
+            if (is_nan(mul(h, zero))) __atomic_store_n(a.wild + b, uint8_t{1}, __ATOMIC_RELAXED);
+        } else if (!in_blocks) {
+            spread_out(to + static_cast<size_t>(j) * B + b, B, left, h);
+        }
+    };
+    for (uint32_t panel = last_part.first; panel < last_part.last; ++panel)
         units(last, panel, [&](uint32_t, uint32_t j, uint32_t left) {
-            for (uint32_t b = 0; b < B; ++b)
-                spread_out(a.state[0] + static_cast<size_t>(j) * B + b, B, left, get(a.h0 + b * size_t{H} + j, left));
+            for (uint32_t b = 0; b < B; ++b) send(a.state[0], b, j, left, get(a.h0 + b * size_t{H} + j, left));
         });
     m.wait(m.team);
     for (uint32_t t = 0; t < a.steps; ++t) {
@@ -281,7 +317,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
         const Real* h_old = t ? a.out + (t - 1) * step : a.h0;
         const Real* c_old = t && pair ? a.cells + (t - 1) * step : a.c0;
         Real *h_new = a.out + t * step, *c_new = pair ? a.cells + t * step : nullptr, *next = a.state[(t + 1) % 2];
-        const Real* state = in_blocks ? h_old : a.state[t % 2];
+        const Real* state = in_blocks && !a.lanes ? h_old : a.state[t % 2];
         if (before) {
             pass(a.panels, a.blocks, part, t, 0, state, live,
                  [&](uint32_t b, uint32_t j, uint32_t left, const Real* sums, uint32_t apart, Real* tape) {
@@ -289,10 +325,10 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
                      put(tape, left, r);
                      put(tape + H, left, z);
                      const Vec<Real> h = get(h_old + b * size_t{H} + j, left);
-                     if (in_blocks)
+                     if (in_blocks && !a.lanes)
                          put(a.scaled + b * size_t{H} + j, left, mul(r, h));
                      else
-                         spread_out(a.scaled + static_cast<size_t>(j) * B + b, B, left, mul(r, h));
+                         send(a.scaled, b, j, left, mul(r, h));
                  });
             m.wait(m.team);
             state = a.scaled;
@@ -334,7 +370,7 @@ static void gated_forward(const GatedForwardArgs<Real>& a, const Member& m) {
                  }
                  h = zoned(h, old, a.mask_h, a.keep_h, now, left);
                  put(h_new + at, left, h);
-                 if (!in_blocks) spread_out(next + static_cast<size_t>(j) * B + b, B, left, h);
+                 send(next, b, j, left, h);
              });
         if (live < B)
             for (uint32_t panel = last_part.first; panel < last_part.last; ++panel)
@@ -365,12 +401,35 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
     Real* acc = a.room + m.number * a.room_of_sums;
     const Vec<Real> zero = set1(Real(0)), one = set1(Real(1));
     const auto some = [&](const Real* p, size_t at, uint32_t left) { return p ? get(p + at, left) : zero; };
+    const uint32_t first_own = part.first * w.vectors * kLanes;
+    const uint32_t last_own = part.last * w.vectors * kLanes < H ? part.last * w.vectors * kLanes : H;
+    const size_t groups = count_of_groups(H), samples = pad(B);  // in lanes
+    uint32_t* bounds = a.lanes ? a.bounds + m.number * groups * gates_of(a.kind) * 2 : nullptr;
+    uint32_t* bounds_n = bounds + (a.lanes ? groups * 4 : 0);  // behind those of two gates
+    if (a.lanes && first_own < last_own) {
+        find_bounds(a.blocks, first_own, last_own, bounds);
+        if (before) find_bounds(a.blocks_n, first_own, last_own, bounds_n);
+    }
     const auto own = [&](const auto& f) {  // every vector of units of this member
         for (uint32_t j = part.first * w.vectors * kLanes; j < H && j < part.last * w.vectors * kLanes; j += kLanes)
             f(j, H - j);
     };
     /// out (batch, units) += the product of rows [first, first + depth) of weight_hh, transposed, with those of sent.
     const auto product = [&](const Real* sent, uint32_t first, uint32_t depth, uint32_t live, Real* out, uint32_t t) {
+        if (a.lanes) {
+            if (first_own >= last_own) return;
+            every_turned_product(
+                first ? a.blocks_n : a.blocks, first ? bounds_n : bounds, first_own, last_own,
+                sent + (first ? 2 * groups * kLanes * samples : 0), live, acc,
+                [&](uint32_t b) {
+                    return __atomic_load_n(a.wild + static_cast<size_t>(t) * B + b, __ATOMIC_RELAXED) != 0;
+                },
+                [&](uint32_t b, uint32_t j, const Vec<Real>& x) {
+                    Real* to = out + static_cast<size_t>(b) * H + j;
+                    put(to, last_own - j, add(get(to, last_own - j), x));
+                });
+            return;
+        }
         if (in_blocks) {
             const BlockWeight<Real>& blocks = first ? a.blocks_n : a.blocks;
             const size_t size = static_cast<size_t>(blocks.gates) * pad(H);
@@ -408,6 +467,11 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
         if (!in_blocks) return spread_out(sent + (static_cast<size_t>(gate) * H + j) * B + b, B, left, x);
         const bool apart = before && gate == 2;
         const uint32_t gates = before ? (apart ? 1 : 2) : gates_of(a.kind);
+        if (a.lanes) {
+            const size_t row = static_cast<size_t>(j / kLanes) * gates + (apart ? 0 : gate);
+            Real* to = sent + (apart ? 2 * groups * kLanes * samples : 0) + in_lanes(b, groups * gates, row);
+            return spread_out(to, kLanes, left, x);
+        }
         const size_t group = static_cast<size_t>(b) * count_of_groups(H) + j / kLanes;
         store(sent + (apart ? 2 * static_cast<size_t>(pad(H)) * B : 0) + (group * gates + (apart ? 0 : gate)) * kLanes,
               x);

@@ -378,7 +378,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                           uint32_t v, const Vec<Real>& x) {
         if (a.all) {
             const size_t row = static_cast<size_t>(tile * (kTile / kLanes) + v) * count + gate;
-            Real* to = sent + (b / kLanes * static_cast<size_t>(groups) * count + row) * kBlock + b % kLanes;
+            Real* to = sent + in_lanes(b, static_cast<size_t>(groups) * count, row);
             alignas(64) Real lanes[kLanes];
             store(lanes, x);
             for (uint32_t i = 0; i < kLanes; ++i) to[i * kLanes] = lanes[i];
@@ -393,30 +393,15 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
     /// out[b, j] += row j of W * sent of sample b, of all that are this member's.
     const uint32_t first_own = part.first * kTile, last_own = part.last * kTile < H ? part.last * kTile : H;
     uint32_t* bounds = a.bounds + static_cast<size_t>(m.number) * groups * 6;
+    uint32_t* bounds_n = bounds + static_cast<size_t>(groups) * 4;  // behind those of two gates
     const auto all_products = [&](const BlockWeight<Real>& w, const Real* sent, Real* out, size_t row) {
-        const uint32_t rows = groups * w.gates;
-        const uint32_t* bound = bounds + (w.by_row == a.blocks.by_row ? 0 : static_cast<size_t>(groups) * 4);
-        const size_t size = all * kLanes;
-        Real* sums = a.room + m.number * kTogether * size;
-        every_tile(0, count_of_groups(B), B, [&](const auto& each) {
-            bool wild[kTogether] = {};
-            each([&](uint32_t k, uint32_t first, uint32_t n) {
-                for (uint32_t s = 0; s < n; ++s) wild[k] |= __atomic_load_n(a.wild + row + first + s, __ATOMIC_RELAXED);
-                for (uint32_t c = 0; c < pad(last_own - first_own); ++c)
-                    store(sums + k * size + static_cast<size_t>(c) * kLanes, zero);
+        every_turned_product(
+            w, w.by_row == a.blocks.by_row ? bounds : bounds_n, first_own, last_own, sent, B,
+            a.room + m.number * kTogether * all * kLanes,
+            [&](uint32_t b) { return __atomic_load_n(a.wild + row + b, __ATOMIC_RELAXED) != 0; },
+            [&](uint32_t b, uint32_t j, const Vec<Real>& x) {
+                add_to(out + static_cast<size_t>(b) * H + j, last_own - j, x);
             });
-            for (uint32_t i = 0; i < rows; ++i)
-                each([&](uint32_t k, uint32_t first, uint32_t) {
-                    const Real* q = sent + (first / kLanes * static_cast<size_t>(rows) + i) * kBlock;
-                    add_row_turned(sums + k * size, first_own, w, bound[2 * i], bound[2 * i + 1], q);
-                    if (wild[k]) add_zeros_turned(sums + k * size, w, i, first_own, last_own, q);
-                });
-            each([&](uint32_t k, uint32_t first, uint32_t n) {
-                turn_back(sums + k * size, last_own - first_own, n, [&](uint32_t s, uint32_t c, const Vec<Real>& x) {
-                    add_to(out + static_cast<size_t>(first + s) * H + first_own + c, last_own - first_own - c, x);
-                });
-            });
-        });
     };
     const auto dots_of_blocks = [&](const BlockWeight<Real>& w, const Real* sent, Real* out, size_t row) {
         for (uint32_t b = 0; b < B; ++b) {
@@ -474,14 +459,10 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
             for (uint32_t k = 0; k < count; ++k) to[a.need.index[at + k]] += a.need.value[at + k];
         });
     };
-    if (a.all)
-        for (uint32_t i = 0; i < groups * 3; ++i) {
-            const bool second = i >= groups * a.blocks.gates;
-            const BlockWeight<Real>& w = second ? a.blocks_n : a.blocks;
-            const uint32_t row = second ? i - groups * a.blocks.gates : i;
-            bounds[2 * i] = first_block(w, row, first_own);
-            bounds[2 * i + 1] = first_block(w, row, last_own);
-        }
+    if (a.all) {
+        find_bounds(a.blocks, first_own, last_own, bounds);
+        if (!a.reset_after) find_bounds(a.blocks_n, first_own, last_own, bounds_n);
+    }
     own([&](uint32_t, uint32_t, uint32_t b, uint32_t, uint32_t j, uint32_t left) {
         const size_t at = static_cast<size_t>(b) * H + j;
         store_some(a.dy + at, left, some(a.grad_y_n, at, left));

@@ -481,6 +481,13 @@ class PanelRoom {
 
 }  // namespace
 
+namespace {
+
+constexpr double kFewLanes = 0.25;  // filled up to which samples are better taken one by one
+bool fill_lanes(uint32_t batch) { return batch > kFewLanes * pad(batch); }
+
+}  // namespace
+
 template <class Real>
 void gated_forward(Team& team, const SequenceKernels<Real>& k, GatedForwardArgs<Real> args) {
     const uint32_t H = args.units, gates = gates_of(args.kind);
@@ -489,13 +496,21 @@ void gated_forward(Team& team, const SequenceKernels<Real>& k, GatedForwardArgs<
     const uint32_t now = before ? 2 : gates, vectors = before ? 2 : gates == 1 ? kPanelVectors : 1;
     const PanelRoom<Real> panels(now, vectors, blocks ? 0 : H, H),
         panels_n(1, kPanelVectors, !blocks && before ? H : 0, H);
-    const Room<Real> state(blocks ? 0 : 2 * step), scaled(before ? step : 0);
+    args.lanes = blocks && fill_lanes(args.batch);
+    const size_t spread = args.lanes ? size_t{pad(args.batch)} * pad(H) : step;
+    const Room<Real> state(blocks && !args.lanes ? 0 : 2 * spread), scaled(before ? spread : 0);
+    if (args.lanes) {
+        std::fill_n(state.get(), 2 * spread, Real(0));
+        std::fill_n(scaled.get(), before ? spread : 0, Real(0));
+    }
+    std::vector<uint8_t> wild(args.lanes ? args.batch : 0, 0);
+    args.wild = wild.data();
     args.room_of_sums = blocks ? size_t{gates} * pad(H) : size_t{args.batch} * kPanelVectors * kLanes;
     const Room<Real> room(team.size() * args.room_of_sums);
     args.panels = panels.view;
     args.panels_n = panels_n.view;
     args.state[0] = state.get();
-    args.state[1] = state.get() + (blocks ? 0 : step);
+    args.state[1] = state.get() + (blocks && !args.lanes ? 0 : spread);
     args.scaled = scaled.get();
     args.room = room.get();
     team.run(count_of_panels(H, before ? kPanelVectors : vectors), [&](const Member& m) { k.gated_forward(args, m); });
@@ -505,11 +520,16 @@ template <class Real>
 void gated_backward(Team& team, const SequenceKernels<Real>& k, GatedBackwardArgs<Real> args) {
     const uint32_t H = args.units, gates = gates_of(args.kind);
     const bool before = args.kind == Gated::gru_before, blocks = args.blocks.start;
-    const size_t rows = size_t{args.steps} * args.batch, sums = size_t{gates} * pad(H) * args.batch;
+    args.lanes = blocks && fill_lanes(args.batch);
+    const size_t samples = args.lanes ? pad(args.batch) : args.batch;
+    const size_t rows = size_t{args.steps} * args.batch, sums = size_t{gates} * pad(H) * samples;
     const PanelRoom<Real> panels(1, kPanelVectors, blocks ? 0 : H, gates * H);
     const Room<Real> sent(2 * sums), back(before ? size_t{args.batch} * H : 0);
-    args.room_of_sums = size_t{args.batch} * kPanelVectors * kLanes;
+    if (args.lanes) std::fill_n(sent.get(), 2 * sums, Real(0));
+    args.room_of_sums = args.lanes ? size_t{kTogether} * pad(H) * kLanes : size_t{args.batch} * kPanelVectors * kLanes;
     const Room<Real> room(team.size() * args.room_of_sums);
+    const Room<uint32_t> bounds(args.lanes ? team.size() * count_of_groups(H) * gates * 2 : 0);
+    args.bounds = bounds.get();
     std::vector<uint8_t> wild(blocks ? rows : 0, 0);
     args.panels = panels.view;
     args.sent[0] = sent.get();

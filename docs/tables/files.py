@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ CELLS = {"gru": "#6b747c", "lstm": "#a03c86", "egru": "#0067a8"}  # the colour o
 
 
 def newest(folder: str, pattern: str) -> Path:
-    """The committed result that was made last, by the date in its name."""
-    found = sorted((ROOT / folder).glob(pattern), key=lambda path: path.name)
+    """The committed result that was made last, by the moment that its provenance says."""
+    found = sorted((ROOT / folder).glob(pattern), key=_made)
     if not found:
         raise ValueError(f"there is no {pattern} in {folder}; run what makes it first (docs/benchmarks.md).")
     return found[-1]
+
+
+def _made(path: Path) -> str:
+    said = re.search(r'"date": "(\d{4}-\d\d-\d\dT[^"]+)"', path.read_text())
+    if said is None:
+        raise ValueError(f"{path} does not say when it was made; its provenance has a date.")
+    return said[1]
 
 
 def results(recipe: str) -> list[tuple[Path, dict[str, Any]]]:

@@ -28,10 +28,7 @@ except ImportError:  # the extension was not built: `nn` imports all the same, a
 
 # A product of x that is zero elsewhere beats a dense one up to this share.
 _SPARSE_INPUT = 0.4
-# Blocks of 16 rows and a column beat whole tiles, and dense products, up to this share of them; in loops that read all of a
-# dense state, which take one sample after the other, up to that.
-_SPARSE_BLOCKS = 0.5
-_SPARSE_BLOCKS_DENSE = 0.35
+_SPARSE_BLOCKS = 0.5  # blocks of 16 rows and a column beat whole tiles, and dense products, up to this share of them
 
 _teams: dict[tuple[int, int], Any] = {}
 atexit.register(_teams.clear)  # threads end before the interpreter does
@@ -250,14 +247,7 @@ def _parts(reset_after: bool) -> tuple[int, ...]:
 
 
 def _packed(
-    team: Any,
-    weight: Tensor,
-    mask: Tensor | None,
-    parts: tuple[int, ...],
-    *,
-    fresh: bool = False,
-    turn: bool = True,
-    most: float = _SPARSE_BLOCKS,
+    team: Any, weight: Tensor, mask: Tensor | None, parts: tuple[int, ...], *, fresh: bool = False, turn: bool = True
 ) -> _Packed:
     """`weight` (3H, I) packed; one that the forward left is taken unless it shall be `fresh`.
 
@@ -280,7 +270,7 @@ def _packed(
         previous = old.blocks[i] if old is not None and len(old.blocks) == len(parts) else None
         if previous is not None and type(previous) is not _blocks_type(w):
             previous = None
-        blocks.append(team.pack(rows, gates, most, previous, held))
+        blocks.append(team.pack(rows, gates, _SPARSE_BLOCKS, previous, held))
         first += gates
     made = _Packed(key, blocks, None, False)
     if turn and not made.sparse:
@@ -661,7 +651,7 @@ def _gated(
     flat = x.view(T * B, x.shape[2])
     w_i = _input_weight(team, flat, weight_ih, kept_ih, fresh=True, gates=_GATES[kind])
     _input_product(team, flat, *w_i, bias, tape)
-    w = _packed(team, weight_hh, kept_hh, _products(kind), fresh=True, turn=False, most=_SPARSE_BLOCKS_DENSE)
+    w = _packed(team, weight_hh, kept_hh, _products(kind), fresh=True, turn=False)
     masks = _plain(mask_h), _plain(mask_c)
     team.gated_forward(
         kind, keep_h, keep_c, w_h, *w.product, bias_n, *masks, h0, _plain(c0), until, tape, out, cells
@@ -713,7 +703,7 @@ def _gated_backward(
         dc = torch.empty_like(h0)
     above = [_plain(g) for g in grads]
     masks, cells = (_plain(mask_h), _plain(mask_c)), None if c0 is None else c.detach()
-    w = _packed(team, weight_hh, kept_hh, _products(kind), turn=False, most=_SPARSE_BLOCKS_DENSE)
+    w = _packed(team, weight_hh, kept_hh, _products(kind), turn=False)
     team.gated_backward(
         kind, keep_h, keep_c, w_h, *w.product, *masks, h0, _plain(c0), until, tape, h, cells,
         *above, gates, dh, None if c0 is None else dc, dbias,
