@@ -39,7 +39,7 @@ struct GatedArgs {
     bool lanes;     // with blocks: the samples lie in the lanes
     uint8_t* wild;  // zeros at first, 1 where a factor of weight_hh is not finite: (steps * batch) of what is sent
                     // back, with blocks; (batch) of the state, ever, in lanes
-    Real* room;  // (members, room_of_sums)
+    Real* room;     // (members, room_of_sums)
     size_t room_of_sums;
 };
 
