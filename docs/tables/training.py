@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -230,9 +231,14 @@ def training_svg() -> str:
         f'<path d="M{left} {top}V{height - bottom}H{width - right}" stroke="#5d666f" fill="none"/>',
     ]
     for k in range(6):
-        (x, _), (_, y) = at(k / 5, 0), at(0, most * k / 5)
+        x, _ = at(k / 5, 0)
         out.append(f'<text x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{k * 20} %</text>')
-        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{most * k / 5:.0f}</text>')
+    ten = 10 ** math.floor(math.log10(most))
+    tick = next(ten * part for part in (0.1, 0.2, 0.5, 1.0) if most / (ten * part) <= 10)
+    for k in range(int(most / tick) + 1):
+        _, y = at(0, k * tick)
+        out.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{k * tick:g}</text>')
+    names: list[tuple[float, str, str]] = []  # where they would stand, what they say, their colour
     for what, colour, name in (
         ("ms", "#0a7d55", "ours, forward and backward"),
         ("forward_ms", "#6fbf9f", "ours, forward"),
@@ -241,10 +247,20 @@ def training_svg() -> str:
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
         out.append(f'<path d="M{path}" stroke="{colour}" stroke-width="2" fill="none"/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        x, y = points[-1]
-        out.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+        names.append((points[-1][1], name, colour))
+    for r in rows:
+        if r["layer"] == "ours, events in x, 10 % of the blocks" and (r["units"], r["batch"]) == size:
+            x, y = at(r["event_rate"], r["ms"])
+            out.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#0067a8"/>')
+            out.append(f'<path d="M{x:.1f} {y:.1f}v-66" stroke="#0067a8" stroke-width="0.8"/>')
+            out.append(f'<text x="{x - 4:.1f}" y="{y - 72:.1f}" fill="#0067a8">both ways, 10 % of the blocks</text>')
     for r in rivals:
         (x0, y), (x1, _) = at(0, r["ms"]), at(1, 0)
         out.append(f'<path d="M{x0} {y:.1f}H{x1}" stroke="#b4375b" stroke-dasharray="5 4" fill="none"/>')
-        out.append(f'<text x="{x1 + 8}" y="{y + 4:.1f}" fill="#b4375b">{r["layer"]}</text>')
+        names.append((y, r["layer"], "#b4375b"))
+    free = 0.0
+    for wanted, name, colour in sorted(names):
+        y = max(wanted, free)
+        out.append(f'<text x="{width - right + 8}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
+        free = y + 14
     return "\n".join([*out, "</svg>", ""])
