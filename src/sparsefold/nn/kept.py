@@ -1,8 +1,9 @@
 """Weights that a sparsifier holds at zero: what it tells the layers that train on them.
 
 A parameter may carry an attribute `kept`, a function that gives a mask of its shape (True: this weight may be anything) or
-None. As long as it gives one, nobody asks for the gradient of a weight outside: whatever the optimiser does to it is undone.
-`sparsify.Pruner` sets it while its schedule lets no weight return. Without it every gradient is made.
+None. As long as it gives one, a weight outside is 0: nobody asks for its gradient, whatever the optimiser does to it is undone,
+and dropout draws nothing for it. `sparsify.Pruner` sets it while its schedule lets no weight return. Without it every gradient
+is made.
 """
 
 from __future__ import annotations
