@@ -484,7 +484,7 @@ static void egru_backward(const EgruBackwardArgs<Real>& a, const Member& m) {
                     __builtin_prefetch(a.gates + (row + b + 1) * 4 * H + i * H + j, 1, 3);
                 }
                 __builtin_prefetch(a.u + now + H, 0, 3);
-                __builtin_prefetch(a.grad_y + now + H, 0, 3);
+                if (a.grad_y) __builtin_prefetch(a.grad_y + now + H, 0, 3);
             }
             const Vec<Real> r = load_some(tape, left), z = load_some(tape + H, left), n = load_some(tape + 2 * H, left);
             const Vec<Real> theta = load_some(a.theta + j, left), dh = load_some(a.dh + at, left);

@@ -166,8 +166,8 @@ struct Part {
 
 /// to[c * to_stride + r] = from[r * from_stride + c] for r < rows, zeros up to kLanes; says whether any is not finite.
 template <class Real>
-SF_INLINE uint32_t turn(const Real* from, size_t from_stride, uint32_t rows, uint32_t cols, Real* to,
-                        size_t to_stride) {
+static __attribute__((noinline)) uint32_t turn(const Real* from, size_t from_stride, uint32_t rows, uint32_t cols,
+                                               Real* to, size_t to_stride) {
     alignas(64) Real room[kLanes * kLanes];
     Vec<Real> zeros = set1(Real(0));
     for (uint32_t r = 0; r < rows; ++r) {

@@ -101,6 +101,7 @@ std::vector<Real> layer(Team& team, const SequenceKernels<Real>& k, const Shape&
     product.bias = bias.data();
     product.out = tape.data();
     product.stride = size_t{4} * H;
+    if (form.blocks && form.masked) product.dense = x.data();
     input_product(team, k, product, x.data(), static_cast<uint32_t>(rows), I);
     const auto shared = [&](EgruArgs<Real>& a) {
         a.steps = s.steps, a.batch = s.batch, a.units = H;
@@ -126,11 +127,20 @@ std::vector<Real> layer(Team& team, const SequenceKernels<Real>& k, const Shape&
     egru_backward(team, k, backward);
     const auto gradient = [&](uint32_t cols, const Real* head, const Real* rest, std::vector<Real>& out,
                               const Blocks<Real>& b) {
+        if (form.blocks && b.pattern->gates == 3 && seed % 3) {  // by lists of events, or by all of x
+            OuterBlocksArgs<Real> a{};
+            a.rows = static_cast<uint32_t>(rows), a.units = H, a.cols = cols, a.gates = 3;
+            a.g = gates.data(), a.stride = size_t{4} * H;
+            a.part[1] = H, a.part[2] = 2 * H;
+            a.head = head, a.head_rows = head ? s.batch : 0, a.rest = rest;
+            a.wild = seed % 3 == 1 ? wild.data() : nullptr;
+            a.out = out.data();
+            return outer_blocks(team, k, a, *b.pattern);
+        }
         OuterArgs<Real> a{};
         a.units = H, a.gates = 3, a.g = gates.data(), a.stride = size_t{4} * H;
         a.part[1] = H, a.part[2] = 2 * H;
         a.live = form.blocks && b.pattern->gates == 3 ? b.pattern->live.data() : nullptr;
-        a.by_column = a.live && form.masked;
         a.out = out.data();
         SiftArgs<Real> from{};
         from.head = head, from.head_rows = head ? s.batch : 0, from.rest = rest, from.wild = wild.data();
@@ -142,12 +152,54 @@ std::vector<Real> layer(Team& team, const SequenceKernels<Real>& k, const Shape&
         InputGradientArgs<Real> a{};
         a.blocks = w_i.sparse;
         a.rows = static_cast<uint32_t>(rows);
-        a.g = gates.data(), a.stride = size_t{4} * H, a.wild = wild.data(), a.out = dx.data();
+        a.g = gates.data(), a.stride = size_t{4} * H, a.out = dx.data();
         input_gradient(team, k, a);
     }
     std::vector<Real> found;
     for (const auto* part : {&u, &o, &y, &h, &dy, &dh, &dtheta, &dbias, &dw_i, &dw_h, &dx})
         found.insert(found.end(), part->begin(), part->end());
+    return found;
+}
+
+/// A layer whose state is dense, forward and backward.
+template <class Real>
+std::vector<Real> dense_state(Team& team, const SequenceKernels<Real>& k, const Shape& s, Gated kind, bool in_blocks,
+                              uint32_t seed) {
+    std::mt19937 random(seed);
+    const uint32_t H = s.units, gates = gates_of(kind), values = tape_of(kind);
+    const size_t state = size_t{s.batch} * H, all = state * s.steps;
+    const bool before = kind == Gated::gru_before, pair = kind == Gated::lstm;
+    auto w = weight<Real>(random, H, H, in_blocks ? 0.2 : 1);
+    w.resize(size_t{3} * H * H);
+    const auto fourth = weight<Real>(random, H, H, in_blocks ? 0.2 : 1);
+    w.insert(w.end(), fourth.begin(), fourth.begin() + size_t{H} * H);
+    const auto h0 = draw<Real>(random, state), grad = draw<Real>(random, all);
+    auto tape = draw<Real>(random, all * values);
+    std::vector<Real> out(all), cells(all), sums(all * values), dh(state), dc(state), dbias(size_t{values} * H);
+    Blocks<Real> blocks, blocks_n;
+    if (in_blocks) {
+        const uint32_t first = before ? 2 : gates;
+        blocks = pack_blocks<Real>(team, k, w.data(), first, H, H, nullptr, 1, nullptr);
+        if (before) blocks_n = pack_blocks<Real>(team, k, w.data() + size_t{2} * H * H, 1, H, H, nullptr, 1, nullptr);
+    }
+    const auto shared = [&](GatedArgs<Real>& a) {
+        a.kind = kind, a.steps = s.steps, a.batch = s.batch, a.units = H;
+        a.weight = w.data(), a.h0 = h0.data(), a.c0 = pair ? h0.data() : nullptr;
+        a.tape = tape.data(), a.out = out.data(), a.cells = pair ? cells.data() : nullptr;
+        if (in_blocks) a.blocks = blocks.view();
+        if (in_blocks && before) a.blocks_n = blocks_n.view();
+    };
+    GatedForwardArgs<Real> forward{};
+    shared(forward);
+    gated_forward(team, k, forward);
+    GatedBackwardArgs<Real> backward{};
+    shared(backward);
+    backward.grad_out = grad.data();
+    backward.gates = sums.data(), backward.dh = dh.data(), backward.dc = pair ? dc.data() : nullptr;
+    backward.dbias = dbias.data();
+    gated_backward(team, k, backward);
+    std::vector<Real> found;
+    for (const auto* part : {&out, &sums, &dh, &dc, &dbias}) found.insert(found.end(), part->begin(), part->end());
     return found;
 }
 
@@ -167,6 +219,16 @@ void check(const std::string& isa, const std::vector<Shape>& shapes) {
                     throw std::runtime_error("bits differ between teams on " + isa);
             }
         }
+    for (const Shape& s : shapes)
+        for (const Gated kind : {Gated::gru, Gated::gru_before, Gated::lstm, Gated::tanh, Gated::relu})
+            for (const bool in_blocks : {false, true}) {
+                const auto wanted = dense_state(one, k, s, kind, in_blocks, ++seed);
+                for (Team* team : {&two, &three}) {
+                    const auto found = dense_state(*team, k, s, kind, in_blocks, seed);
+                    if (std::memcmp(found.data(), wanted.data(), wanted.size() * sizeof(Real)) != 0)
+                        throw std::runtime_error("bits of a dense state differ between teams on " + isa);
+                }
+            }
     const Shape s{4, 3, 40, 130};
     const Form f{Reset::threshold, Event::threshold, true, true, false};
     const auto wanted = layer(two, k, s, f, 1);
@@ -184,11 +246,11 @@ void check(const std::string& isa, const std::vector<Shape>& shapes) {
 }  // namespace
 
 int main() {
-    const std::vector<Shape> shapes = {{1, 1, 1, 1}, {3, 2, 17, 33}, {2, 5, 70, 70}};
+    const std::vector<Shape> shapes = {{1, 1, 1, 1}, {3, 2, 17, 33}, {2, 5, 70, 70}, {2, 19, 33, 40}};
     try {
         for (const std::string& isa : available_isas()) {
             check<float>(isa, shapes);
-            check<double>(isa, {shapes[1]});
+            check<double>(isa, {shapes[1], shapes[3]});
         }
     } catch (const std::exception& error) {
         std::fprintf(stderr, "%s\n", error.what());
