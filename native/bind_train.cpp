@@ -391,9 +391,7 @@ struct PyTeam {
 
 template <class Real>
 void bind_blocks(nb::module_& m, const char* name) {
-    nb::class_<Blocks<Real>>(m, name)
-        .def_prop_ro("packed", &Blocks<Real>::packed)
-        .def_prop_ro("share", &Blocks<Real>::share);
+    nb::class_<Blocks<Real>>(m, name).def_prop_ro("packed", &Blocks<Real>::packed);
 }
 
 template <class Real>

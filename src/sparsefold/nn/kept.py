@@ -28,13 +28,13 @@ def kept(weight: Tensor) -> Tensor | None:
 def dropped(weight: Tensor, p: float) -> Tensor:
     """The weight with dropout, under the same mark. On a processor draws are made for what the mark lets be, and for no other."""
     mask, places = kept(weight), None
-    if mask is not None and weight.device.type == "cpu" and p < 1:
+    if mask is not None and mask.device == weight.device == torch.device("cpu") and p < 1:
         places = _places(mask)
     if places is None:
         out = F.dropout(weight, p)
     else:
         drawn = torch.empty(len(places), dtype=weight.dtype).bernoulli_(1 - p).div_(1 - p)
-        out = weight * torch.zeros_like(weight.detach()).view(-1).scatter_(0, places, drawn).view_as(weight)
+        out = weight * torch.zeros(weight.numel(), dtype=weight.dtype).scatter_(0, places, drawn).view(weight.shape)
     out.kept = getattr(weight, "kept", None)  # type: ignore[attr-defined]
     return out
 
@@ -47,7 +47,7 @@ def _places(mask: Tensor) -> Tensor | None:
     """Where a mask is True, or None where that is at too many places; looked for once for each mask."""
     version, places = _found.get(mask, (-1, None))
     if version != mask._version:
-        places = mask.view(-1).nonzero()[:, 0] if mask.sum() <= _FEW * mask.numel() else None
+        places = mask.flatten().nonzero()[:, 0] if mask.sum() <= _FEW * mask.numel() else None
         _found[mask] = mask._version, places
     return places
 
