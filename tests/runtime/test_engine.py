@@ -533,15 +533,23 @@ def test_a_second_thread_changes_no_bit_of_a_step():
 
 
 def test_a_child_of_fork_plays_without_the_second_thread():
-    program = cases.large_layers()
-    x = cases.sequence(program, 60)
-    stream = sf.Engine(program, threads=2).stream()
-    expected = stream.run(x)
-    stream.reset()
-    child = os.fork()
-    if not child:  # pragma: no cover - another process
-        os._exit(0 if np.array_equal(stream.run(x), expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
+    done = in_a_process(
+        f"import sys; sys.path.insert(0, {str(Path(cases.__file__).parent)!r})"
+        """
+import os, cases, sparsefold as sf
+program = cases.large_layers()
+x = cases.sequence(program, 60)
+stream = sf.Engine(program, threads=2).stream()
+expected = stream.run(x).tobytes()
+stream.reset()
+child = os.fork()
+if child == 0:
+    os._exit(0 if stream.run(x).tobytes() == expected else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("ok")
+"""
+    )
+    assert done.stdout == "ok\n", done.stderr
 
 
 @pytest.mark.parametrize("threads", [0, -1, 257, 1.0, True, "2"])
@@ -1179,8 +1187,9 @@ def test_streams_of_one_engine_in_threads_equal_streams_in_turn():
 
 
 def in_a_process(code, **environment):
+    command = [sys.executable, "-c", code]
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False, timeout=300
     )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
-import socket
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from processes import alone, together
 from sparsefold.cli import main
 from sparsefold.data import load_corpus, load_text
 from sparsefold.engine import Engine
@@ -32,11 +31,7 @@ from sparsefold.recipes._windows import stream_bits
 from sparsefold.recipes.names import RECIPES
 from tolerances import REORDERED_F32, STREAMED_F32, TRAINED_F32
 
-# Of a process with threads; those that are forked here find one thread each, and nothing that another holds.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*no instructions for bfloat16"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*no instructions for bfloat16")
 
 
 @pytest.fixture(autouse=True)
@@ -404,44 +399,37 @@ def test_a_checkpoint_that_does_not_say_its_settings_is_refused(about, tmp_path,
 
 
 def killed(config: Config, folder: Path, step: int, writing: bool) -> None:
-    """A process of its own that trains and is killed after a step, or while it writes its next checkpoint."""
+    """Trains and is killed after a step, or while it writes its next checkpoint."""
+    if writing:
+        replace_ = Path.replace
 
-    def work() -> None:
-        if writing:
-            replace_ = Path.replace
+        def fatal(self: Path, target: Path) -> Path:
+            if target.name == "last.safetensors" and target.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace_(self, target)
 
-            def fatal(self: Path, target: Path) -> Path:
-                if target.name == "last.safetensors" and target.exists():
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return replace_(self, target)
+        Path.replace = fatal
+    else:
+        advance = _loop._advance
 
-            Path.replace = fatal
-        else:
-            advance = _loop._advance
+        def fatal_step(trainer: _loop.Trainer, model: Stack, at: int, state: object) -> object:
+            if at == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return advance(trainer, model, at, state)
 
-            def fatal_step(trainer: _loop.Trainer, model: Stack, at: int, state: object) -> object:
-                if at == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return advance(trainer, model, at, state)
-
-            _loop._advance = fatal_step
-        lm.run(config, folder)
-
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+        _loop._advance = fatal_step
+    lm.run(config, folder)
 
 
 @pytest.mark.filterwarnings("ignore:.*rows per gate")
 @pytest.mark.parametrize("run", list(RUNS))
 def test_a_run_that_is_killed_at_any_moment_goes_on_with_the_same_bits(run, config, uninterrupted, tmp_path):
     expected, summary = uninterrupted(run)
-    killed(config(run), tmp_path, 3, writing=False)  # before the first checkpoint
+    assert alone(killed, config(run), tmp_path, 3, False) == -signal.SIGKILL  # before the first checkpoint
     assert not (tmp_path / "last.safetensors").exists()
-    killed(config(run), tmp_path, 13, writing=False)  # between an evaluation and a checkpoint
+    assert alone(killed, config(run), tmp_path, 13, False) == -signal.SIGKILL  # between an evaluation and a checkpoint
     assert read_checkpoint(tmp_path / "last.safetensors")[1]["progress"]["step"] == 7
-    killed(config(run), tmp_path, 0, writing=True)
+    assert alone(killed, config(run), tmp_path, 0, True) == -signal.SIGKILL
     assert list(tmp_path.glob(".last.safetensors.*")), "half a file"
     torch.rand(7)
     again = lm.run(config(run), tmp_path)
@@ -467,24 +455,8 @@ def test_two_processes_train_what_one_does(config, tmp_path):
     quiet = {"drop_word": 0.0, "drop_input": 0.0, "drop_hidden": 0.0, "drop_output": 0.0, "samples": 0, "steps": 8}
     settings = config("gru", precision="float32", **quiet)
     one = lm.run(settings, tmp_path / "one")
-    context = multiprocessing.get_context("fork")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-
-    def work(rank: int) -> None:
-        os.environ.update(
-            WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-        )
-        found = lm.run(settings, tmp_path / "two")
-        assert ("test_perplexity" in found) == (rank == 0)
-
-    workers = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
+    first, second = together(lm.run, settings, tmp_path / "two")
+    assert "test_perplexity" in first and "test_perplexity" not in second
     two, wanted = (load_file(tmp_path / f / "best.safetensors") for f in ("two", "one"))
     for key in wanted:
         torch.testing.assert_close(two[key], wanted[key], rtol=TRAINED_F32, atol=TRAINED_F32 / 10)

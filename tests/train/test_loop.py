@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import types
@@ -18,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from processes import free_port, together
 from sparsefold.nn import EGRU, Stack
 from sparsefold.progress import Progress
 from sparsefold.recipes import _checkpoint, _loop
@@ -28,9 +27,6 @@ from sparsefold.recipes._loop import Trainer, train
 from sparsefold.recipes._windows import GRAIN, LONGEST, SHORTEST, RandomWindows, Windows, stream_bits
 from sparsefold.sparsify import Cubic, Magnitude, Pruner, Staircase
 from tolerances import TRAINED_F64
-
-# Of a process with threads; those that are forked here find one thread each, and nothing that another holds.
-pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -477,35 +473,12 @@ train(trainer(20, pruned=True, average=True), Path({folder!r}), "t")
 """
 
 
-def free_port() -> str:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
-def together(folder: Path, stop: int = 0) -> list[str]:
-    """What two forked processes, told what torchrun tells its own, say in the end; one meets Ctrl-C after step ``stop``."""
-    context = multiprocessing.get_context("fork")
-    said = context.SimpleQueue()
-    told = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-
-    def work(rank: int) -> None:
-        os.environ.update(told, RANK=str(rank), LOCAL_RANK=str(rank))
-        if stop and rank:
-            Progress.update = lambda self, done, note="": done == stop and signal.raise_signal(signal.SIGINT)
-        try:
-            train(trainer(20, pruned=True, average=True), folder, "t")
-            said.put("done")
-        except BaseException as error:
-            said.put(f"{type(error).__name__}: {error}")
-
-    workers = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    return [said.get() for _ in workers]
+def in_parts(folder: Path, stop: int = 0) -> str:
+    """The work of one process of two; the second meets Ctrl-C after step ``stop``."""
+    if stop and os.environ["RANK"] == "1":
+        Progress.update = lambda self, done, note="": done == stop and signal.raise_signal(signal.SIGINT)
+    train(trainer(20, pruned=True, average=True), folder, "t")
+    return "done"
 
 
 @pytest.fixture(scope="module")
@@ -537,12 +510,10 @@ def test_two_processes_with_half_the_batch_equal_one_with_the_whole(torchrun, tm
 
 
 def test_a_signal_that_one_of_two_processes_gets_stops_both_and_they_resume_with_the_same_bits(torchrun, tmp_path):
-    assert (
-        together(tmp_path, stop=9)
-        == [f"KeyboardInterrupt: stopped after step 10; everything is saved in {tmp_path}."] * 2
-    )
+    said = f"KeyboardInterrupt: stopped after step 10; everything is saved in {tmp_path}."
+    assert together(in_parts, tmp_path, 9) == [said] * 2
     assert read_checkpoint(tmp_path / "last.safetensors")[1]["progress"]["step"] == 10
-    assert together(tmp_path) == ["done"] * 2
+    assert together(in_parts, tmp_path) == ["done"] * 2
     whole, parts = tensors(torchrun), tensors(tmp_path)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[k], parts[k]) for k in whole)

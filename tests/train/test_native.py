@@ -628,7 +628,7 @@ def test_a_model_around_it_can_be_compiled():
 
 
 def script(text: str) -> None:
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

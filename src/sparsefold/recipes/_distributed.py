@@ -10,6 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# The last group that was left. Its threads may still wait for Python, and a model that a traceback keeps would join them
+# without giving Python up, were it the last to hold the group; from here that is done with Python given up.
+_left: list[dist.ProcessGroup | None] = []
+
 
 def rank() -> int:
     """Which process this is; 0 where it is alone."""
@@ -31,6 +35,7 @@ def joined(device: str | torch.device) -> Iterator[None]:
     try:
         yield
     finally:
+        _left[:] = [dist.group.WORLD]
         dist.destroy_process_group()
 
 

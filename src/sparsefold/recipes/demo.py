@@ -242,7 +242,8 @@ def _train_all(folder: Path, trainings: Mapping[str, Mapping[str, Any]], steps: 
 def _relay(name: str, lines: IO[str]) -> None:
     with lines:
         for line in lines:
-            print(f"  {name}  {line.rstrip().removeprefix('text ')}", flush=True)
+            # In one write, with its end: another training's line may come at any moment.
+            print(f"  {name}  {line.rstrip().removeprefix('text ')}\n", end="", flush=True)
 
 
 def _trained(folder: Path) -> dict[str, Any]:
