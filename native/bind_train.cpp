@@ -85,17 +85,14 @@ BlockWeight<Real> view(const Blocks<Real>* blocks, uint32_t gates, size_t units,
 struct PyTeam {
     std::unique_ptr<Team, Team::Delete> team;
     std::string isa;
-    SequenceKernels<float> f32;
-    SequenceKernels<double> f64;
+    const Sequences& table;
 
-    PyTeam(size_t threads, const std::string& wanted) : f32(sequences(wanted, &isa)), f64(sequences(wanted)) {
+    PyTeam(size_t threads, const std::string& wanted) : table(sequences(wanted, &isa)) {
         if (threads < 1 || threads > Team::kMost)
             throw std::invalid_argument("a sequence is divided between 1 and " + std::to_string(Team::kMost) +
                                         " threads, got " + std::to_string(threads) + ".");
         team.reset(new Team(threads));
     }
-    const SequenceKernels<float>& kernels(float) const { return f32; }
-    const SequenceKernels<double>& kernels(double) const { return f64; }
 
     /// Asks for large pages behind an array nobody has written yet: a fault for 2 MB in place of 512, and a step's
     /// weights within reach of the processor's list of pages.
@@ -121,7 +118,7 @@ struct PyTeam {
         args.cols = size32(weight.shape(1), "inputs");
         args.values = given(out, transposed_size(gates, args.units, args.cols), "out");
         const nb::gil_scoped_release release;
-        return sparsefold::transpose(*team, kernels(Real()), args);
+        return sparsefold::transpose(*team, table.of(Real()), args);
     }
 
     template <class Real>
@@ -133,7 +130,7 @@ struct PyTeam {
         if (kept && (kept->gates != gates || kept->units != units || kept->cols != cols))
             throw std::invalid_argument("this mask is another weight's.");
         const nb::gil_scoped_release release;
-        return pack_blocks(*team, kernels(Real()), weight.data(), gates, units, cols,
+        return pack_blocks(*team, table.of(Real()), weight.data(), gates, units, cols,
                            kept ? kept->bits.data() : nullptr, most, previous);
     }
 
@@ -155,7 +152,7 @@ struct PyTeam {
         a.out = out.data();
         a.stride = out.shape(1);
         const nb::gil_scoped_release release;
-        sparsefold::input_product(*team, kernels(Real()), a, x.data(), rows, cols);
+        sparsefold::input_product(*team, table.of(Real()), a, x.data(), rows, cols);
     }
 
     template <class Real>
@@ -171,7 +168,7 @@ struct PyTeam {
         a.stride = g.shape(1);
         a.out = out.data();
         const nb::gil_scoped_release release;
-        sparsefold::input_gradient(*team, kernels(Real()), a);
+        sparsefold::input_gradient(*team, table.of(Real()), a);
     }
 
     /// What both directions share; tape, u, o and y are written by the forward alone.
@@ -219,7 +216,7 @@ struct PyTeam {
         a.bias_n = data(bias_n, a.units, "bias_n");
         a.h = given(h, static_cast<size_t>(a.batch) * a.units, "h");
         const nb::gil_scoped_release release;
-        sparsefold::egru_forward(*team, kernels(Real()), a);
+        sparsefold::egru_forward(*team, table.of(Real()), a);
     }
 
     template <class Real>
@@ -244,7 +241,7 @@ struct PyTeam {
         a.dbias = given(dbias, size_t{4} * a.units, "dbias");
         a.wild = given(wild, static_cast<size_t>(a.steps) * a.batch, "wild");
         const nb::gil_scoped_release release;
-        sparsefold::egru_backward(*team, kernels(Real()), a);
+        sparsefold::egru_backward(*team, table.of(Real()), a);
     }
 
     template <class Real>
@@ -284,7 +281,7 @@ struct PyTeam {
         }
         x.wild = data(wild, rows, "wild");
         const nb::gil_scoped_release release;
-        sparsefold::outer(*team, kernels(Real()), a, x, rows, cols);
+        sparsefold::outer(*team, table.of(Real()), a, x, rows, cols);
     }
 
     template <class Real>
@@ -313,7 +310,7 @@ struct PyTeam {
         a.wild = data(wild, a.rows, "wild");
         a.out = given(out, size_t{a.gates} * a.units * a.cols, "out");
         const nb::gil_scoped_release release;
-        sparsefold::outer_blocks(*team, kernels(Real()), a, p);
+        sparsefold::outer_blocks(*team, table.of(Real()), a, p);
     }
 
     /// What both directions of a cell with a dense state share.
@@ -364,7 +361,7 @@ struct PyTeam {
         fill<Real>(a, kind, keep_h, keep_c, weight, blocks, blocks_n, mask_h, mask_c, h0, c0, live, tape, out, cells);
         a.bias_n = data(bias_n, a.units, "bias_n");
         const nb::gil_scoped_release release;
-        sparsefold::gated_forward(*team, kernels(Real()), a);
+        sparsefold::gated_forward(*team, table.of(Real()), a);
     }
 
     template <class Real>
@@ -385,7 +382,7 @@ struct PyTeam {
         a.dc = a.kind == Gated::lstm ? given(dc, step, "dc") : nullptr;
         a.dbias = given(dbias, size_t{tape_of(a.kind)} * a.units, "dbias");
         const nb::gil_scoped_release release;
-        sparsefold::gated_backward(*team, kernels(Real()), a);
+        sparsefold::gated_backward(*team, table.of(Real()), a);
     }
 };
 

@@ -224,13 +224,7 @@ const Kernels SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
 #define SPARSEFOLD_MATVEC_X(format, dtype, Packed) SPARSEFOLD_ISA::matvec_##format##_##dtype,
 #define SPARSEFOLD_MATVEC_CODES(format, Packed) SPARSEFOLD_ISA::matvec_##format,
 #define SPARSEFOLD_CELL(name, Args) SPARSEFOLD_ISA::cell_##name,
-#ifdef SPARSEFOLD_SEQUENCES_ELSEWHERE
-#define SPARSEFOLD_SEQUENCE(name, Args) nullptr, nullptr,
-#else
-#define SPARSEFOLD_SEQUENCE(name, Args) SPARSEFOLD_ISA::name<float>, SPARSEFOLD_ISA::name<double>,
-#endif
 #include "kernels.def"
-#undef SPARSEFOLD_SEQUENCE
 #undef SPARSEFOLD_MATVEC
 #undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_MATVEC_CODES

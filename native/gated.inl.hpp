@@ -586,17 +586,33 @@ static void gated_backward(const GatedBackwardArgs<Real>& a, const Member& m) {
 #ifndef SPARSEFOLD_GATED_DOUBLES  // double precision is for checks: once for all instruction sets
 template <>
 void gated_forward<double>(const GatedForwardArgs<double>& a, const Member& m) {
-    kernels_generic.gated_forward_f64(a, m);
+    sequences_generic.f64.gated_forward(a, m);
 }
 template <>
 void gated_backward<double>(const GatedBackwardArgs<double>& a, const Member& m) {
-    kernels_generic.gated_backward_f64(a, m);
+    sequences_generic.f64.gated_backward(a, m);
 }
 template <>
 void outer_blocks<double>(const OuterBlocksArgs<double>& a, const Member& m) {
-    kernels_generic.outer_blocks_f64(a, m);
+    sequences_generic.f64.outer_blocks(a, m);
 }
 #endif
 
+#define SPARSEFOLD_TABLE_(isa) sequences_##isa
+#define SPARSEFOLD_TABLE(isa) SPARSEFOLD_TABLE_(isa)
+
 }  // namespace SPARSEFOLD_ISA
+
+const Sequences SPARSEFOLD_TABLE(SPARSEFOLD_ISA) = {
+#define SPARSEFOLD_SEQUENCE(name, Args) SPARSEFOLD_ISA::name<float>,
+    {
+#include "sequences.def"
+    },
+#undef SPARSEFOLD_SEQUENCE
+#define SPARSEFOLD_SEQUENCE(name, Args) SPARSEFOLD_ISA::name<double>,
+    {
+#include "sequences.def"
+    }};
+#undef SPARSEFOLD_SEQUENCE
+
 }  // namespace sparsefold

@@ -1,6 +1,4 @@
 #define SPARSEFOLD_ISA avx2
 #include "matvec.inl.hpp"
-#include "sequence.inl.hpp"
-#include "gated.inl.hpp"
 // The order matters: cells.inl.hpp ends with the table of this instruction set.
 #include "cells.inl.hpp"

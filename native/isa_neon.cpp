@@ -1,7 +1,5 @@
 #define SPARSEFOLD_ISA neon
 #define SPARSEFOLD_NEON
 #include "matvec.inl.hpp"
-#include "sequence.inl.hpp"
-#include "gated.inl.hpp"
 // The order matters: cells.inl.hpp ends with the table of this instruction set.
 #include "cells.inl.hpp"

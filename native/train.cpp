@@ -96,30 +96,18 @@ void Team::dispatch(size_t most, Work work, const void* context) {
     done_.wait(lock, [&] { return busy_ == 0; });
 }
 
-#define SPARSEFOLD_MATVEC(format, dtype, Packed)
-#define SPARSEFOLD_MATVEC_X(format, dtype, Packed)
-#define SPARSEFOLD_MATVEC_CODES(format, Packed)
-#define SPARSEFOLD_CELL(name, Args)
-#define SPARSEFOLD_SEQUENCE(name, Args) name = all.name##_f32;
-template <>
-SequenceKernels<float>::SequenceKernels(const Kernels& all) {
-#include "kernels.def"
-}
-#undef SPARSEFOLD_SEQUENCE
-#define SPARSEFOLD_SEQUENCE(name, Args) name = all.name##_f64;
-template <>
-SequenceKernels<double>::SequenceKernels(const Kernels& all) {
-#include "kernels.def"
-}
-#undef SPARSEFOLD_MATVEC
-#undef SPARSEFOLD_MATVEC_X
-#undef SPARSEFOLD_MATVEC_CODES
-#undef SPARSEFOLD_CELL
-#undef SPARSEFOLD_SEQUENCE
-
-const Kernels& sequences(const std::string& isa, std::string* chosen) {
-    const Kernels& own = kernels(isa, chosen);
-    return own.egru_forward_f32 ? own : kernels("avx512");
+const Sequences& sequences(const std::string& isa, std::string* chosen) {
+    std::string name;
+    kernels(isa, &name);
+    if (chosen) *chosen = name;
+#ifdef SPARSEFOLD_X86
+    if (name == "avx512vnni" || name == "avx512") return sequences_avx512;
+    if (name == "avx2") return sequences_avx2;
+#endif
+#ifdef SPARSEFOLD_ARM64
+    if (name == "neon") return sequences_neon;
+#endif
+    return sequences_generic;
 }
 
 namespace {

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "dispatch.hpp"
+#include "sequences.hpp"
 
 namespace sparsefold {
 
@@ -54,25 +55,8 @@ class Team {
     std::atomic<uint32_t> meetings_{0};
 };
 
-/// The kernels of one real type.
-template <class Real>
-struct SequenceKernels {
-#define SPARSEFOLD_MATVEC(format, dtype, Packed)
-#define SPARSEFOLD_MATVEC_X(format, dtype, Packed)
-#define SPARSEFOLD_MATVEC_CODES(format, Packed)
-#define SPARSEFOLD_CELL(name, Args)
-#define SPARSEFOLD_SEQUENCE(name, Args) void (*name)(const Args<Real>&, const Member&);
-#include "kernels.def"
-#undef SPARSEFOLD_MATVEC
-#undef SPARSEFOLD_MATVEC_X
-#undef SPARSEFOLD_MATVEC_CODES
-#undef SPARSEFOLD_CELL
-#undef SPARSEFOLD_SEQUENCE
-    explicit SequenceKernels(const Kernels& all);
-};
-
 /// The table that holds the sequences of `isa` (as for kernels()).
-const Kernels& sequences(const std::string& isa, std::string* chosen = nullptr);
+const Sequences& sequences(const std::string& isa, std::string* chosen = nullptr);
 
 /// Large pages for fresh memory, where the system has them.
 void advise_large_pages(void* p, size_t bytes);

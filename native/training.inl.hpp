@@ -1,6 +1,7 @@
 // The words that training loops are written in beside those of simd.hpp: vectors of either real type, of which the last
 // of a row may be short, who works on what, and a matrix turned over.
 #pragma once
+#include "sequences.hpp"
 #include "simd.hpp"
 
 namespace sparsefold {

@@ -1,4 +1,4 @@
-"""The NEON kernels, from a machine without them: compiled by the cross compiler, read as machine code, played under emulation.
+"""The NEON kernels, from a machine without them: compiled by the cross compiler, read as machine code, run under emulation.
 
 On a 64-bit Arm machine the same programs run as they are, and the suites of kernels and engine have NEON among their
 instruction sets.
@@ -43,14 +43,15 @@ def runner() -> list[str]:
 
 @pytest.fixture(scope="session")
 def arm64(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The C library's build folder, made for 64-bit Arm: libsparsefold.a, ``embed``, and ``play`` of tests/native/play.cpp."""
+    """The C library's build folder, made for 64-bit Arm: libsparsefold.a, ``embed``, ``play`` and ``train_stress``."""
     if sys.byteorder != "little" or platform.system() != "Linux":
         pytest.skip("the cross compiler and its programs are those of Linux.")
     compiler, folder = tool(f"{CROSS}g++"), tmp_path_factory.mktemp("arm64")
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
     target += [f"-DCMAKE_C_COMPILER={tool(f'{CROSS}gcc')}", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"]
+    target += ["-DCMAKE_EXE_LINKER_FLAGS=-static"]
     shell(tool("cmake"), "-S", ROOT, "-B", folder, "-G", "Ninja", "-DSPARSEFOLD_PYTHON=OFF", *target)
-    shell(tool("cmake"), "--build", folder, "--target", "sparsefold_static")
+    shell(tool("cmake"), "--build", folder, "--target", "sparsefold_static", "train_stress")
     shell(
         tool(f"{CROSS}gcc"),
         "-c",
@@ -152,7 +153,7 @@ def player(arm64: Path):
 
 def innermost_loops(arm64: Path, function: str) -> list[str]:
     """The text of every loop of a NEON kernel that holds no other loop."""
-    file = arm64 / "CMakeFiles/kernels_neon.dir/native/isa_neon.cpp.o"
+    file = arm64 / "CMakeFiles/isa_neon.dir/native/isa_neon.cpp.o"
     command = [tool(f"{CROSS}objdump"), "-d", "-C", "-r", "--no-show-raw-insn", file]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     body = re.search(rf"^[0-9a-f]+ <sparsefold::neon::{function}\(.*?>:\n(.*?)(?:\n\n|\Z)", text, re.S | re.M)[1]
@@ -175,12 +176,13 @@ def test_hot_loops_multiply_and_add_whole_vectors(kernel, arm64):
         assert not re.search(r"^(fmadd|fmul|fadd)\s", loop, re.M), loop
 
 
-def test_the_object_offers_the_linker_nothing_but_its_table(arm64):
-    file = arm64 / "CMakeFiles/kernels_neon.dir/native/isa_neon.cpp.o"
+@pytest.mark.parametrize(("name", "table"), [("isa_neon", "kernels_neon"), ("train_neon", "sequences_neon")])
+def test_an_object_offers_the_linker_nothing_but_its_table(name, table, arm64):
+    file = arm64 / f"CMakeFiles/{name}.dir/native/{name}.cpp.o"
     command = [tool(f"{CROSS}nm"), "-C", "--defined-only", file]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     offered = [line.split()[1:] for line in listed.splitlines()]
-    assert [" ".join(rest) for kind, *rest in offered if kind in "TWVDuB"] == ["sparsefold::kernels_neon"]
+    assert [" ".join(rest) for kind, *rest in offered if kind in "TWVDuB"] == [f"sparsefold::{table}"]
 
 
 # --- what it computes ------------------------------------------------------------------------------------------------------
@@ -205,6 +207,11 @@ def test_products_of_codes_are_exact(player):
         for case in cases.matrix_cases(storage)[turn % 9 :: 9]:
             matrix = case.make().rounded("w8a8")
             check_product_of_codes(case, matrix, player.load_matrix(matrix, "neon"))
+
+
+def test_training_finds_what_plain_loops_find(arm64):
+    done = subprocess.run([*runner(), arm64 / "train_stress"], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 @pytest.mark.parametrize("isa", ["neon", "generic"])

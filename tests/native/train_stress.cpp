@@ -1,9 +1,11 @@
-// The training kernels without Python, for sanitizers: every form, odd sizes, dense weights and weights in blocks,
-// teams of one to three, whose bits must agree, and two threads that train on one team with the same blocks. Built and
-// run by tests/native/test_sanitizers.py.
+// The training kernels without Python, for sanitizers and for emulated processors: every form, odd sizes, dense weights
+// and weights in blocks, teams of one to three, whose bits must agree, every instruction set beside plain C++, and two
+// threads that train on one team with the same blocks. Built and run by tests/native/test_sanitizers.py, test_arm64.py.
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <random>
 #include <stdexcept>
@@ -203,9 +205,18 @@ std::vector<Real> dense_state(Team& team, const SequenceKernels<Real>& k, const 
     return found;
 }
 
+/// Whether two instruction sets found the same, but for rounding.
+template <class Real>
+bool near(const std::vector<Real>& a, const std::vector<Real>& b) {
+    const Real bound = 2000 * std::numeric_limits<Real>::epsilon();
+    for (size_t i = 0; i < a.size(); ++i)
+        if (!(std::abs(a[i] - b[i]) <= bound * (1 + std::abs(b[i])))) return false;
+    return true;
+}
+
 template <class Real>
 void check(const std::string& isa, const std::vector<Shape>& shapes) {
-    const SequenceKernels<Real> k(sequences(isa));
+    const SequenceKernels<Real>&k = sequences(isa).of(Real()), &plain = sequences("generic").of(Real());
     Team one(1), two(2), three(3);
     uint32_t seed = 0;
     for (const Shape& s : shapes)
@@ -213,6 +224,7 @@ void check(const std::string& isa, const std::vector<Shape>& shapes) {
             const Form f{static_cast<Reset>(form % 3), static_cast<Event>((form + s.units) % 3), form % 2 == 0,
                          form / 2 % 2 == 0, form / 4 % 2 == 0};
             const auto wanted = layer(one, k, s, f, ++seed);
+            if (!near(wanted, layer(one, plain, s, f, seed))) throw std::runtime_error(isa + " finds something else");
             for (Team* team : {&two, &three}) {
                 const auto found = layer(*team, k, s, f, seed);
                 if (std::memcmp(found.data(), wanted.data(), wanted.size() * sizeof(Real)) != 0)
@@ -223,6 +235,8 @@ void check(const std::string& isa, const std::vector<Shape>& shapes) {
         for (const Gated kind : {Gated::gru, Gated::gru_before, Gated::lstm, Gated::tanh, Gated::relu})
             for (const bool in_blocks : {false, true}) {
                 const auto wanted = dense_state(one, k, s, kind, in_blocks, ++seed);
+                if (!near(wanted, dense_state(one, plain, s, kind, in_blocks, seed)))
+                    throw std::runtime_error(isa + " finds something else of a dense state");
                 for (Team* team : {&two, &three}) {
                     const auto found = dense_state(*team, k, s, kind, in_blocks, seed);
                     if (std::memcmp(found.data(), wanted.data(), wanted.size() * sizeof(Real)) != 0)

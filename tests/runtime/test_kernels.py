@@ -538,14 +538,16 @@ def test_activations_want_whole_vectors():
 # --- what the compiler made of it -------------------------------------------------------------------------------------
 
 
-def objects(isa=None):
-    """Object files of the kernels of ``isa``, or of everything that must run on any processor."""
+WIDE = ["isa_avx2", "isa_avx512", "isa_avx512vnni", "train_avx2", "train_avx512"]
+
+
+def objects(chosen):
+    """Object files of the extension of which this is true, by name."""
     built = sorted((Path(__file__).parents[2] / "build").glob("*/CMakeFiles/*/native/*.cpp.o"))
-    special = {f"isa_{name}.cpp.o" for name in ("avx2", "avx512", "avx512vnni")}
-    chosen = [o for o in built if (o.name == f"isa_{isa}.cpp.o" if isa else o.name not in special)]
-    if not chosen:
+    found = [o for o in built if chosen(o.name.removesuffix(".cpp.o"))]
+    if not found:
         pytest.skip("the object files of the extension are not here: it was installed from a wheel.")
-    return chosen
+    return found
 
 
 def tool(name, *words):
@@ -555,20 +557,23 @@ def tool(name, *words):
 
 
 def test_what_every_processor_runs_holds_no_wide_registers():
-    chosen = objects()
-    assert "isa_generic.cpp.o" in {o.name for o in chosen}
+    chosen = objects(lambda name: name not in WIDE)
+    assert {"isa_generic.cpp.o", "train_generic.cpp.o"} <= {o.name for o in chosen}
     for file in chosen:
         wide = re.findall(r"%[yz]mm\d+|\bvfn?m(?:add|sub)\w*", tool("objdump", "-d", "--no-show-raw-insn", str(file)))
         assert not wide, (file.name, wide[:3])
 
 
-@pytest.mark.parametrize("name", ["avx2", "avx512", "avx512vnni"])
+@pytest.mark.parametrize("name", WIDE)
 def test_wide_objects_hold_wide_registers_and_offer_the_linker_nothing_but_their_table(name):
-    for file in objects(name):
-        wide = "%ymm" if name == "avx2" else "%zmm"
+    kind, isa = name.split("_")
+    for file in objects(lambda found: found == name):
+        wide = "%ymm" if isa == "avx2" else "%zmm"
         assert wide in tool("objdump", "-d", "--no-show-raw-insn", str(file))
         offered = [line.split()[1:] for line in tool("nm", "-C", "--defined-only", str(file)).splitlines()]
-        assert [" ".join(rest) for kind, *rest in offered if kind in "TWVDuB"] == [f"sparsefold::kernels_{name}"]
+        assert [" ".join(rest) for kind, *rest in offered if kind in "TWVDuB"] == [
+            f"sparsefold::{'kernels' if kind == 'isa' else 'sequences'}_{isa}"
+        ]
 
 
 def test_the_library_is_small():

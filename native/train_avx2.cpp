@@ -1,0 +1,3 @@
+#define SPARSEFOLD_ISA avx2
+// gated.inl.hpp reads the others, and ends with the table of this instruction set.
+#include "gated.inl.hpp"
