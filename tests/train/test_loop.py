@@ -521,6 +521,17 @@ def test_a_signal_that_one_of_two_processes_gets_stops_both_and_they_resume_with
         train(trainer(20, pruned=True, average=True), tmp_path, "t")
 
 
+def trains_often(folder: Path) -> str:
+    for run in range(8):
+        train(trainer(2), folder / str(run), "t")
+    return "done"
+
+
+def test_processes_train_together_as_often_as_they_like(tmp_path):
+    assert together(trains_often, tmp_path) == ["done"] * 2
+    assert len(list(tmp_path.glob("*/last.safetensors"))) == 8
+
+
 def test_streams_that_processes_cannot_share_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_loop.processes, "count", lambda: 3)
     with pytest.raises(ValueError, match=r"^batch=4 streams cannot be shared evenly by 3 processes"):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-# The last group that was left. Its threads may still wait for Python, and a model that a traceback keeps would join them
-# without giving Python up, were it the last to hold the group; from here that is done with Python given up.
-_left: list[dist.ProcessGroup | None] = []
+# Ours, until the process ends. Its threads may still wait for Python when the others have gone, and a model that a traceback
+# keeps would join them without giving Python up, were it the last to hold the group.
+_own: list[dist.ProcessGroup | None] = []
 
 
 def rank() -> int:
@@ -25,17 +24,20 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-@contextmanager
-def joined(device: str | torch.device) -> Iterator[None]:
-    """Join the processes that ``torchrun`` started, and leave them in the end. Nothing for one alone, or one that has joined."""
+def join(device: str | torch.device) -> None:
+    """Join the processes that ``torchrun`` started, until this one ends. Nothing for one alone, or one that has joined.
+
+    A second group of the same processes may find the addresses of the first, and wait for ever.
+    """
     if count() > 1 or int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
-        yield
         return
     dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        _left[:] = [dist.group.WORLD]
+    _own.append(dist.group.WORLD)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized() and dist.group.WORLD in _own:
         dist.destroy_process_group()
 
 

@@ -92,8 +92,8 @@ def train(trainer: Trainer, folder: Path, label: str) -> dict[str, Any]:
         KeyboardInterrupt: after saving, when the user asked to stop or ``until`` is near; the command line says how to resume.
         FloatingPointError: the loss is no longer finite.
     """
-    with processes.joined(trainer.device):
-        return _Run(trainer, folder).train(label)
+    processes.join(trainer.device)
+    return _Run(trainer, folder).train(label)
 
 
 def pace(trainer: Trainer, windows: int = 8) -> tuple[float, float]:

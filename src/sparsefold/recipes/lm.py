@@ -42,15 +42,15 @@ def run(config: Config, folder: Path, label: str = "lm") -> dict[str, Any]:
     device = processes.own_device(config.device)
     torch.set_num_threads(config.threads)
     corpus = load_corpus(config.corpus, config.level, config.data_dir or None)
-    with processes.joined(device):
-        config = planned(config, corpus, folder, device)
-        summary = train(trainer_of(config, corpus, device), folder, label)
-        found: dict[str, Any] = {}
-        if processes.rank() == 0:
-            model = load(folder)[0].to(device)
-            for split in ("valid", "test"):
-                bits, rates = stream_bits(model, getattr(corpus, split))
-                found |= {f"{split}_perplexity": 2.0**bits, f"{split}_bits": bits, f"{split}_event_rates": rates}
+    processes.join(device)
+    config = planned(config, corpus, folder, device)
+    summary = train(trainer_of(config, corpus, device), folder, label)
+    found: dict[str, Any] = {}
+    if processes.rank() == 0:
+        model = load(folder)[0].to(device)
+        for split in ("valid", "test"):
+            bits, rates = stream_bits(model, getattr(corpus, split))
+            found |= {f"{split}_perplexity": 2.0**bits, f"{split}_bits": bits, f"{split}_event_rates": rates}
     return {"recipe": "lm", "config": asdict(config), "corpus": corpus.to_dict(), **summary, **found}
 
 

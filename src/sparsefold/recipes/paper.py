@@ -161,34 +161,32 @@ def run(config: Config, folder: Path, label: str = "ptb-paper") -> dict[str, Any
     device = processes.own_device(found.device)
     torch.set_num_threads(found.threads)
     corpus = load_corpus(found.corpus, found.level, found.data_dir or None)
-    with processes.joined(device):
-        start: dict[str, Any] | None = None
-        if config.start:
-            facts = transfer_facts(Path(config.start))
-            steps, there = facts["about"]["config"]["steps"], facts["about"]["config"].get("device")
-            if config.steps not in (None, steps):
-                raise ValueError(
-                    f"{config.start} is of a run of {steps:,} steps, which it goes on with. Leave steps out."
-                )
-            found = replace(found, steps=steps, minutes=None)
-            start = {"step": facts["progress"]["step"], "seconds": facts["progress"]["seconds"], "device": there}
-        found = scheduled(found, corpus, folder, device)
-        trainer = lm.trainer_of(found, corpus, device)
-        if config.start:
-            _begin(trainer, Path(config.start), folder)
-        if until < math.inf:
-            began, trainer.until = time.monotonic(), until
-            trainer.evaluate()
-            trainer.evaluation = time.monotonic() - began
+    processes.join(device)
+    start: dict[str, Any] | None = None
+    if config.start:
+        facts = transfer_facts(Path(config.start))
+        steps, there = facts["about"]["config"]["steps"], facts["about"]["config"].get("device")
+        if config.steps not in (None, steps):
+            raise ValueError(f"{config.start} is of a run of {steps:,} steps, which it goes on with. Leave steps out.")
+        found = replace(found, steps=steps, minutes=None)
+        start = {"step": facts["progress"]["step"], "seconds": facts["progress"]["seconds"], "device": there}
+    found = scheduled(found, corpus, folder, device)
+    trainer = lm.trainer_of(found, corpus, device)
+    if config.start:
+        _begin(trainer, Path(config.start), folder)
+    if until < math.inf:
+        began, trainer.until = time.monotonic(), until
+        trainer.evaluate()
+        trainer.evaluation = time.monotonic() - began
 
-        def kept(at: Progressed) -> None:
-            if live_share(trainer) <= TRANSFERRED:
-                write_transfer(folder / "transfer.safetensors", trainer, at)
+    def kept(at: Progressed) -> None:
+        if live_share(trainer) <= TRANSFERRED:
+            write_transfer(folder / "transfer.safetensors", trainer, at)
 
-        trainer.kept = kept
-        summary = train(trainer, folder, label)
-        if processes.rank():
-            return {}
+    trainer.kept = kept
+    summary = train(trainer, folder, label)
+    if processes.rank():
+        return {}
     result = {
         "recipe": "ptb-paper",
         "schema": SCHEMA,
