@@ -163,6 +163,12 @@ def test_settings_that_do_not_fit_are_refused_before_any_training(changes, sente
         multiply.Config(**changes)
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^ptb-multiply trains and times in one process, torchrun started 2"):
+        multiply.run(multiply.Config(), tmp_path)
+
+
 def test_networks_may_be_added(small, tmp_path):
     config, folder, found = small
     fewer = {**found, "config": {**found["config"], "also": ""}}

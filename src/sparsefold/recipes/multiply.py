@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -128,9 +129,13 @@ def run(config: Config, folder: Path, label: str = "ptb-multiply") -> dict[str, 
     """Train, describe and time what ``multiply.json`` in ``folder`` does not hold yet; returns its content.
 
     Raises:
-        ValueError: the folder holds another experiment.
+        ValueError: the folder holds another experiment, or ``torchrun`` started several processes.
         rivals.ParityError: an engine differs from torch; nothing is timed then.
     """
+    if (count := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ValueError(
+            f"ptb-multiply trains and times in one process, torchrun started {count}. Run it without torchrun."
+        )
     make_folder(folder)
     results = folder / "multiply.json"
     settings = json.loads(json.dumps(asdict(config)))
