@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 
+from sparsefold.data import load_corpus
 from sparsefold.nn import EGRU, GRU, LSTM, RNN, EGRUCell, Stack, Triangle, gpu, reference
 from sparsefold.nn.gpu import window
 from sparsefold.nn.reference import Event, Reset
+from sparsefold.recipes import _loop, lm
+from sparsefold.recipes._lm_config import Config as LMConfig
+from sparsefold.recipes._lm_config import resolved
 from tolerances import BF16_CELL, BF16_GRADIENT, CELL_F64, GRADIENT_F64, STREAM_F32, gradient_f32
 
 ON_GPU = torch.cuda.is_available()
@@ -495,6 +499,26 @@ def test_a_stream_says_what_it_does_not_take(monkeypatch):
     monkeypatch.setattr(window.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"a Stream runs on a GPU, the EGRU is .* Triton is not installed"):
         gpu.Stream(layer)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="there is no GPU to wait for.")
+def test_a_step_of_training_waits_for_nothing_that_the_gpu_does(tmp_path):
+    """Once all is compiled and captured: the host is to be ahead of the GPU from one evaluation to the next."""
+    file = tmp_path / "words.txt"
+    file.write_text("one two three four five six seven eight nine ten\n" * 600)
+    settings = {"corpus": str(file), "hidden": (32, 32), "embedding": 32, "cutoffs": (4, 7), "tied": True, "batch": 4}
+    config = resolved(LMConfig(**settings, precision="bfloat16", device="cuda", random_bptt=False, bptt=32, steps=100))
+    trainer = lm.trainer_of(config, load_corpus(str(file), "word"), DEVICE)
+    trainer.model.train()
+    state, told = None, []
+    for step in range(6):
+        torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
+        try:
+            _, figures, state = _loop._advance(trainer, trainer.model, step, state)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        told.append(figures)
+    assert all(0 < bits < 10 and norm > 0 and 0 < rate < 1 for bits, norm, rate in (figures.read() for figures in told))
 
 
 def script(text: str, **environment: str) -> str:

@@ -567,6 +567,39 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(config, tmp_pa
     assert all(torch.equal(v, fresh[k]) for k, v in models[0].state_dict().items())
 
 
+@pytest.mark.parametrize("run", ["egru", "gru"])
+def test_figures_that_are_read_a_step_late_change_nothing(run, config, uninterrupted, stop_at, tmp_path, monkeypatch):
+    """As of a GPU: told are the same figures, and no checkpoint is ahead of them, whether training stops on its way or not."""
+    expected, summary = uninterrupted(run)
+    monkeypatch.setattr(_loop, "_read_late", lambda device: True)
+    assert timeless(text.run(config(run), tmp_path / "whole")) == timeless(summary)
+    assert_same_run(tmp_path / "whole", expected)
+    with monkeypatch.context():
+        stop_at(13, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            text.run(config(run), tmp_path / "stopped")
+    assert timeless(text.run(config(run), tmp_path / "stopped")) == timeless(summary)
+    assert_same_run(tmp_path / "stopped", expected)
+
+
+def test_a_run_that_diverges_is_seen_before_it_is_saved_though_its_figures_are_late(config, tmp_path, monkeypatch):
+    read = []
+    take = _loop._Figures.read
+    monkeypatch.setattr(_loop._Figures, "read", lambda self: read.append(self.step) or take(self))
+    monkeypatch.setattr(_loop, "_read_late", lambda device: True)
+
+    def train(trainer: _loop.Trainer, *args: object) -> dict:
+        price = lambda _, step: trainer.model[2].bias.sum() * (math.nan if step == 6 else 0)  # noqa: E731
+        return _loop.train(replace(trainer, penalty=price, pruner=None), *args)
+
+    monkeypatch.setattr(text, "train", train)
+    with pytest.raises(FloatingPointError, match=r"nan at step 6: training diverged; .* holds the last good state"):
+        text.run(config("gru", steps=20, checkpoint_every=4, eval_every=20), tmp_path)
+    assert read_checkpoint(tmp_path / "last.safetensors")[1]["progress"]["step"] == 4
+    assert all(torch.isfinite(v).all() for v in bits(tmp_path).values() if v.is_floating_point())
+    assert read == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_a_folder_that_cannot_be_written_is_refused_before_training(config, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(Stack, "forward", lambda *_: pytest.fail("trained for nothing"))

@@ -73,17 +73,28 @@ class AdaptiveDecoder(torch.nn.Module):
         return torch.cat([self.head.weight[: self.cutoffs[0]], *tails])
 
     def targets(self, y: Tensor) -> Tensor:
-        """Keep a window's targets (T, B) for the ``forward`` that follows."""
+        """Keep a window's targets (T, B) for the ``forward`` that follows, and return them where the weights are.
+
+        How many of each cluster there are is asked where y is: on the processor, that waits for no GPU.
+        """
         self._wanted = None
-        if self.training:
-            edges = torch.tensor(self.cutoffs, device=y.device)
-            flat = y.flatten()
-            cluster = torch.bucketize(flat, edges, right=True)  # 0: the head's own words
-            first = torch.where(cluster == 0, flat, self.cutoffs[0] + cluster - 1)
-            # How many there are is asked here, where a GPU has nothing else to finish first.
-            here = [(cluster == k + 1).nonzero()[:, 0] for k in range(len(self.tails))]
-            self._wanted = y, first, here
+        if not self.training:
+            return self._here(y)
+        flat = y.flatten()
+        cluster = torch.bucketize(
+            flat, torch.tensor(self.cutoffs, device=y.device), right=True
+        )  # 0: the head's own words
+        first = torch.where(cluster == 0, flat, self.cutoffs[0] + cluster - 1)
+        members = [self._here((cluster == k + 1).nonzero()[:, 0]) for k in range(len(self.tails))]
+        y = self._here(y)
+        self._wanted = y, self._here(first), members
         return y
+
+    def _here(self, tokens: Tensor) -> Tensor:
+        device = self.head.weight.device
+        if device.type == "cuda" and not tokens.is_cuda:
+            return tokens.pin_memory().to(device, non_blocking=True)  # waits for nothing
+        return tokens.to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """Input (T, B, inputs) -> log p (T, B, words), or of the targets alone, (T, B), in training."""

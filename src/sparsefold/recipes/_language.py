@@ -109,6 +109,7 @@ class SampledLinear(torch.nn.Linear):
 
     def targets(self, y: Tensor) -> Tensor:
         """Draw the sample for a window's targets (T, B); returns their places among what ``forward`` then gives."""
+        y = y.to(self.weight.device)
         if not (self.training and self.samples):
             return y
         rate = self.samples / self.out_features

@@ -10,6 +10,7 @@ import json
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -56,9 +57,8 @@ class Trainer:
     )  # settings by which an older checkpoint's config is filled in
     unit: Unit = "bits_per_char"  # what is logged and told
     checkpoint_minutes: float = math.inf  # a checkpoint is due after so long, too
-    targets: Callable[[Tensor], Tensor] = lambda y: (
-        y
-    )  # what the model's outputs are compared with, told before they are made
+    # what the model's outputs are compared with, on the processor or where they are made; told before they are
+    targets: Callable[[Tensor], Tensor] = lambda y: y
     # nats of the outputs (T, B, …) against the targets (T, B)
     loss: Callable[[Tensor, Tensor], Tensor] = lambda out, y: cross_entropy(out.flatten(0, 1), y.flatten())
     average: Average | None = None
@@ -101,14 +101,14 @@ def pace(trainer: Trainer, windows: int = 8) -> tuple[float, float]:
     trainer.model.train()
     state, began, spent, steps = None, 0.0, 0.0, 0
     for i in range(windows + 2):
-        if i == 2:  # the first two allocate
-            began = time.monotonic()
-        x, *_, state = _advance(trainer, trainer.model, i, state)
+        x, figures, state = _advance(trainer, trainer.model, i, state)
         steps += len(x) if i >= 2 else 0
-    spent = time.monotonic() - began
+        if i in (1, windows + 1):  # the first two allocate
+            figures.read()
+            began, spent = time.monotonic(), time.monotonic() - began
     with _float32_products(trainer):
         trainer.evaluate()
-    return spent / steps * trainer.windows.length, time.monotonic() - began - spent
+    return spent / steps * trainer.windows.length, time.monotonic() - began
 
 
 def _float32_products(trainer: Trainer) -> AbstractContextManager[Any]:
@@ -121,19 +121,46 @@ def _float32_products(trainer: Trainer) -> AbstractContextManager[Any]:
     )
 
 
-def _advance(
-    trainer: Trainer, model: Any, step: int, state: StackState | None
-) -> tuple[Tensor, float, float, Any, StackState]:
-    """One step of training: its inputs, loss in bits, norm of the gradient, activity and carried state.
+class _Figures:
+    """Loss in bits, norm of the gradient and event rate of a step, which a GPU may still be at work on."""
 
-    The optimiser is not asked where loss or gradient are not finite, so that no checkpoint ever holds what came of it.
+    def __init__(self, step: int, loss: Tensor, norm: Tensor, activity: Any) -> None:
+        self.step = step
+        rate = torch.cat([r.detach() for r in activity.rates]).mean() if activity.rates else loss.new_ones(())
+        self._told = torch.stack([t.detach().double() for t in (loss, norm, rate)]).to("cpu", non_blocking=True)
+        self._written: Any = cast("Any", torch.cuda.Event)() if loss.is_cuda else None
+        if self._written:
+            self._written.record()
+
+    def read(self) -> tuple[float, float, float]:
+        """Waits for the step, not for what was asked of the device after it."""
+        if self._written:
+            self._written.synchronize()
+        loss, norm, rate = self._told.tolist()
+        return loss / math.log(2), norm, rate
+
+
+def _read_late(device: torch.device) -> bool:
+    """Whether a step's figures are read when the next one is on its way, so that a GPU has always something to do."""
+    return device.type == "cuda" and processes.count() == 1
+
+
+def _uploaded(tokens: Tensor, device: torch.device) -> Tensor:
+    """The same on a device, which may come to it later: from pinned memory the copy waits for nothing."""
+    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+
+
+def _advance(trainer: Trainer, model: Any, step: int, state: StackState | None) -> tuple[Tensor, _Figures, StackState]:
+    """One step of training: its inputs, figures and carried state.
+
+    Where figures are read at once, the optimiser is not asked if loss or gradient are not finite.
     """
     x, y, fresh = trainer.windows[step]
     if processes.count() > 1:
         share = x.shape[1] // processes.count()
         own = slice(processes.rank() * share, (processes.rank() + 1) * share)
         x, y = x[:, own], y[:, own]
-    x, y = x.to(trainer.device), trainer.targets(y.to(trainer.device))
+    x, y = _uploaded(x, trainer.device), trainer.targets(y)
     for group in trainer.optimizer.param_groups:
         group["lr"] = trainer.lr(step)
     narrow: AbstractContextManager[Any] = nullcontext()
@@ -143,13 +170,13 @@ def _advance(
         with narrow:
             logits, state, activity = model(x, None if fresh else state)
         logits = logits.float() if trainer.autocast else logits
-        loss = trainer.loss(logits, y)
+        loss = trainer.loss(logits, _uploaded(y, trainer.device))
         total: Any = loss + trainer.penalty(activity, step)
         total.backward()
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
-    norm = float(torch.nn.utils.clip_grad_norm_(trained, trainer.clip))
-    bits = float(loss.detach()) / math.log(2)
-    if math.isfinite(bits + norm):
+    norm = torch.nn.utils.clip_grad_norm_(trained, trainer.clip)
+    figures = _Figures(step, loss, norm, activity)
+    if _read_late(trainer.device) or all(map(math.isfinite, figures.read())):
         trainer.optimizer.step()
         # Before the gradients go: weights may return by them.
         drawn = trainer.pruner is not None and trainer.pruner.step()
@@ -158,7 +185,7 @@ def _advance(
             if drawn:
                 trainer.average.restart()
             trainer.average.update()
-    return x, bits, norm, activity, state.detach()
+    return x, figures, state.detach()
 
 
 class _Run:
@@ -181,6 +208,8 @@ class _Run:
         processes.wait()
         self.at, self.state = Progressed(), None
         self.slowest = self.writing = 0.0  # seconds of a step, its evaluation included, and of a checkpoint
+        self.waiting: deque[_Figures] = deque()  # of steps whose figures are not read
+        self.rate: float | None = None  # of events, in the last step whose figures were
         if self.last.exists():
             self.at, self.state = resume(trainer, self.last)
             self._trim_log()
@@ -206,23 +235,24 @@ class _Run:
         ):
             while at.step < trainer.steps and not at.stopped:
                 begun = time.monotonic()
-                x, bits, norm, activity, state = _advance(trainer, model, at.step, state)
+                x, figures, state = _advance(trainer, model, at.step, state)
+                self.waiting.append(figures)
+                at.step += 1
+                tokens += x.numel() * processes.count()
+                done = at.step == trainer.steps
+                evaluates = done or at.step % trainer.eval_every == 0 or at.step in trainer.snapshots
                 # What a clock or a signal decides, all processes decide alike.
                 late = self.first and time.monotonic() - saved >= 60 * trainer.checkpoint_minutes
                 late |= trainer.until < math.inf and not self.writing  # how long one takes is to be known
-                bits, stop, due = processes.means(trainer.device, bits, asked() or self._short(begun), late)
-                if not math.isfinite(bits + norm):
-                    raise self._diverged(f"the loss is {bits}, its gradient's norm {norm}")
-                at.step += 1
-                at.loss_mean = bits if at.step == 1 else 0.98 * at.loss_mean + 0.02 * bits
+                stop, due = processes.means(trainer.device, asked() or self._short(begun), late)
+                due = due or stop or at.step % trainer.checkpoint_every == 0
+                self._take(everything=bool(evaluates or due))
                 at.seconds = time.monotonic() - self.began
-                tokens += x.numel() * processes.count()
-                rate, done = activity.event_rate, at.step == trainer.steps
-                if done or at.step % trainer.eval_every == 0 or at.step in trainer.snapshots:
-                    board(self._evaluate(rate))
+                if evaluates:
+                    board(self._evaluate())
                     (stop,) = processes.means(trainer.device, asked() or self._short(begun))
                 self.slowest = max(self.slowest, time.monotonic() - begun)
-                if done or at.stopped or stop or due or at.step % trainer.checkpoint_every == 0:
+                if done or at.stopped or stop or due:
                     began = time.monotonic()
                     self._keep(self.last, tensors_of(trainer, state))
                     if trainer.kept and self.first:
@@ -235,8 +265,9 @@ class _Run:
                 told = f"{at.loss_mean:.3f} bits"
                 if trainer.unit == "perplexity":
                     told = f"perplexity {trainer.told(at.loss_mean):.1f}"
-                told += f", {rate:.1%} events" if activity.rates else ""
-                progress.update(at.step, f"{told}, {tokens / (time.monotonic() - start):,.0f} tokens/s")
+                if self.rate is not None:
+                    told += f", {self.rate:.1%} events" if self.rate < 1 else ""
+                    progress.update(at.step, f"{told}, {tokens / (time.monotonic() - start):,.0f} tokens/s")
         return {
             "steps": at.step,
             "seconds": round(at.seconds, 1),
@@ -246,6 +277,21 @@ class _Run:
             "stopped_early": at.stopped,
         }
 
+    def _take(self, everything: bool) -> None:
+        """Read the figures that are due: before anything is evaluated or saved, of all steps.
+
+        Raises:
+            FloatingPointError: the loss, or the gradient's norm, is not finite.
+        """
+        kept = 0 if everything or not _read_late(self.trainer.device) else 1
+        while len(self.waiting) > kept:
+            figures = self.waiting.popleft()
+            bits, norm, self.rate = figures.read()
+            (bits,) = processes.means(self.trainer.device, bits)
+            if not math.isfinite(bits + norm):
+                raise self._diverged(f"the loss is {bits}, its gradient's norm {norm}", figures.step)
+            self.at.loss_mean = bits if figures.step == 0 else 0.98 * self.at.loss_mean + 0.02 * bits
+
     def _short(self, begun: float) -> bool:
         """Whether the time until ``until`` may not do for saving now, or for a step, an evaluation and saving after them.
 
@@ -254,14 +300,14 @@ class _Run:
         step = max(self.slowest, time.monotonic() - begun) + self.trainer.evaluation
         return self.first and time.time() + step + 2 * self.writing >= self.trainer.until
 
-    def _evaluate(self, rate: float) -> dict[str, Any]:
+    def _evaluate(self) -> dict[str, Any]:
         """The validation split: keeps what is the best or due, begins the average, writes and returns a line of the log."""
         trainer, at = self.trainer, self.at
         in_place = trainer.average.in_place() if trainer.average else nullcontext()
         with in_place, _float32_products(trainer):
             valid = processes.from_first(trainer.device, trainer.evaluate() if self.first else 0.0)
             if not math.isfinite(valid):
-                raise self._diverged(f"the loss on the validation split is {valid}")
+                raise self._diverged(f"the loss on the validation split is {valid}", at.step)
             if at.step >= min(trainer.best_from, trainer.steps) and (at.best is None or valid < at.best):
                 at.best, at.best_step = valid, at.step
                 self._keep(self.folder / "best.safetensors", model_tensors(trainer.model))
@@ -283,7 +329,7 @@ class _Run:
             "seconds": round(at.seconds, 2),
             f"train_{trainer.unit}": trainer.told(at.loss_mean),
             f"valid_{trainer.unit}": trainer.told(valid),
-            "event_rate": rate,
+            "event_rate": self.rate,
         }
         if trainer.pruner:
             line["density"] = trainer.pruner.density()
@@ -295,11 +341,10 @@ class _Run:
         if self.first:
             save_checkpoint(path, tensors, {**self.trainer.about, **more}, self.at)
 
-    def _diverged(self, what: str) -> FloatingPointError:
+    def _diverged(self, what: str, step: int) -> FloatingPointError:
         kept = f"{self.last} holds the last good state" if self.last.exists() else "nothing was saved yet"
         return FloatingPointError(
-            f"{what} at step {self.at.step}: training diverged; {kept}. "
-            "Train with a lower lr, in another folder (--out)."
+            f"{what} at step {step}: training diverged; {kept}. Train with a lower lr, in another folder (--out)."
         )
 
     def _trim_log(self) -> None:
