@@ -224,9 +224,14 @@ def _quantized(graph: bytes) -> bytes:
     quantization = _rival_module("onnxruntime.quantization")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        before, after = Path(folder) / "f32.onnx", Path(folder) / "i8.onnx"
+        before, ready, after = (Path(folder) / f"{name}.onnx" for name in ("f32", "ready", "i8"))
         before.write_bytes(graph)
-        quantization.quantize_dynamic(before, after, weight_type=quantization.QuantType.QInt8)
+        _rival_module("onnxruntime.quantization.shape_inference").quant_pre_process(
+            before,
+            ready,
+            skip_symbolic_shape=True,  # every shape of this graph is a number
+        )
+        quantization.quantize_dynamic(ready, after, weight_type=quantization.QuantType.QInt8)
         return after.read_bytes()
 
 
