@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -73,33 +75,29 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, list[s
         command = [compiler, *flags(sanitizer), str(probe), "-o", str(folder / "probe")]
         if subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip(f"this machine's g++ cannot link -fsanitize={sanitizer} for x86-64.")
-        return compiled(sanitizer, [*CORE, *kernels("isa", sanitizer)], folder)
+        return compiled(sanitizer, [*kernels("isa", sanitizer), *CORE], folder)
 
     def compiled(sanitizer: str, sources: list[str], folder: Path) -> list[str]:
-        objects: list[str] = []
-        running: list[subprocess.Popen[bytes]] = []
-        for source in sources:
+        def command(source: str) -> list[str]:
             stem = Path(source).stem
             isa = stem.partition("_")[2]
             more = [*FLAGS.get(isa, [])]
             if isa in FLAGS and sanitizer != "thread":  # compiling the kernels takes minutes otherwise
                 more += ["-O0"] if isa in _native.available_isas() else ["-O0", "-fno-sanitize=all"]
-            objects.append(str(folder / f"{stem}.o"))
             kind = ["-std=c99", "-pedantic"] if source.endswith(".c") else ["-std=c++17"]
             program = tool("gcc") if source.endswith(".c") else compiler
-            command = [program, *flags(sanitizer), *kind, *more, "-c", str(ROOT / source), "-o", objects[-1]]
-            running.append(subprocess.Popen(command))
-            if len(running) == 2:
-                assert all(p.wait() == 0 for p in running)
-                running = []
-        assert all(p.wait() == 0 for p in running)
-        return objects
+            return [program, *flags(sanitizer), *kind, *more, "-c", str(ROOT / source), "-o", str(folder / f"{stem}.o")]
+
+        commands = [command(source) for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda words: shell(*words), commands))
+        return [words[-1] for words in commands]
 
     def build(sanitizer: str, sources: list[str], name: str) -> Path:
         objects = core(sanitizer)
         folder = tmp_path_factory.mktemp(name)
         trains = kernels("train", sanitizer) if "native/train.cpp" in sources else []
-        objects = [*compiled(sanitizer, [*sources, *trains], folder), *objects]
+        objects = [*compiled(sanitizer, [*trains, *sources], folder), *objects]
         shell(compiler, *flags(sanitizer), *objects, "-o", folder / name)
         return folder / name
 
