@@ -20,6 +20,7 @@ SECTIONS = {
         "dense-cells": training.dense_cells,
         "gpu": training.on_a_gpu,
         "paper": language.paper,
+        "stand-in": language.stand_in,
         "whole-byte": engine.whole_byte,
         "multiply": language.multiplied,
         "wikitext2": language.wikitext2,

@@ -57,6 +57,30 @@ def paper() -> str:
     return table(columns, lines, about)
 
 
+def stand_in() -> str:
+    """Networks of a few hundred units under the settings of ptb-paper: depth, width, dropout."""
+    lines = []
+    for r in (run for _, made in results("stand_in") for run in made["runs"]):
+        c, more = r["lm"], r["said"]["more"].split()[1:]
+        said = [f"lr={c['lr']:g}"] * (c["lr"] != 2e-3) + more
+        layers = f"{'' if r['cell'] == 'egru' else r['cell'].upper() + ' '}{' + '.join(map(str, c['hidden']))}"
+        events = f"{r['event_rate']:.0%}" if r["cell"] == "egru" else ""
+        lines.append(
+            f"| {r['words']:,} | {r['steps']:,}, {r['passes']:.0f} | {layers} | {r['weights'] / 1e6:.2f} M | {c['density']:.0%} "
+            f"| {' '.join(said)} | {events} | {r['train_perplexity']:.0f} | **{r['valid_perplexity']:.0f}** "
+            f"| {r['best_step']:,} |"
+        )
+    columns = (
+        "words", "steps, passes", "layers", "their weights", "live", "else", "events", "train, under dropout", "valid",
+        "best step",
+    )  # fmt: skip
+    about = (
+        "The first words of Penn Treebank's training split, its whole validation split; batch 16, one seed, the recipe's "
+        "schedules; valid is the best that was found once the weights had gone."
+    )
+    return table(columns, lines, about)
+
+
 def _fastest(race: list[dict[str, Any]], us: float, narrow: bool, kind: str = "p50") -> str:
     """The fastest rival of a race, with int8 weights or without: its time, how many times ours that is, and its network."""
     played = [row for row in race if row["rival"] and (row["engine"] in _INT8) == narrow]
