@@ -1,4 +1,4 @@
-"""Depth, width and dropout of ``ptb-paper`` tried on a stand-in that a processor trains: few words, some 300 units, 16 streams.
+"""Depth, width and dropout of ``ptb-paper`` tried on a stand-in that a processor trains: few words, 300 to 500 units, 16 streams.
 
     python bench/stand_in.py [--only NAME,...] [--out results/stand_in/ptb.json]
 
@@ -67,7 +67,7 @@ def one(name: str, folder: Path) -> dict[str, Any]:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     matrices = [p.numel() for key, p in trainer.model.named_parameters() if "weight_ih" in key or "weight_hh" in key]
     return {
-        "name": name, "words": words, "passes": steps * 16 * found.bptt / words, "cell": cell, "said": own,
+        "name": name, "words": words, "passes": steps * 16 * found.bptt / words, "cell": cell, "said": said,
         "weights": sum(matrices), "event_rate": log[-1]["event_rate"], **summary,
         "log": [{key: line[key] for key in ("step", "train_perplexity", "valid_perplexity")} for line in log],
         "lm": asdict(found), "commit": provenance("")["commit"],
@@ -81,9 +81,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/stand-in"), help="folder of the runs' checkpoints")
     parser.add_argument("--out", type=Path, default=Path("results/stand_in/ptb.json"))
     args = parser.parse_args()
+    wanted = args.only.split(",") if args.only else list(RUNS)
+    if unknown := set(wanted) - set(RUNS):
+        parser.error(f"--only names runs of this script: {', '.join(RUNS)}; got {', '.join(sorted(unknown))}.")
     torch.set_num_threads(1)
     runs = json.loads(args.out.read_text())["runs"] if args.out.exists() else []
-    for name in args.only.split(",") if args.only else RUNS:
+    for name in wanted:
         if all(r["name"] != name for r in runs):
             runs.append(one(name, args.work / name))
             runs.sort(key=lambda r: list(RUNS).index(r["name"]))

@@ -61,13 +61,13 @@ def stand_in() -> str:
     """Networks of a few hundred units under the settings of ptb-paper: depth, width, dropout."""
     lines = []
     for r in (run for _, made in results("stand_in") for run in made["runs"]):
-        c, more = r["lm"], r["said"]["more"].split()[1:]
-        said = [f"lr={c['lr']:g}"] * (c["lr"] != 2e-3) + more
+        c, said = r["lm"], r["said"]
+        other = f"{'lr=' + said['lr'] if 'lr' in said else ''} {said.get('more', '')}".strip()
         layers = f"{'' if r['cell'] == 'egru' else r['cell'].upper() + ' '}{' + '.join(map(str, c['hidden']))}"
         events = f"{r['event_rate']:.0%}" if r["cell"] == "egru" else ""
         lines.append(
             f"| {r['words']:,} | {r['steps']:,}, {r['passes']:.0f} | {layers} | {r['weights'] / 1e6:.2f} M | {c['density']:.0%} "
-            f"| {' '.join(said)} | {events} | {r['train_perplexity']:.0f} | **{r['valid_perplexity']:.0f}** "
+            f"| {other} | {events} | {r['train_perplexity']:.0f} | **{r['valid_perplexity']:.0f}** "
             f"| {r['best_step']:,} |"
         )
     columns = (
