@@ -16,8 +16,19 @@ from .files import ROOT, newest
 
 def demo_table() -> str:
     """The demonstration's table, its targets and where they come from."""
-    path = newest("results/demo", "*.json")
-    return f"{markdown(json.loads(path.read_text()))}\n\nFrom [{path.name}]({path.relative_to(ROOT)})."
+    path, elsewhere = newest("results/demo", "*.json"), newest("bench/results", "*/demo-*.json")
+    shown, other = json.loads(path.read_text()), json.loads(elsewhere.read_text())
+    missed = "; ".join(
+        f"{t['name']}: {t['target']}, measured {t['measured']:.4g}" for t in other["targets"] if not t["held"]
+    )
+    return (
+        f"{markdown(shown)}\n\n{_machine(shown)}, from [{path.name}]({path.relative_to(ROOT)}). "
+        f"On {_machine(other)}, its cores shared while it trained, not held: {missed or 'nothing'} ([{elsewhere.name}]({elsewhere.relative_to(ROOT)}))."
+    )
+
+
+def _machine(result: dict[str, Any]) -> str:
+    return f"{result['provenance']['processor']}, {result['provenance']['isa']}"
 
 
 def learning_rates() -> str:
