@@ -23,7 +23,7 @@ def demo_table() -> str:
     )
     return (
         f"{markdown(shown)}\n\n{_machine(shown)}, from [{path.name}]({path.relative_to(ROOT)}). "
-        f"On {_machine(other)}, its cores shared while it trained, not held: {missed or 'nothing'} ([{elsewhere.name}]({elsewhere.relative_to(ROOT)}))."
+        f"On {_machine(other)}, not held: {missed or 'nothing'} ([{elsewhere.name}]({elsewhere.relative_to(ROOT)}))."
     )
 
 
