@@ -113,6 +113,7 @@ struct PyMatrix {
 struct PyPacked {
     Matrix matrix, for_dense;  // w8a8 has no form for events: both are the same
     mutable std::vector<int8_t> codes;
+    mutable std::vector<float> before;
     const Kernels* kernels;
 
     PyPacked(const PyMatrix& m, const std::string& isa)
@@ -120,6 +121,7 @@ struct PyPacked {
                  m.view.precision == MatrixView::Precision::w8a8 ? Matrix::Reads::dense : Matrix::Reads::events),
           for_dense(m.view, Matrix::Reads::dense),
           codes(for_dense.code_bytes()),
+          before(matrix.padded_rows()),
           kernels(&sparsefold::kernels(isa)) {}
 
     void check(size_t x, size_t limit, size_t out) const {
@@ -131,7 +133,8 @@ struct PyPacked {
     void matvec(Vector x, nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, uint32_t repeat) const {
         check(x.shape(0), matrix.cols(), out.shape(0));
         nb::gil_scoped_release release;
-        for (uint32_t i = 0; i < repeat; ++i) for_dense.matvec(*kernels, x.data(), out.data(), codes.data());
+        for (uint32_t i = 0; i < repeat; ++i)
+            for_dense.matvec(*kernels, x.data(), kept(out.data()), out.data(), codes.data());
     }
     void matvec_events(Array<uint32_t, 1> index, Vector value,
                        nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out) const {
@@ -159,7 +162,12 @@ struct PyPacked {
         nb::gil_scoped_release release;
         for (size_t k = 0; k < lists; ++k)
             matrix.matvec(*kernels, Events{index.data() + start[k], value.data() + start[k], start[k + 1] - start[k]},
-                          out.data());
+                          kept(out.data()), out.data());
+    }
+    /// What the product is added to, where it does not write.
+    const float* kept(const float* out) const {
+        std::memcpy(before.data(), out, before.size() * sizeof(float));
+        return before.data();
     }
 };
 

@@ -150,7 +150,7 @@ constexpr uint32_t kBlock = kLanes * kLanes;  // elements of a row's units, or i
 
 /// Units, or inputs, whose sums stay in registers.
 template <class Real>
-constexpr uint32_t kSumsOf = BlockOf<Real>::sums < kSums ? 1 : kAccumulators;
+constexpr uint32_t kSumsOf = BlockOf<Real>::sums < kSums ? 1 : kHiding;
 
 /// sums (kLanes units, kLanes samples) += the blocks of `row` times x (inputs, kLanes samples).
 template <class Real>

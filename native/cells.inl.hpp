@@ -13,34 +13,42 @@ static void reset_gate(const CellArgs& a) {
     for (uint32_t j = 0; j < units; j += kLanes) store(a.r + j, sigmoid(add(load(a.gi + j), load(a.gh + j))));
 }
 
-/// The state before any reset; z * (h - n) + n is (1 - z) n + z h with one rounding less.
-SF_INLINE F16 next_state(const CellArgs& a, uint32_t units, uint32_t j) {
+/// f(unit, the state of sixteen units before any reset); z * (h - n) + n is (1 - z) n + z h with one rounding less. A
+/// gate's operations wait for one another: in loops of their own many units' are under way at once, where one loop over
+/// all gates would fill the processor's window with two.
+template <class F>
+SF_INLINE void each_state(const CellArgs& a, const F& f) {
+    constexpr uint32_t kNear = 8 * kLanes;
+    const uint32_t units = pad(a.units);
     const float *gi_z = a.gi + units, *gh_z = a.gh + units;
     const float *gi_n = gi_z + units, *gh_n = gh_z + units;
-    const F16 z = sigmoid(add(load(gi_z + j), load(gh_z + j)));
-    F16 n = add(load(gi_n + j), load(gh_n + j));
-    if (a.reset_after) {
-        const F16 r = sigmoid(add(load(a.gi + j), load(a.gh + j)));
-        n = fma(r, load(gh_n + j), load(gi_n + j));
+    alignas(64) float z[kNear], n[kNear];
+    for (uint32_t first = 0; first < units; first += kNear) {
+        const uint32_t end = units - first < kNear ? units : first + kNear;
+        for (uint32_t j = first; j < end; j += kLanes)
+            store(z + j - first, sigmoid(add(load(gi_z + j), load(gh_z + j))));
+        for (uint32_t j = first; j < end; j += kLanes) {
+            const F16 r = a.reset_after ? sigmoid(add(load(a.gi + j), load(a.gh + j))) : set1(1.0f);
+            store(n + j - first, fma(r, load(gh_n + j), load(gi_n + j)));
+        }
+        for (uint32_t j = first; j < end; j += kLanes) {
+            const F16 now = tanh(load(n + j - first));
+            f(j, fma(load(z + j - first), sub(load(a.h + j), now), now));
+        }
     }
-    n = tanh(n);
-    return fma(z, sub(load(a.h + j), n), n);
 }
 
 static void cell_gru(CellArgs& a) {
-    const uint32_t units = pad(a.units);
-    for (uint32_t j = 0; j < units; j += kLanes) store(a.h + j, next_state(a, units, j));
+    each_state(a, [&](uint32_t j, const F16& u) { store(a.h + j, u); });
 }
 
 /// The lanes of units that exist where `left` units are left: the padding never speaks, whatever it holds.
 SF_INLINE uint32_t existing(uint32_t left) { return left < kLanes ? (1u << left) - 1 : 0xffff; }
 
 static void cell_egru(CellArgs& a) {
-    const uint32_t units = pad(a.units);
     const F16 zoneout = set1(a.zoneout);
     uint32_t count = 0;
-    for (uint32_t j = 0; j < units; j += kLanes) {
-        F16 u = next_state(a, units, j);
+    each_state(a, [&](uint32_t j, F16 u) {
         if (a.reset == Reset::output) u = sub(u, load(a.y + j));
         u = fma(zoneout, sub(load(a.h + j), u), u);
         // A NaN counts as an event: it must reach the units that listen, as it does in the reference.
@@ -49,7 +57,7 @@ static void cell_egru(CellArgs& a) {
         store(a.y + j, keep(events, u));
         store(a.h + j, a.reset == Reset::threshold ? sub(u, keep(events, load(a.threshold + j))) : u);
         count += compress(events, j, u, a.event_index + count, a.event_value + count);
-    }
+    });
     a.event_count = count;
 }
 
@@ -58,12 +66,11 @@ SF_INLINE F16 gate(const CellArgs& a, uint32_t at) { return add(load(a.gi + at),
 static void cell_lstm(CellArgs& a) {
     const uint32_t units = pad(a.units);
     for (uint32_t j = 0; j < units; j += kLanes) {
-        const F16 i = sigmoid(gate(a, j)), f = sigmoid(gate(a, units + j));
-        const F16 g = tanh(gate(a, 2 * units + j)), o = sigmoid(gate(a, 3 * units + j));
-        const F16 c = fma(f, load(a.c + j), mul(i, g));
-        store(a.c + j, c);
-        store(a.h + j, mul(o, tanh(c)));
+        const F16 i = sigmoid(gate(a, j)), f = sigmoid(gate(a, units + j)), g = tanh(gate(a, 2 * units + j));
+        store(a.c + j, fma(f, load(a.c + j), mul(i, g)));
     }
+    for (uint32_t j = 0; j < units; j += kLanes)
+        store(a.h + j, mul(sigmoid(gate(a, 3 * units + j)), tanh(load(a.c + j))));
 }
 
 static void cell_rnn(CellArgs& a) {

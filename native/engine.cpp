@@ -342,26 +342,30 @@ Stream::Signal Stream::window(size_t i, const Signal& x) {
     return read;
 }
 
+/// y = W x + bias of every stream.
 template <class N>
-void Stream::product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y) {
+void Stream::product(const Matrix& matrix, const float* bias, Stream* const* streams, N n, const float* const* x,
+                     float* const* y) {
     const Kernels& kernels = *streams[0]->engine_->kernels;
     if constexpr (std::is_same_v<N, One>) {
-        matrix.matvec(kernels, x[0], y[0], streams[0]->codes_.data());
+        matrix.matvec(kernels, x[0], bias, y[0], streams[0]->codes_.data());
     } else {
         int8_t* codes[room<N>]{};
         for (size_t s = 0; s < n; ++s) codes[s] = streams[s]->codes_.data();
-        matrix.matvec_batch(kernels, n, x, y, codes);
+        matrix.matvec_batch(kernels, n, x, bias, y, codes);
     }
 }
 
 template <class N>
-void Stream::product(const Matrix& matrix, Stream* const* streams, N n, const Events* x, float* const* y) {
-    for (size_t s = 0; s < n; ++s) matrix.matvec(*streams[0]->engine_->kernels, x[s], y[s]);
+void Stream::product(const Matrix& matrix, const float* bias, Stream* const* streams, N n, const Events* x,
+                     float* const* y) {
+    for (size_t s = 0; s < n; ++s) matrix.matvec(*streams[0]->engine_->kernels, x[s], bias, y[s]);
 }
 
-/// y of every stream += W x of op i, whose y holds the bias.
+/// y of every stream = W x + bias of op i.
 template <class N>
-void Stream::input_product(size_t i, Stream* const* streams, N n, const Signal* signals, float* const* y) {
+void Stream::input_product(size_t i, const float* bias, Stream* const* streams, N n, const Signal* signals,
+                           float* const* y) {
     const Op& op = streams[0]->engine_->program.ops()[i];
     if (op.reads_events) {
         Events lists[room<N>]{};
@@ -369,11 +373,11 @@ void Stream::input_product(size_t i, Stream* const* streams, N n, const Signal* 
             lists[s] = signals[s].events;
             count(streams[s]->states_[i].input_reads, lists[s]);
         }
-        product(op.input, streams, n, lists, y);
+        product(op.input, bias, streams, n, lists, y);
     } else {
         const float* x[room<N>]{};
         for (size_t s = 0; s < n; ++s) x[s] = signals[s].dense;
-        product(op.input, streams, n, x, y);
+        product(op.input, bias, streams, n, x, y);
     }
 }
 
@@ -415,17 +419,14 @@ void Stream::hidden_product(size_t i, Stream* const* streams, N n) {
         gh[s] = const_cast<float*>(cell.gh);
         h[s] = cell.h;
         spoken[s] = {cell.event_index, cell.event_value, cell.event_count};
-        if (op.delta.hidden >= 0)
-            streams[s]->accumulate_changes(i, true, h[s]);
-        else
-            copy(gh[s], op.bias_hidden);
+        if (op.delta.hidden >= 0) streams[s]->accumulate_changes(i, true, h[s]);
     }
     if (op.delta.hidden >= 0) return;
     if (op.kind == Op::Kind::egru) {
         for (size_t s = 0; s < n; ++s) count(streams[s]->states_[i].hidden_reads, spoken[s]);
-        product(op.hidden, streams, n, spoken, gh);
+        product(op.hidden, op.bias_hidden.data(), streams, n, spoken, gh);
     } else {
-        product(op.hidden, streams, n, h, gh);
+        product(op.hidden, op.bias_hidden.data(), streams, n, h, gh);
     }
 }
 
@@ -458,8 +459,7 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
     } else if (op.delta.input >= 0) {
         for (size_t s = 0; s < n; ++s) streams[s]->accumulate_changes(i, false, signals[s].dense);
     } else {
-        for (size_t s = 0; s < n; ++s) copy(gi[s], op.bias_input);
-        input_product(i, streams, n, signals, gi);
+        input_product(i, op.bias_input.data(), streams, n, signals, gi);
     }
 
     Companion* const companion = streams[0]->companion_;
@@ -467,6 +467,7 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
     if (!op.reset_after) {
         const float* scaled[room<N>]{};
         float* gh_n[room<N>]{};
+        const float* const bias_n = op.bias_hidden.data() + size_t{2} * units;
         for (size_t s = 0; s < n; ++s) {
             k.reset_gate(cell(s));
             float* const to = streams[s]->states_[i].scaled;
@@ -479,9 +480,9 @@ void Stream::recurrent(size_t i, Stream* const* streams, N n, const int64_t* tok
             gh_n[s] = gh[s] + size_t{2} * units;
         }
         if (egru)
-            product(op.hidden_n, streams, n, spoken, gh_n);
+            product(op.hidden_n, bias_n, streams, n, spoken, gh_n);
         else
-            product(op.hidden_n, streams, n, scaled, gh_n);
+            product(op.hidden_n, bias_n, streams, n, scaled, gh_n);
     }
 
     const auto update = egru                        ? k.cell_egru
@@ -504,12 +505,10 @@ void Stream::words_of(size_t i, Stream* const* streams, N n, const Signal* read)
     for (size_t s = 0; s < n; ++s) {
         x[s] = projected[s] = streams[s]->projected_;
         words[s] = streams[s]->words_;
-        std::memset(projected[s], 0, op.input.padded_rows() * sizeof(float));
-        copy(words[s], op.bias_hidden);
         ++streams[s]->states_[i].asked;
     }
-    input_product(i, streams, n, read, projected);
-    product(op.hidden, streams, n, x, words);
+    input_product(i, nullptr, streams, n, read, projected);
+    product(op.hidden, op.bias_hidden.data(), streams, n, x, words);
 }
 
 template <class N>
@@ -534,9 +533,8 @@ void Stream::play(size_t first, size_t last, Stream* const* streams, N n, const 
                     else
                         read[s] = signals[s];
                     y[s] = streams[s]->states_[i].output;
-                    std::memcpy(y[s], op.bias_input.data(), op.bias_input.size() * sizeof(float));
                 }
-                input_product(i, streams, n, signals, y);
+                input_product(i, op.bias_input.data(), streams, n, signals, y);
                 for (size_t s = 0; s < n; ++s) signals[s].dense = y[s];
                 break;
             }

@@ -148,11 +148,14 @@ class Stream {
     friend class Companion;
     void accumulate_changes(size_t i, bool hidden, const float* x);
     template <class N>
-    static void product(const Matrix& matrix, Stream* const* streams, N n, const float* const* x, float* const* y);
+    static void product(const Matrix& matrix, const float* bias, Stream* const* streams, N n, const float* const* x,
+                        float* const* y);
     template <class N>
-    static void product(const Matrix& matrix, Stream* const* streams, N n, const Events* x, float* const* y);
+    static void product(const Matrix& matrix, const float* bias, Stream* const* streams, N n, const Events* x,
+                        float* const* y);
     template <class N>
-    static void input_product(size_t i, Stream* const* streams, N n, const Signal* signals, float* const* y);
+    static void input_product(size_t i, const float* bias, Stream* const* streams, N n, const Signal* signals,
+                              float* const* y);
     std::shared_ptr<const Engine> engine_;
     Buffer<float> arena_;
     std::vector<OpState> states_;

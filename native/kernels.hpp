@@ -167,7 +167,8 @@ struct Kernels {
 #undef SPARSEFOLD_MATVEC_X
 #undef SPARSEFOLD_MATVEC_CODES
 #undef SPARSEFOLD_CELL
-    void (*scale)(float* y, const float* s, uint32_t n);  // y *= s, n padded
+    void (*scale)(float* y, const float* s, const float* b,
+                  uint32_t n);  // y = y * s + b (y = y * s without b), n padded
     void (*add_scaled)(float* y, const float* x, const float* s,
                        uint32_t n);  // y += x * s (y += x without s), n padded
     // x as codes from -127 to 127 times what it returns; NaN where a value is not finite

@@ -48,7 +48,7 @@ SF_INLINE void strip(const Value* w, uint32_t stride, const Columns& x, float* y
 template <uint32_t Groups, class Value, class Columns>
 SF_INLINE void strips(uint32_t groups, const Value* w, uint32_t stride, const Columns& x, float* y) {
     if constexpr (Groups > 0) {
-        if (groups == Groups) return strip<Groups, (kAccumulators + Groups - 1) / Groups>(w, stride, x, y);
+        if (groups == Groups) return strip<Groups, (kHiding + Groups - 1) / Groups>(w, stride, x, y);
         strips<Groups - 1>(groups, w, stride, x, y);
     }
 }
@@ -58,9 +58,10 @@ SF_INLINE void matvec(const Dense<Value>& w, const Columns& x, float* y) {
     for (uint32_t row = 0; row < w.rows; row += kPanel) {
         const uint32_t width = w.rows - row < kPanel ? w.rows - row : kPanel;
         const Value* panel = w.values + static_cast<size_t>(row) * w.cols;
-        for (uint32_t g = 0; g < width; g += kAccumulators * kLanes) {
-            const uint32_t left = (width - g) / kLanes;
-            strips<kAccumulators>(left < kAccumulators ? left : kAccumulators, panel + g, width, x, y + row + g);
+        const uint32_t groups = width / kLanes, passes = (groups + kAccumulators - 1) / kAccumulators;
+        for (uint32_t pass = 0; pass < passes; ++pass) {
+            const uint32_t first = groups * pass / passes, last = groups * (pass + 1) / passes;
+            strips<kAccumulators>(last - first, panel + first * kLanes, width, x, y + row + first * kLanes);
         }
     }
 }
@@ -218,7 +219,7 @@ SF_INLINE void matvec(const Rows<Value>& w, const AllColumns& x, float* y) {
 
 /// Sums of products of codes are exact; one multiplication by both scales ends them.
 template <uint32_t Height, class Column>
-SF_INLINE void strips_of_codes(const RowsOfCodes& w, Column column, const int8_t* x, float x_scale, float* y) {
+SF_INLINE void strips_of_codes(const RowsOfCodes& w, const Column* column, const int8_t* x, float x_scale, float* y) {
     constexpr uint32_t kColumns = 4 * kLanes / Height;
     constexpr uint32_t kVectors = Height == kLanes ? 4 : Height == 8 ? 2 : 1;  // that share one gathering of x
     static_assert(kVectors * kColumns % kCodeColumns == 0, "strips are packed in wholes of kCodeColumns");
@@ -226,10 +227,10 @@ SF_INLINE void strips_of_codes(const RowsOfCodes& w, Column column, const int8_t
         const uint32_t first = w.start[p], last = w.start[p + 1];
         if (first == last) continue;
         const int8_t* values = w.values + static_cast<size_t>(first) * 4 * kLanes;
-        Column at = of_strip(column, static_cast<size_t>(first) * kColumns);
+        const Column* at = column + static_cast<size_t>(first) * kColumns;
         I16 sums = zero();
-        for (uint32_t v = first; v < last; v += kVectors, at = at + kVectors * kColumns) {
-            const I16 codes = gather_codes<kVectors * kColumns>(x, at);
+        for (uint32_t v = first; v < last; v += kVectors, at += kVectors * kColumns) {
+            const auto codes = gather_codes<kVectors * kColumns>(x, at);
             for (uint32_t k = 0; k < kVectors; ++k, values += 4 * kLanes)
                 sums = dot4(sums, values, pick<Height>(codes, k));
         }
@@ -239,6 +240,39 @@ SF_INLINE void strips_of_codes(const RowsOfCodes& w, Column column, const int8_t
             for (uint32_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
         for (uint32_t i = 0; i < Height; ++i)
             y[i] += static_cast<float>(lanes[i]) * (w.scale[p * Height + i] * x_scale);
+    }
+}
+
+/// `Strips` strips of sixteen rows that hold all columns, from strip p on: they share what is read of x.
+template <uint32_t Strips>
+SF_INLINE void whole_strips_of_codes(const RowsOfCodes& w, uint32_t p, const int8_t* x, float x_scale, float* y) {
+    const uint32_t vectors = w.start[p + 1] - w.start[p];
+    const int8_t* const values = w.values + static_cast<size_t>(w.start[p]) * 4 * kLanes;
+    const size_t strip = static_cast<size_t>(vectors) * 4 * kLanes;
+    I16 sums[Strips];
+    for (uint32_t i = 0; i < Strips; ++i) sums[i] = zero();
+    for (uint32_t v = 0; v < vectors; ++v) {
+        const I16 four = four_codes(x + static_cast<size_t>(v) * 4);
+        for (uint32_t i = 0; i < Strips; ++i)
+            sums[i] = dot4(sums[i], values + i * strip + static_cast<size_t>(v) * 4 * kLanes, four);
+    }
+    for (uint32_t i = 0; i < Strips; ++i, y += kLanes)
+        store(y, fma(widen(sums[i]), mul(load(w.scale + (p + i) * kLanes), set1(x_scale)), load(y)));
+}
+
+SF_INLINE void whole_strips_of_codes(const RowsOfCodes& w, const int8_t* x, float x_scale, float* y) {
+    constexpr uint32_t kStrips = 4;               // their sums fit the registers and hide the latency
+    if (w.start[0] == w.start[w.strips]) return;  // blocks of any height, of which there are none
+    uint32_t p = 0;
+    for (; p + kStrips <= w.strips; p += kStrips, y += kStrips * kLanes)
+        whole_strips_of_codes<kStrips>(w, p, x, x_scale, y);
+    switch (w.strips - p) {
+        case 3:
+            return whole_strips_of_codes<3>(w, p, x, x_scale, y);
+        case 2:
+            return whole_strips_of_codes<2>(w, p, x, x_scale, y);
+        case 1:
+            return whole_strips_of_codes<1>(w, p, x, x_scale, y);
     }
 }
 
@@ -269,7 +303,7 @@ SF_INLINE void marked_strips_of_codes(const RowsOfCodes& w, const int8_t* x, flo
 }
 
 template <class Column>
-SF_INLINE void by_height(const RowsOfCodes& w, Column column, const int8_t* x, float x_scale, float* y) {
+SF_INLINE void by_height(const RowsOfCodes& w, const Column* column, const int8_t* x, float x_scale, float* y) {
     switch (w.height) {
         case 16:
             return strips_of_codes<16>(w, column, x, x_scale, y);
@@ -292,7 +326,7 @@ static void matvec_rows_w8a8(const RowsOfCodes& w, const int8_t* x, float x_scal
     else if (w.column32)
         by_height(w, w.column32, x, x_scale, y);
     else
-        strips_of_codes<kLanes>(w, Consecutive{0}, x, x_scale, y);
+        whole_strips_of_codes(w, x, x_scale, y);
 }
 
 /// The scale is the largest value / 127, so that nothing is clipped and no calibration is needed.
@@ -371,9 +405,12 @@ SF_INLINE void matvec(const Complementary<Value>& w, const Columns& x, float* y)
         }
 }
 
-/// y *= s, `n` a multiple of kLanes.
-static void scale(float* y, const float* s, uint32_t n) {
-    for (uint32_t i = 0; i < n; i += kLanes) store(y + i, mul(load(y + i), load(s + i)));
+/// y = y * s + b, or y * s where there is no b; `n` a multiple of kLanes.
+static void scale(float* y, const float* s, const float* b, uint32_t n) {
+    if (b)
+        for (uint32_t i = 0; i < n; i += kLanes) store(y + i, fma(load(y + i), load(s + i), load(b + i)));
+    else
+        for (uint32_t i = 0; i < n; i += kLanes) store(y + i, mul(load(y + i), load(s + i)));
 }
 
 /// y += x * s, or y += x where there is no s; `n` a multiple of kLanes.

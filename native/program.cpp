@@ -364,18 +364,16 @@ void Matrix::narrow(const MatrixView& view, uint32_t first_gate) {
                     added_[p * kLanes + i / 4 % kLanes] += 128 * codes_[i];
         const uint32_t units = rows_ / gates_;
         scale_ = Buffer<float>(padded_rows());
-        inverse_ = Buffer<float>(padded_rows());
         for (uint32_t row = 0; row < padded_rows(); ++row) {
             const uint32_t g = row / pad(units), i = row % pad(units);
             scale_[row] = i < units ? view.scale[(first_gate + g) * units + i] : 1.0f;
-            inverse_[row] = 1.0f / scale_[row];
         }
     }
 }
 
-/// Unscaled, sums of int8 codes go to a y that is in units of each row's scale.
+/// y += W x, of int8 the codes where these are `scaled_behind`.
 template <class X, class Y>
-void Matrix::product(const Kernels& kernels, const X& x, const Y& y, bool scaled) const {
+void Matrix::product(const Kernels& kernels, const X& x, const Y& y) const {
     const auto call = [&](auto dense_x, auto event_x, const auto& packed) {
         if constexpr (std::is_same_v<X, Events>)
             event_x(packed, x, y);
@@ -385,12 +383,6 @@ void Matrix::product(const Kernels& kernels, const X& x, const Y& y, bool scaled
             });
         else
             dense_x(packed, x, y);
-    };
-    const auto scale = [&](const float* factors) {
-        if constexpr (std::is_same_v<X, Batch>)
-            for (size_t s = 0; s < x.n; ++s) kernels.scale(y[s], factors, padded_rows());
-        else
-            kernels.scale(y, factors, padded_rows());
     };
     const uint16_t* const index16 = index32_.size() ? nullptr : index16_.data();
     const auto by_format = [&](const auto* values, auto dense, auto events_dense, auto rows, auto block,
@@ -425,11 +417,7 @@ void Matrix::product(const Kernels& kernels, const X& x, const Y& y, bool scaled
         case MatrixView::Precision::bf16:
             return by_format(halves_.data(), SPARSEFOLD_SLOTS(bf16));
         case MatrixView::Precision::i8:
-            if (by_rows_ || !scaled) return by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
-            // sums of codes: y in units of each row's scale, and back
-            scale(inverse_.data());
-            by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
-            return scale(scale_.data());
+            return by_format(codes_.data(), SPARSEFOLD_SLOTS(i8));
         case MatrixView::Precision::w8a8:
             break;  // reads codes only
     }
@@ -449,24 +437,48 @@ RowsOfCodes Matrix::rows_of_codes() const {
             padded_rows() / height_};
 }
 
-void Matrix::matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const {
-    if (precision_ != MatrixView::Precision::w8a8) return product(kernels, x, y);
+void Matrix::begin(const float* bias, float* y) const {
+    if (bias && !scaled_behind())
+        std::memcpy(y, bias, padded_rows() * sizeof(float));
+    else
+        std::memset(y, 0, padded_rows() * sizeof(float));
+}
+
+void Matrix::end(const Kernels& kernels, const float* bias, float* y) const {
+    if (scaled_behind()) kernels.scale(y, scale_.data(), bias, padded_rows());
+}
+
+void Matrix::matvec(const Kernels& kernels, const float* x, const float* bias, float* y, int8_t* codes) const {
+    begin(bias, y);
+    if (precision_ != MatrixView::Precision::w8a8) {
+        product(kernels, x, y);
+        return end(kernels, bias, y);
+    }
     const float x_scale = kernels.codes_of(x, codes, cols_);
     kernels.matvec_rows_w8a8(rows_of_codes(), codes, x_scale, y);
 }
 
-void Matrix::matvec(const Kernels& kernels, const Events& x, float* y) const { product(kernels, x, y); }
+void Matrix::matvec(const Kernels& kernels, const Events& x, const float* bias, float* y) const {
+    begin(bias, y);
+    product(kernels, x, y);
+    end(kernels, bias, y);
+}
 
 void Matrix::accumulate(const Kernels& kernels, const Events& x, float* y, float* room) const {
     if (x.count == 0) return;
     std::memset(room, 0, padded_rows() * sizeof(float));
-    product(kernels, x, room, false);
-    kernels.add_scaled(y, room, precision_ == MatrixView::Precision::i8 ? scale_.data() : nullptr, padded_rows());
+    product(kernels, x, room);
+    kernels.add_scaled(y, room, scaled_behind() ? scale_.data() : nullptr, padded_rows());
 }
 
-void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,
+void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* x, const float* bias, float* const* y,
                           int8_t* const* codes) const {
-    if (precision_ != MatrixView::Precision::w8a8) return product(kernels, Batch{n, x}, y);
+    for (size_t s = 0; s < n; ++s) begin(bias, y[s]);
+    if (precision_ != MatrixView::Precision::w8a8) {
+        product(kernels, Batch{n, x}, y);
+        for (size_t s = 0; s < n; ++s) end(kernels, bias, y[s]);
+        return;
+    }
     float scales[kBatch];
     for (size_t s = 0; s < n; ++s) scales[s] = kernels.codes_of(x[s], codes[s], cols_);
     in_pieces(rows_of_codes(), [&](const RowsOfCodes& piece, uint32_t, uint32_t row) {
@@ -475,8 +487,8 @@ void Matrix::matvec_batch(const Kernels& kernels, size_t n, const float* const* 
 }
 
 size_t Matrix::nbytes() const {
-    return (values_.size() + scale_.size() + inverse_.size()) * sizeof(float) + halves_.size() * sizeof(bf16) +
-           codes_.size() + (index32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
+    return (values_.size() + scale_.size()) * sizeof(float) + halves_.size() * sizeof(bf16) + codes_.size() +
+           (index32_.size() + length_.size() + start_.size()) * sizeof(uint32_t) +
            (index16_.size() + tail_.size()) * sizeof(uint16_t) + live_.size() + marks_.size() * sizeof(uint64_t) +
            added_.size() * sizeof(int32_t);
 }
@@ -706,8 +718,8 @@ void Program::fold(const Kernels& kernels, uint64_t limit) {
     std::vector<int8_t> codes(layer.input.code_bytes());
     for (uint32_t t = 0; t < embedding.inputs; ++t) {
         float* row = layer.table.data() + t * stride;
-        std::memcpy(row, layer.bias_input.data(), stride * sizeof(float));
-        layer.input.matvec(kernels, embedding.table.data() + size_t{t} * pad(embedding.outputs), row, codes.data());
+        layer.input.matvec(kernels, embedding.table.data() + size_t{t} * pad(embedding.outputs),
+                           layer.bias_input.data(), row, codes.data());
     }
     layer.input = Matrix();
     embedding.table = Buffer<float>();

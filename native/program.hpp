@@ -86,15 +86,16 @@ class Matrix {
     Matrix(const MatrixView& view, Reads reads, uint32_t first_gate, uint32_t last_gate);
     Matrix(const MatrixView& view, Reads reads) : Matrix(view, reads, 0, view.gates) {}
 
-    /// y += W x, y with gates padded; x is what the matrix was packed for. `codes` is room for `code_bytes()`.
-    void matvec(const Kernels& kernels, const float* x, float* y, int8_t* codes) const;
-    void matvec(const Kernels& kernels, const Events& x, float* y) const;
-    /// The same for a y that is never cleared: what x gives is summed in `room`, for `padded_rows()`, and rounds at the
-    /// size of y but once. Rows of int8 are not scaled there and back.
+    /// y = W x + bias, both with gates padded, no bias where it is null; x is what the matrix was packed for. `codes`
+    /// is room for `code_bytes()`.
+    void matvec(const Kernels& kernels, const float* x, const float* bias, float* y, int8_t* codes) const;
+    void matvec(const Kernels& kernels, const Events& x, const float* bias, float* y) const;
+    /// y += W x of a y that is never cleared: what x gives is summed in `room`, for `padded_rows()`, and rounds at the
+    /// size of y but once.
     void accumulate(const Kernels& kernels, const Events& x, float* y, float* room) const;
-    /// The same for `n` dense x at once, at most kBatch: the weights are read in pieces that stay in the nearest cache
+    /// `matvec` for `n` dense x at once, at most kBatch: the weights are read in pieces that stay in the nearest cache
     /// for all of them. Every sum keeps its order.
-    void matvec_batch(const Kernels& kernels, size_t n, const float* const* x, float* const* y,
+    void matvec_batch(const Kernels& kernels, size_t n, const float* const* x, const float* bias, float* const* y,
                       int8_t* const* codes) const;
     uint32_t rows() const { return rows_; }  // without padding
     uint32_t cols() const { return cols_; }
@@ -114,7 +115,11 @@ class Matrix {
     void pack_complementary(const MatrixView& view, uint32_t first_gate);
     void narrow(const MatrixView& view, uint32_t first_gate);
     template <class X, class Y>
-    void product(const Kernels& kernels, const X& x, const Y& y, bool scaled = true) const;
+    void product(const Kernels& kernels, const X& x, const Y& y) const;
+    /// Sums are of int8 codes, and their rows' scales are multiplied to them behind the product.
+    bool scaled_behind() const { return precision_ == MatrixView::Precision::i8 && !by_rows_; }
+    void begin(const float* bias, float* y) const;
+    void end(const Kernels& kernels, const float* bias, float* y) const;
     RowsOfCodes rows_of_codes() const;
     bool by_rows_ = false;  // packed as `Rows` or `RowsOfCodes`
     MatrixView::Format format_ = MatrixView::Format::dense;
@@ -123,8 +128,8 @@ class Matrix {
     Buffer<float> values_;  // one of these three
     Buffer<bf16> halves_;
     Buffer<int8_t> codes_;
-    Buffer<float> scale_, inverse_;  // int8: by padded row
-    Buffer<uint16_t> index16_;       // rows of segments, or columns of strips
+    Buffer<float> scale_;       // int8: by padded row
+    Buffer<uint16_t> index16_;  // rows of segments, or columns of strips
     Buffer<uint32_t> index32_, length_, start_;
     Buffer<uint16_t> tail_;
     Buffer<uint64_t> marks_;  // w8a8 in strips of sixteen rows: the columns of a strip as bits

@@ -19,18 +19,6 @@
 namespace sparsefold {
 namespace SPARSEFOLD_ISA {
 
-/// Columns of a strip that holds all of them, in order.
-struct Consecutive {
-    uint32_t first;
-    SF_INLINE Consecutive operator+(size_t n) const { return {first + static_cast<uint32_t>(n)}; }
-};
-
-template <class Column>
-SF_INLINE const Column* of_strip(const Column* column, size_t first) {
-    return column + first;
-}
-SF_INLINE Consecutive of_strip(Consecutive column, size_t) { return column; }
-
 SF_INLINE float widen(float a) { return a; }
 SF_INLINE float widen(int8_t a) { return a; }
 SF_INLINE float widen(bf16 a) {
@@ -59,7 +47,8 @@ SF_INLINE __m128 load4(const int8_t* p) { return _mm_cvtepi32_ps(_mm_cvtepi8_epi
 
 #if defined(__AVX512F__)
 
-constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers and hide the latency
+constexpr uint32_t kAccumulators = 8;  // sixteen-lane sums that fit the registers
+constexpr uint32_t kHiding = 8;        // of which so many hide the latency of a multiply-add
 constexpr uint32_t kTileGroups = 16;   // sums of one complementary tile
 
 struct F16 {
@@ -133,6 +122,12 @@ struct I16 {
 };
 SF_INLINE I16 zero() { return {_mm512_setzero_si512()}; }
 SF_INLINE void store(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
+SF_INLINE F16 widen(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+SF_INLINE I16 four_codes(const int8_t* p) {  // the same four in every lane
+    int four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return {_mm512_set1_epi32(four)};
+}
 SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {  // |x| * (w with the sign of x): two of them never saturate
     const __m512i values = _mm512_loadu_si512(w);
     const __m512i turned = _mm512_mask_sub_epi8(values, _mm512_movepi8_mask(x.v), _mm512_setzero_si512(), values);
@@ -170,10 +165,6 @@ SF_INLINE I16 gather_codes(const int8_t* x, const Column* at) {
         codes = _mm256_inserti128_si256(codes, _mm_setr_epi32(four(16), four(20), four(24), four(28)), 1);
     return {_mm512_castsi256_si512(codes)};
 }
-template <uint32_t Count>
-SF_INLINE I16 gather_codes(const int8_t* x, Consecutive at) {
-    return {_mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + at.first)))};
-}
 /// Lane i gets dword i / Height of the k-th part.
 template <uint32_t Height>
 SF_INLINE I16 pick(I16 codes, uint32_t k) {
@@ -197,6 +188,8 @@ SF_INLINE void ramp(uint32_t* p, uint32_t first, uint32_t step) {  // p[i] = fir
     _mm512_storeu_si512(p, _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(static_cast<int>(step))),
                                             _mm512_set1_epi32(static_cast<int>(first))));
 }
+/// The lanes of `bits` of a to the front of `value`, and their numbers from `first` on to `index`; returns how many.
+/// Both have room for all sixteen.
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* index, float* value) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __mmask16 m = static_cast<__mmask16>(bits);
@@ -207,7 +200,7 @@ SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 a, uint32_t* inde
 
 #elif defined(__AVX2__)
 
-constexpr uint32_t kAccumulators = 4;
+constexpr uint32_t kAccumulators = 7, kHiding = 4;
 constexpr uint32_t kTileGroups = 4;
 
 struct F16 {
@@ -260,6 +253,12 @@ SF_INLINE void store(int32_t* p, I16 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, x.b);
 }
+SF_INLINE F16 widen(I16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+SF_INLINE I16 four_codes(const int8_t* p) {
+    int four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return {_mm256_set1_epi32(four), _mm256_set1_epi32(four)};
+}
 SF_INLINE __m256i dot4_half(__m256i sum, const int8_t* w, __m256i x) {
     const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(values, x));
@@ -267,6 +266,16 @@ SF_INLINE __m256i dot4_half(__m256i sum, const int8_t* w, __m256i x) {
 }
 SF_INLINE I16 dot4(I16 sum, const int8_t* w, I16 x) {
     return {dot4_half(sum.a, w, x.a), dot4_half(sum.b, w + 32, x.b)};
+}
+SF_INLINE void store_codes(int8_t* p, uint32_t n, F16 x) {
+    // Packing works on halves of a register, each by itself: the quarters come 0 2 1 3 and are put in order.
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)),
+                                                   _MM_SHUFFLE(3, 1, 2, 0));
+    const __m128i codes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    if (n == kLanes) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), codes);
+    int8_t all[kLanes];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(all), codes);
+    for (uint32_t i = 0; i < n; ++i) p[i] = all[i];
 }
 SF_INLINE __m256i load_index(const uint16_t* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -293,10 +302,31 @@ SF_INLINE __m256 lane_mask(uint32_t bits) {
 SF_INLINE F16 keep(uint32_t bits, F16 x) {
     return {_mm256_and_ps(lane_mask(bits), x.a), _mm256_and_ps(lane_mask(bits >> 8), x.b)};
 }
+/// For each byte the numbers of its set bits, in order.
+struct SetBits {
+    uint8_t of[256][8] = {};
+    constexpr SetBits() {
+        for (uint32_t byte = 0; byte < 256; ++byte)
+            for (uint32_t bit = 0, n = 0; bit < 8; ++bit)
+                if (byte >> bit & 1) of[byte][n++] = static_cast<uint8_t>(bit);
+    }
+};
+constexpr SetBits kSetBits;
+SF_INLINE uint32_t compress_half(uint32_t bits, uint32_t first, __m256 a, uint32_t* index, float* value) {
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.of[bits])));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(index),
+                        _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int>(first))));
+    _mm256_storeu_ps(value, _mm256_permutevar8x32_ps(a, lanes));
+    return static_cast<uint32_t>(__builtin_popcount(bits));
+}
+SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, F16 x, uint32_t* index, float* value) {
+    const uint32_t n = compress_half(bits & 0xff, first, x.a, index, value);
+    return n + compress_half(bits >> 8, first + 8, x.b, index + n, value + n);
+}
 
 #elif defined(SPARSEFOLD_NEON)
 
-constexpr uint32_t kAccumulators = 4;  // sixteen of the 32 registers; four pipes of latency four stay busy
+constexpr uint32_t kAccumulators = 4, kHiding = 4;  // sixteen of the 32 registers; four pipes of latency four stay busy
 constexpr uint32_t kTileGroups = 4;
 
 struct F16 {
@@ -393,6 +423,13 @@ SF_INLINE void store(int32_t* p, I16 x) {
     vst1q_s32(p + 8, x.c);
     vst1q_s32(p + 12, x.d);
 }
+SF_INLINE F16 widen(I16 x) { return SF_EACH1(vcvtq_f32_s32); }
+SF_INLINE I16 four_codes(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const int32x4_t v = vdupq_n_s32(four);
+    return {v, v, v, v};
+}
 SF_INLINE int32x4_t dot4_quarter(int32x4_t sum, const int8_t* w, int32x4_t x) {  // two products fit 16 bits
     const int8x16_t codes = vld1q_s8(w), others = vreinterpretq_s8_s32(x);
     const int16x8_t low = vmull_s8(vget_low_s8(codes), vget_low_s8(others)), high = vmull_high_s8(codes, others);
@@ -423,7 +460,7 @@ SF_INLINE F16 spread(const float* x, const Column* at) {
 
 #else
 
-constexpr uint32_t kAccumulators = 2;
+constexpr uint32_t kAccumulators = 2, kHiding = 2;
 constexpr uint32_t kTileGroups = 2;
 
 struct F16 {
@@ -477,6 +514,12 @@ SF_INLINE I16 load_dwords(const uint32_t* codes) {
     return out;
 }
 SF_INLINE void store(int32_t* p, const I16& a) { __builtin_memcpy(p, &a, sizeof a); }
+SF_INLINE F16 widen(const I16& a) { SF_LANES(static_cast<float>(a.v[i])); }
+SF_INLINE I16 four_codes(const int8_t* p) {
+    I16 out;
+    for (uint32_t i = 0; i < kLanes; ++i) __builtin_memcpy(&out.v[i], p, sizeof out.v[i]);
+    return out;
+}
 SF_INLINE I16 dot4(const I16& sum, const int8_t* w, const I16& x) {
     int8_t codes[4 * kLanes];
     __builtin_memcpy(codes, &x, sizeof codes);
@@ -536,17 +579,40 @@ SF_INLINE I16 dot4_raised(I16 sum, const int8_t*, const uint8_t*) { return sum; 
 SF_INLINE F16 lowered(const I16&, const I16&, const I16&, const I16&, const int32_t*) { return set1(0.0f); }
 #endif
 
-#if !defined(__AVX512F__)
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/// Codes stay in memory: from there a dword is spread over a vector while it is loaded.
+template <uint32_t Count>
+struct Gathered {
+    int32_t four[Count / 4];
+};
+template <uint32_t Count, class Column>
+SF_INLINE Gathered<Count> gather_codes(const int8_t* x, const Column* at) {
+    const auto code = [&](uint32_t i) { return static_cast<uint32_t>(static_cast<uint8_t>(x[at[i]])) << 8 * (i % 4); };
+    Gathered<Count> out;
+    for (uint32_t i = 0; i < Count; i += 4)
+        out.four[i / 4] = static_cast<int32_t>(code(i) | code(i + 1) | code(i + 2) | code(i + 3));
+    return out;
+}
+template <uint32_t Height, uint32_t Count>
+SF_INLINE I16 pick(const Gathered<Count>& codes, uint32_t k) {
+    const int32_t* p = codes.four + k * (kLanes / Height);
+    if constexpr (Height == 16) return {_mm256_set1_epi32(p[0]), _mm256_set1_epi32(p[0])};
+    if constexpr (Height == 8) return {_mm256_set1_epi32(p[0]), _mm256_set1_epi32(p[1])};
+    if constexpr (Height == 4)
+        return {_mm256_set_m128i(_mm_set1_epi32(p[1]), _mm_set1_epi32(p[0])),
+                _mm256_set_m128i(_mm_set1_epi32(p[3]), _mm_set1_epi32(p[2]))};
+    if constexpr (Height == 2) {
+        const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return {_mm256_permutevar8x32_epi32(eight, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+                _mm256_permutevar8x32_epi32(eight, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
+    }
+    return load_dwords(reinterpret_cast<const uint32_t*>(p));
+}
+#elif !defined(__AVX512F__)
 template <uint32_t Count, class Column>
 SF_INLINE I16 gather_codes(const int8_t* x, const Column* at) {
     alignas(64) int8_t codes[4 * kLanes];
     for (uint32_t i = 0; i < Count; ++i) codes[i] = x[at[i]];
-    return load_dwords(reinterpret_cast<const uint32_t*>(codes));
-}
-template <uint32_t Count>
-SF_INLINE I16 gather_codes(const int8_t* x, Consecutive at) {
-    alignas(64) int8_t codes[4 * kLanes];
-    __builtin_memcpy(codes, x + at.first, Count);
     return load_dwords(reinterpret_cast<const uint32_t*>(codes));
 }
 template <uint32_t Height>
@@ -557,6 +623,9 @@ SF_INLINE I16 pick(const I16& codes, uint32_t k) {
     for (uint32_t i = 0; i < kLanes; ++i) lanes[i] = all[i / Height + k * (kLanes / Height)];
     return load_dwords(lanes);
 }
+#endif
+
+#if !defined(__AVX512F__)
 SF_INLINE F16 add_where(const F16& a, uint32_t bits, const F16& b) { return add(a, keep(bits, b)); }
 #if !defined(__AVX2__) && !defined(SPARSEFOLD_NEON)
 SF_INLINE uint32_t equal(const uint8_t* p, uint8_t a) {
@@ -575,14 +644,17 @@ SF_INLINE void store_first(float* p, uint32_t n, const F16& a) {
     store(lanes, a);
     for (uint32_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
+#if !defined(__AVX2__)
 SF_INLINE void store_codes(int8_t* p, uint32_t n, const F16& a) {  // integral lanes within +-127
     float lanes[kLanes];
     store(lanes, a);
     for (uint32_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
 }
+#endif
 SF_INLINE void ramp(uint32_t* p, uint32_t first, uint32_t step) {
     for (uint32_t i = 0; i < kLanes; ++i) p[i] = first + i * step;
 }
+#if !defined(__AVX2__)
 SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_t* index, float* value) {
     float lanes[kLanes];
     store(lanes, a);
@@ -594,6 +666,7 @@ SF_INLINE uint32_t compress(uint32_t bits, uint32_t first, const F16& a, uint32_
     }
     return n;
 }
+#endif
 #endif
 
 /// y[row[i]] += w[i] * x for i < n, all rows different: four sums are under way before the first is stored.

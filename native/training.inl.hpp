@@ -73,7 +73,7 @@ struct VectorOf<double> {
 template <class Real>
 using Vec = typename VectorOf<Real>::type;
 
-constexpr uint32_t kSums = kAccumulators * 3 / 2;  // of a tile's row that stay in registers
+constexpr uint32_t kSums = kHiding * 3 / 2;  // of a tile's row that stay in registers
 
 template <class Real>
 SF_INLINE Vec<Real> load_some(const Real* p, uint32_t n) {  // the first n of sixteen, zeros behind

@@ -383,6 +383,14 @@ def test_a_checkpoint_that_asks_for_another_network_is_refused_before_there_is_o
         lm.load(tmp_path / "large.safetensors")
 
 
+@pytest.mark.parametrize("run", ["gru", "egru"])
+def test_a_checkpoint_is_read_without_drawing_weights_that_it_replaces(run, uninterrupted):
+    facts = lm.load(uninterrupted(run)[0])[1]
+    drawn = torch.get_rng_state()
+    torch.manual_seed(facts["about"]["config"]["seed"])  # as making a network begins
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
 @pytest.mark.parametrize(
     "about", [{}, {"config": {}}, {"config": [], "vocabulary": ["a"]}, {"config": {}, "vocabulary": 3}], ids=str
 )

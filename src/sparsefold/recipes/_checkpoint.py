@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sparsefold.nn import EGRU, EGRUState, StackState
 from sparsefold.program import write_atomically
@@ -347,16 +348,29 @@ def holding(make: Callable[[], Model], tensors: Mapping[str, Tensor], path: Path
     Raises:
         ValueError: the file holds other weights than the model has.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _Unset():
         blank = make()
     found = whole(tensors, blank)
     wanted, there = ({k: tuple(v.shape) for k, v in each.items()} for each in (blank.state_dict(), found))
     if odd := sorted(k for k in wanted.keys() | there.keys() if wanted.get(k) != there.get(k)):
         what = f"{odd[0]} is {there.get(odd[0], 'missing')}, by the settings {wanted.get(odd[0], 'not there')}"
         raise ValueError(f"{path} holds other weights than its own settings ask for: it is damaged. {what}.")
-    model = make()
+    with _Unset():
+        model = make()
     model.load_state_dict(found)
     return model
+
+
+class _Unset(TorchFunctionMode):
+    """Nothing is drawn for weights while this lasts: what was read takes their place. On torch's meta device a first draw takes
+    seconds, in which torch loads its compiler.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def _tuple(state: Any) -> tuple[Tensor, ...]:

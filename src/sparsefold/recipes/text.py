@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from sparsefold.data import ByteCorpus, load_text
-from sparsefold.nn import EGRU, Stack, anneal, param_groups
+from sparsefold.nn import EGRU, GRU, Stack, anneal, param_groups
 from sparsefold.recipes._checkpoint import holding, made_with, part, read_checkpoint
 from sparsefold.recipes._config import check_ranges, from_dict
 from sparsefold.recipes._loop import Trainer, train
@@ -98,7 +98,7 @@ def build(config: Config, tokens: int) -> Stack:
             reset=config.reset, output=config.output,
         )  # fmt: skip
     else:
-        layer = torch.nn.GRU(*sizes, dropout=dropout)
+        layer = GRU(*sizes, dropout=dropout)
         initialise_like_egru(layer)
     return Stack(torch.nn.Embedding(tokens, config.embedding), layer, torch.nn.Linear(config.hidden, tokens))
 
