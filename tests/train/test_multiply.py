@@ -7,6 +7,7 @@ import json
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -148,6 +149,17 @@ def test_networks_of_several_layers_are_played_by_all():
         rivals.torch_eager(Stack(torch.nn.Embedding(9, 5), LSTM(5, 6), LSTM(6, 7), torch.nn.Linear(7, 9)))
     with pytest.raises(ValueError, match=r"GRUs or LSTMs"):
         rivals.torch_eager(Stack(torch.nn.Embedding(9, 5), LSTM(5, 6), GRU(6, 6), torch.nn.Linear(6, 9)))
+
+
+def test_the_int8_rival_is_at_its_best_on_this_processor():
+    torch.manual_seed(0)
+    model = Stack(LSTM(128, 128)).eval()
+    x = torch.randn(20, 128)
+    rival = rivals.onnx_runtime(model, int8=True)
+    played = torch.from_numpy(np.array([rival.call(value.numpy()).copy() for value in x]))
+    with torch.no_grad():
+        expected = model(x[:, None])[0][:, 0]
+    assert (played - expected).abs().max() < 0.05, "sums of its codes overflow: 0.2 off without VNNI"
 
 
 @pytest.mark.parametrize(
