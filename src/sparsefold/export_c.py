@@ -44,34 +44,21 @@ _AddColumn = Callable[[str, str, str], str]
 _HELPERS = {
     "add_dense": """
 /* y += column of W * x; the columns of W lie one after the other. */
-static void add_dense(const float *w, uint32_t rows, uint32_t column, float x, float *y)
+static void add_dense(const float *restrict w, uint32_t rows, uint32_t column, float x, float *restrict y)
 {
     uint32_t j;
     w += (size_t)column * rows;
     for (j = 0; j < rows; ++j) y[j] += w[j] * x;
 }
 """,
-    "add_block": """
+    "block_matrix": """
 /* Only blocks that hold something: those of block column c are start[c] to start[c + 1]; block k adds to the height[k] rows
  * from row[k] on. */
 typedef struct {
     const float *values; /* (blocks, block_cols, block_rows): the outputs of one input lie together */
     const uint32_t *start, *row;
     const uint8_t *height;
-    uint32_t block_rows, block_cols;
 } block_matrix;
-
-/* y += column of W * x. */
-static void add_block(const block_matrix *w, uint32_t column, float x, float *y)
-{
-    const uint32_t c = column / w->block_cols, inner = column % w->block_cols;
-    uint32_t k, j;
-    for (k = w->start[c]; k < w->start[c + 1]; ++k) {
-        const float *values = w->values + ((size_t)k * w->block_cols + inner) * w->block_rows;
-        float *rows = y + w->row[k];
-        for (j = 0; j < w->height[k]; ++j) rows[j] += values[j] * x;
-    }
-}
 """,
     "add_csc": """
 /* Single elements: those of a column are start[column] to start[column + 1]. */
@@ -109,10 +96,47 @@ static void add_complementary(const complementary_matrix *w, uint32_t column, fl
         }
 }
 """,
-    "sigmoid": """
-static float sigmoid(float x)
+    "exp_minus": """
+/* e^-a of a >= 0, from 87 on that of 87: a power of two times a Taylor polynomial. Without a branch and without a call, so that
+ * a compiler can play many units at once. */
+static inline float exp_minus(float a)
 {
-    return 1.0f / (1.0f + expf(-x));
+    union {
+        float value;
+        uint32_t bits;
+    } size, bounded, power;
+    int32_t n;
+    float r;
+    size.value = a;
+    bounded.bits = size.bits > 0x42ae0000u ? 0x42ae0000u : size.bits;
+    n = (int32_t)(bounded.value * 1.44269504f + 0.5f);
+    size.bits = size.bits > 0x7f800000u ? size.bits : bounded.bits; /* what is no number stays none */
+    r = ((float)n * 0.693359375f - size.value) - (float)n * 2.12194440e-4f;
+    power.bits = (uint32_t)(127 - n) << 23;
+    r = 1.0f + r * (1.0f + r * (0.5f + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+    return power.value * r;
+}
+""",
+    "sigmoid": """
+static inline float sigmoid(float x)
+{
+    union {
+        float value;
+        uint32_t bits;
+    } size;
+    uint32_t negative;
+    float e;
+    size.value = x;
+    negative = size.bits >> 31;
+    size.bits &= 0x7fffffffu;
+    e = exp_minus(size.value);
+    return (negative ? e : 1.0f) / (1.0f + e);
+}
+""",
+    "tanh_of": """
+static inline float tanh_of(float x)
+{
+    return 2.0f * sigmoid(2.0f * x) - 1.0f;
 }
 """,
     "order_of": """
@@ -151,7 +175,7 @@ static void log_softmax(const float *x, uint32_t n, float *y)
     float largest = x[0], sum = 0.0f;
     uint32_t j;
     for (j = 1; j < n; ++j) largest = x[j] > largest ? x[j] : largest;
-    for (j = 0; j < n; ++j) sum += expf(x[j] - largest);
+    for (j = 0; j < n; ++j) sum += exp_minus(largest - x[j]);
     sum = logf(sum);
     for (j = 0; j < n; ++j) y[j] = x[j] - largest - sum;
 }
@@ -187,6 +211,25 @@ static void layer_norm(const float *x, uint32_t n, float epsilon, const float *w
 }
 """,
 }
+
+
+_ACTIVATIONS = {"exp_minus", "sigmoid", "tanh_of"}
+_ADD_BLOCK = """
+/* y += column of W * x. Only a gate's last blocks may be lower than the others, whose loop has a length that the compiler knows. */
+static void add_block_ROWSxCOLS(const block_matrix *w, uint32_t column, float x, float *y)
+{
+    const uint32_t c = column / COLS, inner = column % COLS;
+    uint32_t k, j;
+    for (k = w->start[c]; k < w->start[c + 1]; ++k) {
+        const float *values = w->values + ((size_t)k * COLS + inner) * ROWS;
+        float *restrict rows = y + w->row[k];
+        if (w->height[k] == ROWS)
+            for (j = 0; j < ROWS; ++j) rows[j] += values[j] * x;
+        else
+            for (j = 0; j < w->height[k]; ++j) rows[j] += values[j] * x;
+    }
+}
+"""
 
 
 def export_c(program: Program, name: str, fold: bool | None = None) -> tuple[str, str]:
@@ -239,6 +282,7 @@ class _Writer:
         self.state: list[str] = []  # members
         self.clear: list[str] = []  # of reset
         self.used: set[str] = set()  # helpers
+        self.shapes: set[tuple[int, int]] = set()  # of blocks
         self.table = self._table(fold)
         self.scratch = 0
         ops, value = program.ops, "x"  # what the next op reads: a C expression, or the op whose events it reads
@@ -321,19 +365,20 @@ class _Writer:
             self._array(f"{name}_live", matrix.live, "uint8_t")
             numbers = matrix.gates, rows // matrix.gates, matrix.sets, matrix.group
             return self._struct("complementary", name, "values", "live", numbers=numbers)
-        self.used.add("add_block")
+        self.used.add("block_matrix")
+        self.shapes.add(matrix.block)
         (br, bc), units, per_gate = matrix.block, rows // matrix.gates, matrix.blocks_per_gate
         gate, inside = np.divmod(matrix.block_row.astype(np.int64), per_gate)
         self._array(f"{name}_values", matrix.values, comment=f"{rows} x {cols} in {matrix.description}")
         self._array(f"{name}_start", matrix.start, "uint32_t")
         self._array(f"{name}_row", (gate * units + inside * br).astype(np.uint32), "uint32_t")
         self._array(f"{name}_height", np.minimum(br, units - inside * br).astype(np.uint8), "uint8_t")
-        return self._struct("block", name, "values", "start", "row", "height", numbers=(br, bc))
+        return self._struct("block", name, "values", "start", "row", "height", call=f"block_{br}x{bc}")
 
-    def _struct(self, kind: str, name: str, *arrays: str, numbers: tuple[int, ...] = ()) -> _AddColumn:
+    def _struct(self, kind: str, name: str, *arrays: str, numbers: tuple[int, ...] = (), call: str = "") -> _AddColumn:
         members = [*(f"{name}_{array}" for array in arrays), *map(str, numbers)]
         self.data += [f"static const {kind}_matrix {name} = {{{', '.join(members)}}};", ""]
-        return lambda column, value, to: f"add_{kind}(&{name}, {column}, {value}, {to});"
+        return lambda column, value, to: f"add_{call or kind}(&{name}, {column}, {value}, {to});"
 
     # --- ops ----------------------------------------------------------------------------------------------------------
 
@@ -490,13 +535,13 @@ class _Writer:
         return out
 
     def _head(self, i: int, op: LogSoftmax | TopK, x: str) -> str:
-        self.used |= {"log_softmax"} if isinstance(op, LogSoftmax) else {"order_of", "top_k"}
+        self.used |= {"exp_minus", "log_softmax"} if isinstance(op, LogSoftmax) else {"order_of", "top_k"}
         out, k = self._output(i, op), f"{op.k}, " if isinstance(op, TopK) else ""
         self.calls.append(f"    {op.kind}({x}, {op.units}, {k}{out}); /* op {i} */")
         return out
 
     def _cluster(self, i: int, op: Cluster, q: str, x: str, events_of: int | None) -> str:
-        self.used.add("log_softmax")
+        self.used |= {"exp_minus", "log_softmax"}
         projection = self._matrix(f"projection_{i}", op.projection)
         weight, bias = self._matrix(f"weight_{i}", op.weight), self._array(f"bias_{i}", op.bias)
         narrow = op.projection.shape[0]
@@ -587,7 +632,8 @@ class _Writer:
             if isinstance(op, RNN) and op.nonlinearity == "relu":
                 body += ["        const float sum = gi[j] + gh[j];", f"        {h}[j] = sum <= 0.0f ? 0.0f : sum;"]
             elif isinstance(op, RNN):
-                body.append(f"        {h}[j] = tanhf(gi[j] + gh[j]);")
+                self.used |= _ACTIVATIONS
+                body.append(f"        {h}[j] = tanh_of(gi[j] + gh[j]);")
             body.append("    }")
         call = self._function(i, op, f"{self.name}_state *s{parameter}", body)
         self.calls.append(f"    {call}(s{argument});")
@@ -595,19 +641,19 @@ class _Writer:
 
     def _lstm(self, i: int, H: int) -> list[str]:
         """The loop over units, from the sums to h."""
-        self.used.add("sigmoid")
+        self.used |= _ACTIVATIONS
         gate = [f"gi[{at}j] + gh[{at}j]" for at in ("", f"{H} + ", f"{2 * H} + ", f"{3 * H} + ")]
         return [
             f"        const float kept = sigmoid({gate[1]}) * s->c_{i}[j];",
-            f"        s->c_{i}[j] = kept + sigmoid({gate[0]}) * tanhf({gate[2]});",
-            f"        s->h_{i}[j] = sigmoid({gate[3]}) * tanhf(s->c_{i}[j]);",
+            f"        s->c_{i}[j] = kept + sigmoid({gate[0]}) * tanh_of({gate[2]});",
+            f"        s->h_{i}[j] = sigmoid({gate[3]}) * tanh_of(s->c_{i}[j]);",
         ]
 
     def _gru(
         self, i: int, op: GRU, h: str, seen: str, own: int | None, speak: str, recurrent: list[str] | None
     ) -> tuple[list[str], str]:
         """The recurrent products, where they are not made yet, and the loop over units; and what the layer hands on."""
-        self.used.add("sigmoid")
+        self.used |= _ACTIVATIONS
         H, out = op.outputs, h
         r = f"sigmoid(gi[j] + gh[j]) * gh[{2 * H} + j]"
         if recurrent is not None:
@@ -620,15 +666,14 @@ class _Writer:
             body += [f"    for (j = 0; j < {H}; ++j) gh[j] = sigmoid(gi[j] + gh[j]); /* r */"]
             body += self._product(self._matrix(f"weight_hh_n_{i}", n), n, f"gh[i] * {seen}", own, f"gh + {2 * H}")
             r = f"gh[{2 * H} + j]"
-        if isinstance(op, EGRU):
-            body.append(f"    s->count_{i} = 0;")
         body += [
             f"    for (j = 0; j < {H}; ++j) {{",
             f"        const float z = sigmoid(gi[{H} + j] + gh[{H} + j]);",
-            f"        const float n = tanhf(gi[{2 * H} + j] + {r});",
-            f"        {'float u' if speak else f'{h}[j]'} = z * ({h}[j] - n) + n;",
+            f"        const float n = tanh_of(gi[{2 * H} + j] + {r});",
+            f"        {'gi[j]' if speak else f'{h}[j]'} = z * ({h}[j] - n) + n;",
         ]
-        if isinstance(op, EGRU):
+        if isinstance(op, EGRU):  # who speaks is a branch: a loop of its own leaves the other without one
+            body += ["    }", f"    s->count_{i} = 0;", f"    for (j = 0; j < {H}; ++j) {{", "        float u = gi[j];"]
             lines, out = self._egru_end(i, op, h, seen, speak)
             body += lines
         return [*body, "    }"], out
@@ -701,6 +746,9 @@ void {name}_reset({name}_state *s);
 #endif
 """
         helpers = [_HELPERS[h] for h in _HELPERS if h in self.used]
+        helpers += [
+            _ADD_BLOCK.replace("ROWS", str(rows)).replace("COLS", str(cols)) for rows, cols in sorted(self.shapes)
+        ]
         check = [f"    if (token >= {upper}_INPUTS) return -1;"] if tokens else []
         declared = ["    uint32_t j;"] if any("j = 0" in line for line in self.calls) else []
         needs_state = any(re.search(r"\bs\b", line) for line in self.calls)
