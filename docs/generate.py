@@ -14,6 +14,7 @@ SECTIONS = {
         "learning-rates": training.learning_rates,
         "demo-search": training.demo_search,
         "steps": engine.steps,
+        "steps-avx2": engine.steps_avx2,
         "throughput": engine.throughput,
         "delta": engine.delta,
         "training": training.training,

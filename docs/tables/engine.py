@@ -36,9 +36,21 @@ def kernels() -> str:
 
 
 def steps() -> str:
-    """Time of a whole step of networks of several sizes, ours in three precisions and from C, and every rival."""
-    path = newest("bench/results", "*/steps-*.jsonl")
+    """Time of a whole step of networks of several sizes, ours in four precisions and from C, and every rival."""
+    return _steps("*avx512*", every=True)
+
+
+def steps_avx2() -> str:
+    """The same without AVX-512, of the rivals the fastest of each kind."""
+    return _steps("*avx2", every=False)
+
+
+def _steps(machine: str, every: bool) -> str:
+    path = newest("bench/results", f"{machine}/steps-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not every:
+        fastest = ("ratio_to_fastest_f32", "ratio_to_fastest_int8")
+        rows = [r for r in rows if "ours" in r["engine"] or any(r[name] == 1 for name in fastest)]
     lines = [
         "| units x layers | engine | µs p50 | µs p99 | against the fastest float32 rival | against the fastest int8 rival |",
         "|---|---|---|---|---|---|",

@@ -215,7 +215,7 @@ static void layer_norm(const float *x, uint32_t n, float epsilon, const float *w
 
 _ACTIVATIONS = {"exp_minus", "sigmoid", "tanh_of"}
 _ADD_BLOCK = """
-/* y += column of W * x. Only a gate's last blocks may be lower than the others, whose loop has a length that the compiler knows. */
+/* y += column of W * x. Only a gate's last blocks may be lower than the others, whose loop is as long as the compiler knows. */
 static void add_block_ROWSxCOLS(const block_matrix *w, uint32_t column, float x, float *y)
 {
     const uint32_t c = column / COLS, inner = column % COLS;
