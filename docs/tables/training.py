@@ -21,9 +21,13 @@ def demo_table() -> str:
     missed = "; ".join(
         f"{t['name']}: {t['target']}, measured {t['measured']:.4g}" for t in other["targets"] if not t["held"]
     )
+    ratios = " and ".join(
+        f"{t['measured']:.3g}x ({t['target']})" for t in other["targets"] if t["target"].startswith("at least")
+    )
     return (
         f"{markdown(shown)}\n\n{_machine(shown)}, from [{path.name}]({path.relative_to(ROOT)}). "
-        f"On {_machine(other)}, not held: {missed or 'nothing'} ([{elsewhere.name}]({elsewhere.relative_to(ROOT)}))."
+        f"On {_machine(other)}, {ratios}; not held: {missed or 'nothing'} "
+        f"([{elsewhere.name}]({elsewhere.relative_to(ROOT)}))."
     )
 
 
