@@ -1,6 +1,6 @@
 // Kernels and engine behind a pipe, so that a program for another processor can be asked from here what it computes.
-// Built and asked by tests/native/test_arm64.py. A request is a letter and what it says below, in the processor's own byte
-// order; the answer, if there is one, is an array of floats.
+// Built and asked by tests/native/test_arm64.py. A request is a letter and what it says below, in the processor's own
+// byte order; the answer, if there is one, is an array of floats.
 #include <cstdio>
 #include <cstdlib>
 
@@ -45,19 +45,21 @@ void load() {
     stream = std::make_unique<Stream>(engine);
 }
 
-/// events x y: the input matrix of the last op is multiplied, by dense x where `events` is -1, else by as many columns,
-/// whose indices follow -> y. The matrix is packed for one of the two.
+/// events x bias: the input matrix of the last op is multiplied, by dense x where `events` is -1, else by as many
+/// columns, whose indices follow, and the bias is added -> y. The matrix is packed for one of the two.
 void product() {
     const Matrix& w = engine->program.ops().back().input;
     const int32_t events = read<int32_t>();
     const auto index = read<uint32_t>(events < 0 ? 0 : events);
     const auto x = read<float>(events < 0 ? w.cols() : events);
-    auto y = read<float>(w.padded_rows());
+    const auto bias = read<float>(w.padded_rows());
+    std::vector<float> y(bias.size());
     std::vector<int8_t> codes(w.code_bytes());
     if (events < 0)
-        w.matvec(*engine->kernels, x.data(), y.data(), codes.data());
+        w.matvec(*engine->kernels, x.data(), bias.data(), y.data(), codes.data());
     else
-        w.matvec(*engine->kernels, Events{index.data(), x.data(), static_cast<uint32_t>(events)}, y.data());
+        w.matvec(*engine->kernels, Events{index.data(), x.data(), static_cast<uint32_t>(events)}, bias.data(),
+                 y.data());
     answer(y.data(), y.size());
 }
 

@@ -1,5 +1,5 @@
-// The native core without Python, for sanitizers: odd sizes, all formats and forms, hostile indices, streams in two threads.
-// Built and run by tests/native/test_sanitizers.py.
+// The native core without Python, for sanitizers: odd sizes, all formats and forms, hostile indices, streams in two
+// threads. Built and run by tests/native/test_sanitizers.py.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -64,7 +64,8 @@ Stored stored(uint32_t units, uint32_t cols, uint32_t gates, uint32_t br, uint32
     return s;
 }
 
-std::shared_ptr<const Engine> network(const std::string& isa, uint32_t units, uint32_t br, uint32_t bc, int form, uint64_t fold) {
+std::shared_ptr<const Engine> network(const std::string& isa, uint32_t units, uint32_t br, uint32_t bc, int form,
+                                      uint64_t fold) {
     const uint32_t tokens = 7, width = 5;
     Program p;
     const auto table = floats(size_t{tokens} * width);
@@ -72,11 +73,16 @@ std::shared_ptr<const Engine> network(const std::string& isa, uint32_t units, ui
     const auto bias = floats(size_t{3} * units), threshold = std::vector<float>(units, 0.05f);
     const Reset reset = form % 3 == 0 ? Reset::threshold : form % 3 == 1 ? Reset::output : Reset::none;
     const Stored first = stored(units, width, 3, br, bc, 0.5), hidden = stored(units, units, 3, br, bc, 0.3);
-    p.add_egru(first.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 0, reset, form == 5, true, 0.1f);
+    p.add_egru(first.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 0, reset, form == 5,
+               true, 0.1f);
     const Stored second = stored(units, units, 3, br, bc, 0.2);
     const Deltas none, both{0.1f, form % 3 ? 0.05f : 0.0f}, inputs{0.0f, -1};
-    p.add_gru(second.view, hidden.view, bias.data(), bias.data(), form % 2 == 0, form < 2 ? none : form % 2 ? inputs : both);
-    p.add_egru(second.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 1, reset, false, form < 3, 0.0f);
+    p.add_gru(second.view, hidden.view, bias.data(), bias.data(), form % 2 == 0,
+              form < 2   ? none
+              : form % 2 ? inputs
+                         : both);
+    p.add_egru(second.view, hidden.view, bias.data(), bias.data(), threshold.data(), form % 2 == 1, reset, false,
+               form < 3, 0.0f);
     const Stored four = stored(units, units, 4, br, bc, 0.2), one = stored(units, units, 1, br, bc, 0.2);
     const auto long_bias = floats(size_t{4} * units);
     p.add_lstm(four.view, four.view, long_bias.data(), long_bias.data(), form < 3 ? none : both);
@@ -163,15 +169,16 @@ void hostile() {
     if (refused(s.view)) throw std::runtime_error("refused: a sound complementary matrix");
 }
 
-/// A product of `matrix` into a y of exactly its padded rows, dense and by events: under the sanitizers, nothing else is read.
+/// A product of `matrix` into a y of exactly its padded rows, dense and by events: under the sanitizers, nothing else
+/// is read.
 void product(const Stored& s, const std::string& isa) {
     const Matrix matrix(s.view, Matrix::Reads::events), by_rows(s.view, Matrix::Reads::dense);
     const std::vector<float> x = floats(matrix.cols());
-    std::vector<float> y(matrix.padded_rows(), 0.0f), z = y;
+    std::vector<float> y(matrix.padded_rows(), 1.0f), z = y;  // which are overwritten
     std::vector<uint32_t> index(matrix.cols());
     for (uint32_t c = 0; c < matrix.cols(); ++c) index[c] = c;
-    by_rows.matvec(kernels(isa), x.data(), y.data(), nullptr);
-    matrix.matvec(kernels(isa), Events{index.data(), x.data(), matrix.cols()}, z.data());
+    by_rows.matvec(kernels(isa), x.data(), nullptr, y.data(), nullptr);
+    matrix.matvec(kernels(isa), Events{index.data(), x.data(), matrix.cols()}, nullptr, z.data());
     for (size_t i = 0; i < y.size(); ++i)  // packed by rows, the terms of a sum come in another order
         if (!(std::abs(y[i] - z[i]) <= 1e-4f)) throw std::runtime_error("all columns as events give another product");
 }
@@ -189,8 +196,19 @@ int main() {
     for (const std::string& isa : available_isas()) {
         tall(isa);
         for (uint32_t units : {1u, 3u, 16u, 17u, 50u, 130u})
-            for (auto [br, bc] : {std::pair{0u, 0u}, {0u, 1u}, {0u, 4u}, {0u, 17u}, {0u, 64u}, {1u, 1u}, {2u, 1u}, {4u, 1u},
-                                  {16u, 1u}, {32u, 1u}, {8u, 4u}, {5u, 3u}, {20u, 2u}}) {
+            for (auto [br, bc] : {std::pair{0u, 0u},
+                                  {0u, 1u},
+                                  {0u, 4u},
+                                  {0u, 17u},
+                                  {0u, 64u},
+                                  {1u, 1u},
+                                  {2u, 1u},
+                                  {4u, 1u},
+                                  {16u, 1u},
+                                  {32u, 1u},
+                                  {8u, 4u},
+                                  {5u, 3u},
+                                  {20u, 2u}}) {
                 product(stored(units, 7, 3, br, bc, 0.5), isa);
                 for (int form = 0; form < 6; ++form) play(network(isa, units, br, bc, form, form % 2 ? ~0ull : 0), 12);
             }
