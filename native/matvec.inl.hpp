@@ -35,7 +35,8 @@ SF_INLINE void strip(const Value* w, uint32_t stride, const Columns& x, float* y
             const F16 value = set1(x.value(k + c));
             for (uint32_t g = 0; g < Groups; ++g) sum[c][g] = fma(load(column + g * kLanes), value, sum[c][g]);
         }
-    for (; k < x.count; ++k) {
+#pragma GCC unroll 1
+    for (; k < x.count; ++k) {  // fewer than Chains
         const Value* column = w + static_cast<size_t>(x.column(k)) * stride;
         const F16 value = set1(x.value(k));
         for (uint32_t g = 0; g < Groups; ++g) sum[0][g] = fma(load(column + g * kLanes), value, sum[0][g]);
