@@ -19,6 +19,7 @@ SECTIONS = {
         "delta": engine.delta,
         "training": training.training,
         "dense-cells": training.dense_cells,
+        "dense-cells-avx2": training.dense_cells_avx2,
         "gpu": training.on_a_gpu,
         "paper": language.paper,
         "stand-in": language.stand_in,

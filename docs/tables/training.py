@@ -138,11 +138,18 @@ def training() -> str:
 
 def dense_cells() -> str:
     """The same of GRU, LSTM and RNN, ours and torch's."""
-    try:
-        path = newest("bench/results", "*/dense-cells-*.jsonl")
-    except ValueError:
-        return "Not measured yet."
+    return _dense_cells("*avx512*", every=True)
+
+
+def dense_cells_avx2() -> str:
+    """The same without AVX-512, ours alone."""
+    return _dense_cells("*avx2", every=False)
+
+
+def _dense_cells(machine: str, every: bool) -> str:
+    path = newest("bench/results", f"{machine}/dense-cells-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [r for r in rows if every or r["layer"].startswith("our")]
     lines = [
         "| threads | units, batch | layer | ms | forward | backward | against torch's |",
         "|---|---|---|---|---|---|---|",
