@@ -402,7 +402,7 @@ FREE_RUNNING_F32 = 1e-4
 ROUNDED_I8 = 2.0**-22
 
 # An LSTM of 128 units whose weights (below 128^-1/2) and values are rounded to 7 or 8 bits by another engine: 256 products in a
-# gate, each with an error of at most 1/127 of 128^-1/2 on values of about 1, of random signs: 16 · 0.0007 = 0.011, and as much for
+# gate, each with an error of at most 1/127 of 128^-1/2 on values of about 1, of random signs: 16 · 0.0007 = 0.011, as much for
 # the values; about twice their sum. Sums that overflow are 0.2 off.
 RIVAL_INT8 = 0.05
 
