@@ -113,21 +113,20 @@ static __attribute__((noinline)) void add_panel(Real* acc, const Real* panel, ui
     for (uint32_t first = 0; first < depth; first += kChunk) {
         const uint32_t n = depth - first < kChunk ? depth - first : kChunk;
         const Real* rows = panel + static_cast<size_t>(first) * N * kLanes;
-        Coming<Real> coming{first + n < depth ? rows + static_cast<size_t>(n) * N * kLanes : next, 0};
         constexpr uint32_t kLines = N * kFetched * kLanes * sizeof(Real) / 64;
-        if (next) coming.lines = (kLines + groups - 1) / groups;
+        const uint32_t lines = next ? (kLines + groups - 1) / groups : 0;
+        Coming<Real> coming{first + n < depth ? rows + static_cast<size_t>(n) * N * kLanes : next, 0};
         for (uint32_t group = 0; group < groups; ++group) {
             const uint32_t from = share(samples, group, groups), count = share(samples, group + 1, groups) - from;
             with_number<kMost>(count, [&](auto width) {
                 for (uint32_t i = 0; i < N; i += kNow) {
+                    coming.lines = i ? 0 : lines;
                     add_block<N, kNow, decltype(width)::value>(
                         acc + (static_cast<size_t>(from) * N + i) * kLanes, rows + i * kLanes,
                         x + static_cast<size_t>(first) * stride + from, stride, n, coming);
-                    if (kNow < N) coming.lines = 0;
                 }
             });
-            coming.at += static_cast<size_t>((n + kFetched - 1) / kFetched) * coming.lines * (64 / sizeof(Real));
-            if (kNow < N && next) coming.lines = (kLines + groups - 1) / groups;
+            coming.at += static_cast<size_t>((n + kFetched - 1) / kFetched) * lines * (64 / sizeof(Real));
         }
     }
 }
