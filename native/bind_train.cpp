@@ -87,11 +87,11 @@ struct PyTeam {
     std::string isa;
     const Sequences& table;
 
-    PyTeam(size_t threads, const std::string& wanted) : table(sequences(wanted, &isa)) {
+    PyTeam(size_t threads, const std::string& wanted, bool runtime) : table(sequences(wanted, &isa)) {
         if (threads < 1 || threads > Team::kMost)
             throw std::invalid_argument("a sequence is divided between 1 and " + std::to_string(Team::kMost) +
                                         " threads, got " + std::to_string(threads) + ".");
-        team.reset(new Team(threads));
+        team.reset(new Team(threads, runtime));
     }
 
     /// Asks for large pages behind an array nobody has written yet: a fault for 2 MB in place of 512, and a step's
@@ -427,9 +427,11 @@ void bind_training(nb::module_& m) {
     bind_blocks<float>(m, "BlocksF32");
     bind_blocks<double>(m, "BlocksF64");
     nb::class_<PyTeam> team(m, "Team");
-    team.def(nb::init<size_t, const std::string&>(), "threads"_a, "isa"_a = "").def_prop_ro("isa", [](const PyTeam& t) {
-        return t.isa;
-    });
+    team.def(nb::init<size_t, const std::string&, bool>(), "threads"_a, "isa"_a = "", "runtime"_a = true)
+        .def_prop_ro("isa", [](const PyTeam& t) { return t.isa; })
+        .def_prop_ro(
+            "borrows", [](const PyTeam& t) { return t.team->borrows(); },
+            "Whether its threads are those of the OpenMP runtime that is loaded.");
     bind_real<float>(team);
     bind_real<double>(team);
 }

@@ -1,5 +1,7 @@
 #include "train.hpp"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,7 +24,32 @@ void advise_large_pages(void* p, size_t bytes) {
 #endif
 }
 
-Team::Team(size_t size) : process_(getpid()) {
+namespace {
+
+bool in_child_of_fork = false;
+[[maybe_unused]] const int told = pthread_atfork(nullptr, nullptr, [] { in_child_of_fork = true; });
+
+template <class F>
+F named(void* library, const char* name) {
+    return reinterpret_cast<F>(library ? dlsym(library, name) : nullptr);
+}
+
+}  // namespace
+
+/// In a child of fork the runtime still counts on the threads of its parent.
+Team::Runtime::Runtime() {
+#if defined(__linux__)
+    void* library = in_child_of_fork ? nullptr : dlopen("libgomp.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    parallel = named<decltype(parallel)>(library, "GOMP_parallel");
+    number = named<decltype(number)>(library, "omp_get_thread_num");
+    members = named<decltype(members)>(library, "omp_get_num_threads");
+    if (!number || !members) parallel = nullptr;
+#endif
+}
+
+Team::Team(size_t size, bool runtime) : size_(size), process_(getpid()) {
+    if (runtime && runtime_.parallel) return;
+    runtime_.parallel = nullptr;
     try {
         while (threads_.size() + 1 < size)
             threads_.emplace_back([this, number = static_cast<uint32_t>(threads_.size() + 1)] { serve(number); });
@@ -63,6 +90,10 @@ void Team::meet() {
     }
 }
 
+void (*Team::meeting())(void*) {
+    return [](void* team) { static_cast<Team*>(team)->meet(); };
+}
+
 void Team::serve(uint32_t number) {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex_);
@@ -72,7 +103,7 @@ void Team::serve(uint32_t number) {
         seen = round_;
         if (number >= members_) continue;
         lock.unlock();
-        work_(context_, Member{number, members_, [](void* team) { static_cast<Team*>(team)->meet(); }, this});
+        work_(context_, Member{number, members_, meeting(), this});
         lock.lock();
         if (--busy_ == 0) done_.notify_one();
     }
@@ -82,6 +113,17 @@ void Team::dispatch(size_t most, Work work, const void* context) {
     const std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
     const uint32_t members = static_cast<uint32_t>(std::min(most, size()));
     if (!turn || members < 2 || process_ != getpid()) return work(context, Member{0, 1, [](void*) {}, nullptr});
+    if (runtime_.parallel) {
+        work_ = work;
+        context_ = context;
+        const auto serve = [](void* team) {
+            Team& t = *static_cast<Team*>(team);
+            const auto count = static_cast<uint32_t>(t.runtime_.members());  // it may give fewer than were asked for
+            t.members_ = count;                                              // by each, before it meets the others
+            t.work_(t.context_, Member{static_cast<uint32_t>(t.runtime_.number()), count, t.meeting(), team});
+        };
+        return runtime_.parallel(serve, this, members, 0);
+    }
     {
         const std::lock_guard<std::mutex> lock(mutex_);
         members_ = members;
@@ -91,7 +133,7 @@ void Team::dispatch(size_t most, Work work, const void* context) {
         ++round_;
     }
     wake_.notify_all();
-    work(context, Member{0, members, [](void* team) { static_cast<Team*>(team)->meet(); }, this});
+    work(context, Member{0, members, meeting(), this});
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [&] { return busy_ == 0; });
 }

@@ -15,15 +15,18 @@
 
 namespace sparsefold {
 
-/// The caller's thread and `size - 1` of its own, which sleep in between. One call at a time has their help; who comes
-/// meanwhile, or in a child of fork, works alone. No bit depends on it.
+/// The caller's thread and `size - 1` others: those of the OpenMP runtime that is in this process already (torch's), or
+/// threads of its own, which sleep in between. The runtime's spin for milliseconds after each product of torch's, and
+/// others would share their processors. One call at a time has their help; who comes meanwhile, or in a child of fork,
+/// works alone. No bit depends on it.
 class Team {
   public:
-    static constexpr size_t kMost = 256;  // a wrong number must not fill the machine
-    explicit Team(size_t size);           // 1 to kMost
+    static constexpr size_t kMost = 256;              // a wrong number must not fill the machine
+    explicit Team(size_t size, bool runtime = true);  // 1 to kMost; whether a runtime's threads may help
     ~Team();
     Team(const Team&) = delete;
-    size_t size() const { return threads_.size() + 1; }
+    size_t size() const { return size_; }
+    bool borrows() const { return runtime_.parallel != nullptr; }
 
     /// f(const Member&), by `most` members at most, all at the same time.
     template <class F>
@@ -36,11 +39,20 @@ class Team {
 
   private:
     using Work = void (*)(const void* context, const Member& member);
+    struct Runtime {  // functions of GNU's OpenMP, all null where it is not loaded
+        void (*parallel)(void (*work)(void*), void* context, unsigned threads, unsigned flags) = nullptr;
+        int (*number)() = nullptr;
+        int (*members)() = nullptr;
+        Runtime();
+    };
     void dispatch(size_t most, Work work, const void* context);
     void serve(uint32_t number);
     void meet();
+    static void (*meeting())(void* team);
     void dismiss();
+    Runtime runtime_;
     std::vector<std::thread> threads_;
+    const size_t size_;
     const int process_;
     std::mutex turn_, mutex_;
     std::condition_variable wake_, done_;
@@ -48,7 +60,7 @@ class Team {
     uint64_t round_ = 0;
     size_t busy_ = 0;
     // The call; written under mutex_ while all threads sleep.
-    uint32_t members_ = 0;
+    std::atomic<uint32_t> members_{0};
     Work work_ = nullptr;
     const void* context_ = nullptr;
     std::atomic<uint32_t> arrived_{0};

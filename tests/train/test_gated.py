@@ -289,8 +289,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, kind, f
     for density, batch in ((1.0, 7), (0.1, 3), (0.1, 7)):
         p = in_blocks(kind, inputs(kind, 6, batch, 20, 330, dtype), density)
         found = []
-        for threads in (1, 2, 3, 4):
-            team = _native.Team(threads)
+        for threads, runtime in ((1, True), (2, True), (2, False), (3, False), (4, True)):
+            team = _native.Team(threads, runtime=runtime)
             monkeypatch.setattr(native, "_team", lambda team=team: team)
             trace = call(native, kind, p, **form)
             found.append([*trace, *gradients(trace, p, cotangents(trace)).values()])

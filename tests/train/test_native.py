@@ -201,8 +201,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(monkeypatch, dtype, reset_a
         if marked:
             mark(p)
         found = []
-        for threads in (1, 2, 3, 7):
-            team = _native.Team(threads)
+        for threads, runtime in ((1, True), (2, True), (2, False), (3, False), (7, True)):
+            team = _native.Team(threads, runtime=runtime)
             monkeypatch.setattr(native, "_team", lambda team=team: team)
             trace = native.egru(**p, reset_after=reset_after, surrogate=Triangle() if batch == 7 else WIDE)
             leaves = {k: v for k, v in p.items() if k != "x" or density < 1}
@@ -653,5 +653,29 @@ def test_a_child_of_fork_works_alone():
         "        torch.set_num_threads(1)\n"
         "        native._team = lambda: team\n"
         "        os._exit(0 if torch.equal(layer(x)[0], wanted) else 1)\n"
+        "assert os.waitpid(child, 0)[1] == 0\n"
+    )
+
+
+def test_threads_are_those_that_torch_has_but_in_a_child_of_fork():
+    """Torch's spin for milliseconds after each of its products: others would share their processors."""
+    script(
+        "import os, torch\n"
+        "from sparsefold import _native\n"
+        "from sparsefold.nn import EGRU, native\n"
+        "gnu = any('libgomp.so.1' in line for line in open('/proc/self/maps'))\n"
+        "assert _native.Team(2).borrows == gnu and not _native.Team(2, runtime=False).borrows\n"
+        "torch.set_num_threads(2)\n"
+        "layer, x = EGRU(70, 200), (torch.rand(6, 3, 70) < 0.2).float()\n"
+        "with torch.no_grad():\n"
+        "    wanted = layer(x)[0]\n"
+        "    before = len(os.listdir('/proc/self/task'))\n"
+        "    layer(x)\n"
+        "    assert len(os.listdir('/proc/self/task')) == before\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        team = _native.Team(2)\n"
+        "        native._team = lambda: team\n"
+        "        os._exit(0 if not team.borrows and torch.equal(layer(x)[0], wanted) else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )
