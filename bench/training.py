@@ -9,6 +9,9 @@ torch in use; medians over the turns; the gradient of x is not asked for, as of 
 
 Memory is that of a fresh process each: the kernel's high-water mark of resident memory (VmHWM, reset before) over one forward and
 backward after a short warm-up, less what was resident before; torch's allocations are seen by it, as all others.
+
+``--choices``: what two choices of the kernels are worth, each beside what it was chosen over: threads of our own or those that
+torch has (one layer, all threads), and rows of a product as they come or padded (one thread, the two products of gradients).
 """
 
 from __future__ import annotations
@@ -23,12 +26,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sparsefold import nn
+from sparsefold import _native, nn
 from sparsefold.bench import provenance, write_lines
 from sparsefold.nn import EGRU, Triangle
 from sparsefold.progress import Progress
@@ -187,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder")
     parser.add_argument("--dense-cells", action="store_true", help="GRU, LSTM and RNN in place of the EGRU")
+    parser.add_argument("--choices", action="store_true", help="whose threads, and rows of products")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # what a child measures
     args = parser.parse_args()
     if args.memory:
@@ -195,6 +200,8 @@ def main() -> None:
     about = provenance("python bench/training.py") | {"threads": torch.get_num_threads(), "seed": SEED}
     if args.dense_cells:
         return dense_cells(args.out, about | {"command": "python bench/training.py --dense-cells"})
+    if args.choices:
+        return choices(args.out, about | {"command": "python bench/training.py --choices"})
     gate()
     lines: list[dict[str, Any]] = []
     with Progress((2 + len(OTHERS)) * TURNS, "training") as progress:
@@ -295,6 +302,64 @@ def dense_cells(out: Path, about: dict[str, Any]) -> None:
         print(
             f"{e['threads']} threads, H {e['units']:>5} B {e['batch']:>3} {e['layer']:<25}{e['ms']:>9.1f} ms {e['ratio']:.2f}x"
         )
+
+
+def choices(out: Path, about: dict[str, Any]) -> None:
+    """Lines with the milliseconds of what is done and of what it was chosen over, forward and backward or the product alone."""
+    lines: list[dict[str, Any]] = []
+    teams = {"other": _native.Team(about["threads"], runtime=False), "chosen": _native.Team(about["threads"])}
+    if not teams["chosen"].borrows:
+        raise RuntimeError("torch brings no threads that could be borrowed: nothing is timed.")
+    sizes = ((256, 1), (256, 8), (512, 1), (512, 8), (512, 64), (1350, 20))
+    cells = ("GRU", "LSTM", "RNN", "EGRU")
+    rows = ((1350, 1400), (700, 1400), (1344, 1400))  # units, steps times samples
+    with Progress(len(sizes) + len(rows), "choices") as progress:
+        for done, ((units, batch), cell) in enumerate(itertools.product(sizes, cells), 1):
+            torch.manual_seed(SEED)
+            x = torch.randn(STEPS, batch, units)
+            if cell == "EGRU":
+                x = x * (torch.rand(x.shape) < 0.1)
+            call = once(getattr(nn, cell)(units, units, backend="native"), x, torch.randn(STEPS, batch, units))
+            times: dict[str, list[tuple[float, float]]] = {name: [] for name in teams}
+            for turn in range(4 * TURNS + 1):
+                for name, team in teams.items():
+                    with patch.object(nn.native, "_team", lambda team=team: team):
+                        found = call()
+                    if turn:
+                        times[name].append(found)
+            middle = {name: (np.median(t, 0) * 1e3).tolist() for name, t in times.items()}
+            line = {"choice": "threads", "layer": cell, "units": units, "batch": batch, "threads": about["threads"]}
+            for part, way in enumerate(("forward", "backward")):
+                lines.append(line | {"way": way} | {f"{name}_ms": ms[part] for name, ms in middle.items()})
+            progress.update(done // len(cells), f"threads, H = {units}, batch {batch}")
+        torch.set_num_threads(1)
+        for done, (units, depth) in enumerate(rows, 1 + len(sizes)):
+            g, x, w = (torch.randn(n, m) for n, m in ((depth, 4 * units), (depth, units), (4 * units, units)))
+            for way, a, b in (("weight's gradient", g.t(), x), ("x's gradient", g, w)):
+                into = torch.empty(len(a), units)
+                products = {
+                    "other": lambda a=a, b=b, into=into: torch.mm(a, b, out=into),
+                    "chosen": lambda a=a, b=b, into=into: nn.native._product(into, (a, b)),
+                }
+                if not torch.allclose(products["other"]().clone(), products["chosen"](), rtol=1e-4, atol=1e-2):
+                    raise RuntimeError("padded rows give another product: nothing is timed.")
+                spent: dict[str, list[float]] = {name: [] for name in products}
+                for _, (name, product) in itertools.product(range(2 * TURNS), products.items()):
+                    start = time.perf_counter()
+                    product()
+                    spent[name].append(time.perf_counter() - start)
+                line = {
+                    "choice": "rows",
+                    "layer": "LSTM",
+                    "units": units,
+                    "batch": depth // STEPS,
+                    "threads": 1,
+                    "way": way,
+                }
+                lines.append(line | {f"{name}_ms": float(np.median(t) * 1e3) for name, t in spent.items()})
+            progress.update(done, f"rows, H = {units}")
+    lines = [line | {"ratio": line["other_ms"] / line["chosen_ms"]} for line in lines]
+    print(write_lines(out, "choices-", about, lines))
 
 
 if __name__ == "__main__":

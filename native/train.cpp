@@ -27,7 +27,7 @@ void advise_large_pages(void* p, size_t bytes) {
 namespace {
 
 bool in_child_of_fork = false;
-[[maybe_unused]] const int told = pthread_atfork(nullptr, nullptr, [] { in_child_of_fork = true; });
+[[maybe_unused]] const int watched = pthread_atfork(nullptr, nullptr, [] { in_child_of_fork = true; });
 
 template <class F>
 F named(void* library, const char* name) {

@@ -59,7 +59,7 @@ class Team {
     bool stop_ = false;
     uint64_t round_ = 0;
     size_t busy_ = 0;
-    // The call; written under mutex_ while all threads sleep.
+    // The call; written while no thread is at work, where they are our own under mutex_.
     std::atomic<uint32_t> members_{0};
     Work work_ = nullptr;
     const void* context_ = nullptr;

@@ -627,9 +627,10 @@ def test_a_model_around_it_can_be_compiled():
         torch.testing.assert_close(a, b, rtol=64 * EPS32, atol=64 * EPS32)
 
 
-def script(text: str) -> None:
+def script(text: str) -> str:
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stderr
 
 
 def test_without_the_extension_the_modules_take_the_reference(monkeypatch):
@@ -667,11 +668,12 @@ def test_threads_are_those_that_torch_has_but_in_a_child_of_fork():
         "assert _native.Team(2).borrows == gnu and not _native.Team(2, runtime=False).borrows\n"
         "torch.set_num_threads(2)\n"
         "layer, x = EGRU(70, 200), (torch.rand(6, 3, 70) < 0.2).float()\n"
+        "torch.ones(1 << 20).add(1)\n"  # torch's threads are there
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "assert before > 1\n"
         "with torch.no_grad():\n"
         "    wanted = layer(x)[0]\n"
-        "    before = len(os.listdir('/proc/self/task'))\n"
-        "    layer(x)\n"
-        "    assert len(os.listdir('/proc/self/task')) == before\n"
+        "    assert len(os.listdir('/proc/self/task')) == before + (not gnu)\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"
         "        team = _native.Team(2)\n"
@@ -679,3 +681,29 @@ def test_threads_are_those_that_torch_has_but_in_a_child_of_fork():
         "        os._exit(0 if not team.borrows and torch.equal(layer(x)[0], wanted) else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )
+
+
+def test_a_module_of_the_main_script_leaves_no_word_at_the_end():
+    said = script(
+        "import torch\n"
+        "from sparsefold.nn import LSTM\n"
+        "layer = LSTM(64, 64)\n"
+        "y = layer(torch.randn(70, 2, 64))[0]\n"  # what lives at the end
+        "y.sum().backward()\n"
+    )
+    assert said == ""
+
+
+@pytest.mark.parametrize("columns", [40, 45])  # a vector of eight divides rows of the first alone
+@pytest.mark.parametrize("depth", [0, 20, 200])
+def test_a_product_is_the_same_by_way_of_padded_rows(columns, depth):
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    pairs = [(drawn(7, n), drawn(n, columns)) for n in (depth, 3)]
+    bias = drawn(columns)
+    for out in (torch.full((7, columns), torch.nan, dtype=torch.float64), drawn(7, columns + 6)[:, :columns]):
+        assert native._product(out, *pairs) is out
+        close(out, pairs[0][0] @ pairs[0][1] + pairs[1][0] @ pairs[1][1], GRADIENT_F64)
+        native._product(out, pairs[0], bias=bias)
+        close(out, pairs[0][0] @ pairs[0][1] + bias, GRADIENT_F64)

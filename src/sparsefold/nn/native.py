@@ -134,7 +134,8 @@ def _empty(team: Any, like: Tensor, *shape: int) -> Tensor:
 def _product(out: Tensor, *factors: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
     """Fills `out` with the sum of the matrix products of `factors`, + bias, and returns it.
 
-    MKL fills rows that no vector of eight divides at two thirds of its pace where there is no AVX-512; a copy costs less.
+    Where there is no AVX-512 MKL is slow to fill rows that no vector of eight divides; a copy of them costs less
+    (docs/benchmarks.md, "Choices").
     """
     (a, b), *more = factors
     aligned = out.stride(0) % 8 == 0 or a.shape[1] < 128
@@ -255,6 +256,7 @@ class _Packed(NamedTuple):
 
 
 _packs: MutableMapping[Tensor, _Packed] = WeakTensorKeyDictionary()
+atexit.register(_packs.clear)  # what a module of the main script still holds there, the binding takes for a leak
 _lock = threading.Lock()
 
 
