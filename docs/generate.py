@@ -20,6 +20,7 @@ SECTIONS = {
         "training": training.training,
         "dense-cells": training.dense_cells,
         "dense-cells-avx2": training.dense_cells_avx2,
+        "choices": training.choices,
         "gpu": training.on_a_gpu,
         "paper": language.paper,
         "stand-in": language.stand_in,

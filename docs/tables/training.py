@@ -165,6 +165,25 @@ def _dense_cells(machine: str, every: bool) -> str:
     )
 
 
+def choices() -> str:
+    """What two choices of the training kernels are worth, beside what they were chosen over."""
+    path = newest("bench/results", "*/choices-*.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [
+        "| choice | layer | units, batch | threads | of what | ms without | ms with | faster |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['choice']} | {r['layer']} | {r['units']}, {r['batch']} | {r['threads']} | {r['way']} | {r['other_ms']:.1f} "
+        f"| {r['chosen_ms']:.1f} | {r['ratio']:.2f}x |"
+        for r in rows
+    ]
+    about = rows[0]
+    return "\n".join(lines) + (
+        f"\n\n{about['processor']}, {about['isa']}, seed {about['seed']}. From [{path.name}](../{path.relative_to(ROOT)})."
+    )
+
+
 def on_a_gpu() -> str:
     """Training, single steps, where skipping pays and an epoch on a GPU, ours and rivals."""
     found = sorted((ROOT / "bench/results").glob("*/gpu-*.jsonl"), key=lambda path: path.name)
