@@ -600,6 +600,7 @@ void bind_training(nb::module_& m);  // bind_train.cpp
 
 NB_MODULE(_native, m) {
     m.def("available_isas", &available_isas);
+    m.def("intel", &intel);
     m.def("kernels", &kernel_names);
     m.def("activations", &activations, "x"_a, "sigmoid"_a, "tanh"_a, "isa"_a = "");
 

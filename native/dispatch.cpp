@@ -26,6 +26,14 @@ const std::vector<std::string>& available_isas() {
     return isas;
 }
 
+bool intel() {
+#ifdef SPARSEFOLD_X86
+    return __builtin_cpu_is("intel");
+#else
+    return false;
+#endif
+}
+
 const Kernels& kernels(const std::string& isa, std::string* chosen) {
     std::string name = isa;
     if (name.empty()) {

@@ -20,7 +20,7 @@ from sparsefold import _native
 from sparsefold.nn import EGRU, EGRUCell, EGRUState, Stack, Triangle, native, reference
 from sparsefold.nn.reference import Event, Reset, Tape
 from sparsefold.sparsify import Block, Pruner
-from tolerances import CELL_F64, EPS32, GRADCHECK, GRADIENT_F64, egru_step, gradient_f32
+from tolerances import CELL_F64, EPS32, GRADCHECK, GRADIENT_F64, egru_step, gradient_f32, product_f32
 
 torch.set_num_threads(2)
 
@@ -707,3 +707,29 @@ def test_a_product_is_the_same_by_way_of_padded_rows(columns, depth):
         close(out, pairs[0][0] @ pairs[0][1] + pairs[1][0] @ pairs[1][1], GRADIENT_F64)
         native._product(out, pairs[0], bias=bias)
         close(out, pairs[0][0] @ pairs[0][1] + bias, GRADIENT_F64)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_is_the_same_by_one_dnn(turned, monkeypatch):
+    asked = []
+
+    def one_dnn(a, b, *rest):
+        asked.append(len(a))
+        return torch.ops.mkldnn._linear_pointwise(a, b, *rest)
+
+    monkeypatch.setattr(native, "_one_dnn", lambda: one_dnn)
+    monkeypatch.setattr(native, "_SMALL_PRODUCT", 0)
+    monkeypatch.setattr(native, "_PART", 70 * 45)
+    a, b, rest = torch.randn(190, 80), torch.randn(80, 45), (torch.randn(190, 3), torch.randn(3, 45))
+    a = a.t().contiguous().t() if turned else a
+    exact = a.double() @ b.double()
+    bound = product_f32(85, (a.abs() @ b.abs() + 10).max().item())
+    for out in (torch.full((190, 45), torch.nan), torch.randn(190, 60)[:, :45]):
+        assert native._product(out, (a, b), rest) is out
+        close(out.double(), exact + rest[0].double() @ rest[1].double(), bound)
+        native._product(out, (a, b), bias=(bias := torch.randn(45)))
+        close(out.double(), exact + bias, bound)
+    assert asked == ([45, 70, 70, 50] if turned else [70, 70, 50, 70, 70, 50]) * 2
+    native._product(torch.empty(190, 45), (a[:, :20], b[:20]))  # short sums
+    native._product(torch.empty(190, 45, dtype=torch.float64), (a.double(), b.double()))
+    assert len(asked) == (8 if turned else 12)

@@ -8,6 +8,7 @@ kernels' bits do not depend on how many there are. A product of dense x is torch
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 from collections.abc import MutableMapping
@@ -28,6 +29,8 @@ except ImportError:  # the extension was not built: `nn` imports all the same, a
 
 # A product of x that is zero elsewhere beats a dense one up to this share.
 _SPARSE_INPUT = 0.4
+_SMALL_PRODUCT, _SHALLOW = 1 << 22, 64  # multiplications, and of each sum, from which oneDNN's preparations pay
+_PART = 1 << 20  # elements that it fills at a time
 _SPARSE_BLOCKS = 0.5  # blocks of 16 rows and a column beat whole tiles, and dense products, up to this share of them
 
 _teams: dict[tuple[int, int], Any] = {}
@@ -131,22 +134,44 @@ def _empty(team: Any, like: Tensor, *shape: int) -> Tensor:
     return out
 
 
-def _product(out: Tensor, *factors: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
-    """Fills `out` with the sum of the matrix products of `factors`, + bias, and returns it.
+@functools.cache
+def _one_dnn() -> Any:
+    """Torch's product by oneDNN where it beats MKL's, which leaves AVX-512 alone on what Intel did not make; else None."""
+    asked = "avx512" in _native.available_isas() and not _native.intel() and torch.backends.mkldnn.is_available()
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if asked else None
 
-    Where there is no AVX-512 MKL is slow to fill rows that no vector of eight divides; a copy of them costs less
-    (docs/benchmarks.md, "Choices").
+
+def _product(out: Tensor, *factors: tuple[Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
+    """Fills `out` with the sum of the matrix products of `factors`, + bias, and returns it, as is fastest (docs/benchmarks.md,
+    "Choices").
+
+    oneDNN makes a tensor of its own: a part of the rows at a time, which stays in the cache until it is copied; of a transposed
+    factor, the transposed product. Where there is no AVX-512 MKL is slow to fill rows that no vector of eight divides, and a copy
+    of them costs less.
     """
     (a, b), *more = factors
-    aligned = out.stride(0) % 8 == 0 or a.shape[1] < 128
-    to = out if aligned else out.new_empty(len(a), -(-b.shape[1] // 8) * 8)[:, : b.shape[1]]
-    if bias is None:
-        torch.mm(a, b, out=to)
+    depth, small = a.shape[1], len(a) * b.shape[1] * a.shape[1] < _SMALL_PRODUCT
+    linear = None if small or depth < _SHALLOW or out.dtype != torch.float32 else _one_dnn()
+    if linear is not None:
+        if bias is None and a.stride(1) != 1:
+            out.copy_(linear(b.t(), a, None, "none", [], "").t())
+        else:
+            for rows, into in zip(a.split(part := max(_PART // b.shape[1], 64)), out.split(part), strict=True):
+                into.copy_(linear(rows, b.t(), bias, "none", [], ""))
+        to = out
     else:
-        torch.addmm(bias, a, b, out=to)
+        to = (
+            out
+            if out.stride(0) % 8 == 0 or depth < 128
+            else out.new_empty(len(a), -(-b.shape[1] // 8) * 8)[:, : b.shape[1]]
+        )
+        if bias is None:
+            torch.mm(a, b, out=to)
+        else:
+            torch.addmm(bias, a, b, out=to)
     for a, b in more:
         to.addmm_(a, b)
-    return out if aligned else out.copy_(to)
+    return out if to is out else out.copy_(to)
 
 
 def _options(
