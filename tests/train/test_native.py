@@ -709,27 +709,34 @@ def test_a_product_is_the_same_by_way_of_padded_rows(columns, depth):
         close(out, pairs[0][0] @ pairs[0][1] + bias, GRADIENT_F64)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_product_is_the_same_by_one_dnn(turned, monkeypatch):
+@pytest.mark.parametrize("factor", ["plain", "turned", "part", "part turned"])
+def test_a_product_is_the_same_by_one_dnn(factor, monkeypatch):
     asked = []
 
     def one_dnn(a, b, *rest):
-        asked.append(len(a))
+        assert b.is_contiguous() or b.t().is_contiguous()  # else it is a thousand times slower
+        asked.append(len(b) if "turned" in factor else len(a))
         return torch.ops.mkldnn._linear_pointwise(a, b, *rest)
 
     monkeypatch.setattr(native, "_one_dnn", lambda: one_dnn)
     monkeypatch.setattr(native, "_SMALL_PRODUCT", 0)
     monkeypatch.setattr(native, "_PART", 70 * 45)
-    a, b, rest = torch.randn(190, 80), torch.randn(80, 45), (torch.randn(190, 3), torch.randn(3, 45))
-    a = a.t().contiguous().t() if turned else a
+    monkeypatch.setattr(native, "_PART_ROWS", 100)
+    a, b, few = torch.randn(190, 80), torch.randn(80, 45), (torch.randn(190, 3), torch.randn(3, 45))
     exact = a.double() @ b.double()
+    if "part" in factor:
+        a, b = torch.cat([a, a], 1)[:, :80], torch.cat([b, b], 1)[:, :45]
+    if "turned" in factor:
+        a = (torch.cat([a, a]) if "part" in factor else a).t().contiguous().t()[:190]
     bound = product_f32(85, (a.abs() @ b.abs() + 10).max().item())
     for out in (torch.full((190, 45), torch.nan), torch.randn(190, 60)[:, :45]):
-        assert native._product(out, (a, b), rest) is out
-        close(out.double(), exact + rest[0].double() @ rest[1].double(), bound)
-        native._product(out, (a, b), bias=(bias := torch.randn(45)))
-        close(out.double(), exact + bias, bound)
-    assert asked == ([45, 70, 70, 50] if turned else [70, 70, 50, 70, 70, 50]) * 2
+        assert native._product(out, (a, b), few) is out
+        close(out.double(), exact + few[0].double() @ few[1].double(), bound)
+    parts = {"turned": [190], "part turned": [100, 90]}
+    assert asked == parts.get(factor, [70, 70, 50]) * 2
+    native._product(out, (a, b), bias=(bias := torch.randn(45)))
+    close(out.double(), exact + bias, bound)
+    known = len(asked)
     native._product(torch.empty(190, 45), (a[:, :20], b[:20]))  # short sums
     native._product(torch.empty(190, 45, dtype=torch.float64), (a.double(), b.double()))
-    assert len(asked) == (8 if turned else 12)
+    assert len(asked) == known

@@ -30,7 +30,7 @@ except ImportError:  # the extension was not built: `nn` imports all the same, a
 # A product of x that is zero elsewhere beats a dense one up to this share.
 _SPARSE_INPUT = 0.4
 _SMALL_PRODUCT, _SHALLOW = 1 << 22, 64  # multiplications, and of each sum, from which oneDNN's preparations pay
-_PART = 1 << 20  # elements that it fills at a time
+_PART, _PART_ROWS = 1 << 20, 1024  # elements that it fills at a time, and rows of a transposed factor
 _SPARSE_BLOCKS = 0.5  # blocks of 16 rows and a column beat whole tiles, and dense products, up to this share of them
 
 _teams: dict[tuple[int, int], Any] = {}
@@ -137,7 +137,7 @@ def _empty(team: Any, like: Tensor, *shape: int) -> Tensor:
 @functools.cache
 def _one_dnn() -> Any:
     """Torch's product by oneDNN where it beats MKL's, which leaves AVX-512 alone on what Intel did not make; else None."""
-    asked = "avx512" in _native.available_isas() and not _native.intel() and torch.backends.mkldnn.is_available()
+    asked = "avx512" in _native.available_isas() and not _native.intel() and torch._C._has_mkldnn
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None) if asked else None
 
 
@@ -145,19 +145,13 @@ def _product(out: Tensor, *factors: tuple[Tensor, Tensor], bias: Tensor | None =
     """Fills `out` with the sum of the matrix products of `factors`, + bias, and returns it, as is fastest (docs/benchmarks.md,
     "Choices").
 
-    oneDNN makes a tensor of its own: a part of the rows at a time, which stays in the cache until it is copied; of a transposed
-    factor, the transposed product. Where there is no AVX-512 MKL is slow to fill rows that no vector of eight divides, and a copy
-    of them costs less.
+    Where there is no AVX-512 MKL is slow to fill rows that no vector of eight divides, and a copy of them costs less.
     """
     (a, b), *more = factors
     depth, small = a.shape[1], len(a) * b.shape[1] * a.shape[1] < _SMALL_PRODUCT
     linear = None if small or depth < _SHALLOW or out.dtype != torch.float32 else _one_dnn()
     if linear is not None:
-        if bias is None and a.stride(1) != 1:
-            out.copy_(linear(b.t(), a, None, "none", [], "").t())
-        else:
-            for rows, into in zip(a.split(part := max(_PART // b.shape[1], 64)), out.split(part), strict=True):
-                into.copy_(linear(rows, b.t(), bias, "none", [], ""))
+        _product_by_one_dnn(linear, out, a, b, bias)
         to = out
     else:
         to = (
@@ -172,6 +166,26 @@ def _product(out: Tensor, *factors: tuple[Tensor, Tensor], bias: Tensor | None =
     for a, b in more:
         to.addmm_(a, b)
     return out if to is out else out.copy_(to)
+
+
+def _product_by_one_dnn(linear: Any, out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Fills `out` with a b + bias; of a transposed `a` the transposed product.
+
+    It comes as a tensor of its own: a part at a time, which stays in the cache until it is copied. The second factor has to be
+    dense, in either order of its axes: oneDNN has nothing fast for others.
+    """
+
+    def dense(w: Tensor) -> Tensor:
+        return w if w.is_contiguous() or w.t().is_contiguous() else w.t().contiguous().t()
+
+    if bias is None and a.stride(1) != 1:
+        other, part = b.t().contiguous(), len(a) if dense(a) is a else _PART_ROWS
+        for rows, into in zip(torch.split(a, part), torch.split(out, part), strict=True):
+            into.copy_(linear(other, dense(rows), None, "none", [], "").t())
+    else:
+        other, part = dense(b.t()), max(_PART // b.shape[1], 64)
+        for rows, into in zip(torch.split(a, part), torch.split(out, part), strict=True):
+            into.copy_(linear(rows, other, bias, "none", [], ""))
 
 
 def _options(
