@@ -10,8 +10,9 @@ torch in use; medians over the turns; the gradient of x is not asked for, as of 
 Memory is that of a fresh process each: the kernel's high-water mark of resident memory (VmHWM, reset before) over one forward and
 backward after a short warm-up, less what was resident before; torch's allocations are seen by it, as all others.
 
-``--choices``: what two choices of the kernels are worth, each beside what it was chosen over: threads of our own or those that
-torch has (one layer, all threads), and rows of a product as they come or padded (one thread, the two products of gradients).
+``--choices``: what choices of the kernels are worth, each beside what it was chosen over: threads of our own or those that
+torch has (one layer, all threads), and torch's product as it comes or by oneDNN where MKL leaves AVX-512 alone, else
+in padded rows (one thread, the two products of gradients).
 """
 
 from __future__ import annotations
@@ -342,14 +343,14 @@ def choices(out: Path, about: dict[str, Any]) -> None:
                     "chosen": lambda a=a, b=b, into=into: nn.native._product(into, (a, b)),
                 }
                 if not torch.allclose(products["other"]().clone(), products["chosen"](), rtol=1e-4, atol=1e-2):
-                    raise RuntimeError("padded rows give another product: nothing is timed.")
+                    raise RuntimeError("the chosen way gives another product: nothing is timed.")
                 spent: dict[str, list[float]] = {name: [] for name in products}
                 for _, (name, product) in itertools.product(range(2 * TURNS), products.items()):
                     start = time.perf_counter()
                     product()
                     spent[name].append(time.perf_counter() - start)
                 line = {
-                    "choice": "rows",
+                    "choice": "oneDNN" if nn.native._one_dnn() else "rows",
                     "layer": "LSTM",
                     "units": units,
                     "batch": depth // STEPS,

@@ -16,19 +16,23 @@ from .files import ROOT, newest
 
 def demo_table() -> str:
     """The demonstration's table, its targets and where they come from."""
-    path, elsewhere = newest("results/demo", "*.json"), newest("bench/results", "*/demo-*.json")
-    shown, other = json.loads(path.read_text()), json.loads(elsewhere.read_text())
+    path = newest("results/demo", "*.json")
+    shown = json.loads(path.read_text())
+    others = [newest(f"bench/results/{machine}", "demo-*.json") for machine in ("amd-epyc-avx2", "amd-epyc-avx512vnni")]
+    return f"{markdown(shown)}\n\n{_machine(shown)}, from [{path.name}]({path.relative_to(ROOT)}). " + " ".join(
+        map(_elsewhere, others)
+    )
+
+
+def _elsewhere(path: Path) -> str:
+    other = json.loads(path.read_text())
     missed = "; ".join(
         f"{t['name']}: {t['target']}, measured {t['measured']:.4g}" for t in other["targets"] if not t["held"]
     )
     ratios = " and ".join(
         f"{t['measured']:.3g}x ({t['target']})" for t in other["targets"] if t["target"].startswith("at least")
     )
-    return (
-        f"{markdown(shown)}\n\n{_machine(shown)}, from [{path.name}]({path.relative_to(ROOT)}). "
-        f"On {_machine(other)}, {ratios}; not held: {missed or 'nothing'} "
-        f"([{elsewhere.name}]({elsewhere.relative_to(ROOT)}))."
-    )
+    return f"On {_machine(other)}, {ratios}; not held: {missed or 'nothing'} ([{path.name}]({path.relative_to(ROOT)}))."
 
 
 def _machine(result: dict[str, Any]) -> str:
@@ -138,7 +142,12 @@ def training() -> str:
 
 def dense_cells() -> str:
     """The same of GRU, LSTM and RNN, ours and torch's."""
-    return _dense_cells("*avx512*", every=True)
+    return _dense_cells("intel*avx512*", every=True)
+
+
+def dense_cells_amd() -> str:
+    """The same on an AMD EPYC with AVX-512, ours alone."""
+    return _dense_cells("amd*avx512*", every=False)
 
 
 def dense_cells_avx2() -> str:
@@ -166,8 +175,17 @@ def _dense_cells(machine: str, every: bool) -> str:
 
 
 def choices() -> str:
-    """What two choices of the training kernels are worth, beside what they were chosen over."""
-    path = newest("bench/results", "*/choices-*.jsonl")
+    """What choices of the training kernels are worth, beside what they were chosen over."""
+    return _choices("*avx2")
+
+
+def choices_amd() -> str:
+    """The same on an AMD EPYC with AVX-512."""
+    return _choices("amd*avx512*")
+
+
+def _choices(machine: str) -> str:
+    path = newest("bench/results", f"{machine}/choices-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         "| choice | layer | units, batch | threads | of what | ms without | ms with | faster |",
