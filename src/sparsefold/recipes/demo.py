@@ -89,7 +89,11 @@ def demo(folder: Path, fresh: bool = False, steps: int | None = None, full: bool
     print(f"Text: {corpus.source}, {sum(map(len, (corpus.train, corpus.valid, corpus.test))):,} bytes.")
     print(
         f"{len(trainings)} trainings of {steps} steps, two at a time, one core each; "
-        + ("about a quarter of an hour on most machines." if full else "three to eight minutes on most machines."),
+        + (
+            "about a quarter of an hour on most machines."
+            if full
+            else "two and a half to eight minutes on most machines."
+        ),
         flush=True,
     )
     resumed = any((folder / key / "last.safetensors").exists() for key in trainings)
