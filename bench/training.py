@@ -263,16 +263,17 @@ def main() -> None:
 
 
 def agree(name: str) -> None:
-    """Every gradient of our cell in float64 against torch's, or nothing is timed."""
-    torch.manual_seed(SEED)
-    x, gradients = torch.randn(12, 3, 40, dtype=torch.float64), []
-    layers = getattr(nn, name)(40, 50, backend="native").double(), getattr(torch.nn, name)(40, 50).double()
-    layers[0].load_state_dict(layers[1].state_dict())
-    for made in layers:
-        (made(x)[0] * torch.linspace(-1, 1, 50, dtype=torch.float64)).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
-    if not torch.allclose(*gradients, rtol=0, atol=1e-10 * gradients[1].abs().max().item()):
-        raise RuntimeError(f"our {name} differs from torch's: nothing is timed.")
+    """Every gradient of our cell against torch's, in float64 and, large enough for oneDNN, in float32; else nothing is timed."""
+    for dtype, batch, units, tolerance in ((torch.float64, 3, 50, 1e-10), (torch.float32, 8, 256, 1e-4)):
+        torch.manual_seed(SEED)
+        x, gradients = torch.randn(12, batch, 200, dtype=dtype), []
+        layers = [made(200, units).to(dtype) for made in (getattr(nn, name), getattr(torch.nn, name))]
+        layers[0].load_state_dict(layers[1].state_dict())
+        for made in layers:
+            (made(x)[0] * torch.linspace(-1, 1, units, dtype=dtype)).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in made.parameters()]))
+        if not torch.allclose(*gradients, rtol=0, atol=tolerance * gradients[1].abs().max().item()):
+            raise RuntimeError(f"our {name} differs from torch's in {dtype}: nothing is timed.")
 
 
 def dense_cells(out: Path, about: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsefold.report import markdown
 
-from .files import ROOT, newest
+from .files import ROOT, newest, table
 
 
 def demo_table() -> str:
@@ -158,20 +158,22 @@ def dense_cells_avx2() -> str:
 def _dense_cells(machine: str, every: bool) -> str:
     path = newest("bench/results", f"{machine}/dense-cells-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [r for r in rows if every or r["layer"].startswith("our")]
-    lines = [
-        "| threads | units, batch | layer | ms | forward | backward | against torch's |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['threads']} | {r['units']}, {r['batch']} | {r['layer']} | {r['ms']:.1f} | {r['forward_ms']:.1f} "
-        f"| {r['backward_ms']:.1f} | {r['ratio']:.2f}x |"
-        for r in rows
-    ]
-    about = rows[0]
-    return "\n".join(lines) + (
-        f"\n\n{about['processor']}, {about['isa']}, seed {about['seed']}. From [{path.name}](../{path.relative_to(ROOT)})."
+    columns = ("threads", "units, batch", "layer", "ms", "forward", "backward", "against torch's")
+    return table(
+        columns,
+        [
+            f"| {r['threads']} | {r['units']}, {r['batch']} | {r['layer']} | {r['ms']:.1f} | {r['forward_ms']:.1f} "
+            f"| {r['backward_ms']:.1f} | {r['ratio']:.2f}x |"
+            for r in rows
+            if every or r["layer"].startswith("our")
+        ],
+        _from(path, rows[0]),
     )
+
+
+def _from(path: Path, about: dict[str, Any]) -> str:
+    where = f"[{path.name}](../{path.relative_to(ROOT)})"
+    return f"{about['processor']}, {about['isa']}, seed {about['seed']}. From {where}."
 
 
 def choices() -> str:
@@ -187,18 +189,15 @@ def choices_amd() -> str:
 def _choices(machine: str) -> str:
     path = newest("bench/results", f"{machine}/choices-*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [
-        "| choice | layer | units, batch | threads | of what | ms without | ms with | faster |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['choice']} | {r['layer']} | {r['units']}, {r['batch']} | {r['threads']} | {r['way']} | {r['other_ms']:.1f} "
-        f"| {r['chosen_ms']:.1f} | {r['ratio']:.2f}x |"
-        for r in rows
-    ]
-    about = rows[0]
-    return "\n".join(lines) + (
-        f"\n\n{about['processor']}, {about['isa']}, seed {about['seed']}. From [{path.name}](../{path.relative_to(ROOT)})."
+    columns = ("choice", "layer", "units, batch", "threads", "of what", "ms without", "ms with", "faster")
+    return table(
+        columns,
+        [
+            f"| {r['choice']} | {r['layer']} | {r['units']}, {r['batch']} | {r['threads']} | {r['way']} | {r['other_ms']:.1f} "
+            f"| {r['chosen_ms']:.1f} | {r['ratio']:.2f}x |"
+            for r in rows
+        ],
+        _from(path, rows[0]),
     )
 
 

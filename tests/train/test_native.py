@@ -740,3 +740,12 @@ def test_a_product_is_the_same_by_one_dnn(factor, monkeypatch):
     native._product(torch.empty(190, 45), (a[:, :20], b[:20]))  # short sums
     native._product(torch.empty(190, 45, dtype=torch.float64), (a.double(), b.double()))
     assert len(asked) == known
+
+
+@pytest.mark.parametrize(
+    ("isas", "intel", "asked"), [(["avx512"], False, True), (["avx512"], True, False), (["avx2"], False, False)]
+)
+def test_one_dnn_is_asked_where_mkl_leaves_avx512_alone(isas, intel, asked, monkeypatch):
+    monkeypatch.setattr(_native, "available_isas", lambda: isas)
+    monkeypatch.setattr(_native, "intel", lambda: intel)
+    assert (native._one_dnn.__wrapped__() is not None) == asked
