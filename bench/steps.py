@@ -37,10 +37,11 @@ NETWORKS = [
     (128, 1, 0.1, 0.1, 1.0, 5000), (256, 1, 0.1, 0.1, 1.0, 5000), (512, 1, 0.1, 0.1, 1.0, 3000),
     (1350, 3, 0.1, 0.1, 1.0, 1000), (1350, 3, 0.1, 0.1, 0.1, 1000),
 ]  # fmt: skip
-LARGEST_FROM_C = 256  # units of one layer
+LARGEST_FROM_C = 512  # units of one layer
 PARITY_STEPS = 20
 WARMUP = 50
 PRECISIONS: tuple[Precision, ...] = ("f32", "bf16", "i8", "w8a8")
+FROM_C: tuple[Precision, ...] = ("f32", "i8")
 
 
 def matrix(units: int, density: float, random: np.random.Generator) -> Format:
@@ -138,7 +139,7 @@ class FromC:
             shell(tool("cc"), "-std=c99", "-O2", "-I", ROOT / "include", *timer, library, "-lstdc++", "-lm", "-pthread")
         else:
             _, source = write_c(program, folder, "net")
-            flags = ["-std=c99", "-O3", "-march=native"]
+            flags = ["-O3", "-march=native"]
             shell(tool("cc"), *flags, "-DEXPORTED", "-I", folder, *timer, source, "-lm")
         outputs = np.array(self.play()["outputs"], np.float32).reshape(PARITY_STEPS, -1)
         worst = float(np.abs(outputs - Engine(program).stream().run(inputs[:PARITY_STEPS])).max())
@@ -197,8 +198,10 @@ def measure(
         c: dict[str, FromC] = {}
         if layers == 1 and units <= LARGEST_FROM_C:
             folder, library = Path(name), c_library(Path(name) / "library")
-            c["ours, f32, from C"] = FromC(program, values, folder / "c", library)
-            c["ours, f32, exported C"] = FromC(program, values, folder / "exported", None)
+            for p in FROM_C:
+                c[f"ours, {p}, from C"] = FromC(program.rounded(p), values, folder / f"c-{p}", library)
+            for p in FROM_C:
+                c[f"ours, {p}, exported C"] = FromC(program.rounded(p), values, folder / f"exported-{p}", None)
         # A process of their own cannot take part in the race: they play on the same processor, before it and after it.
         with pinned():
             for timer in c.values():
@@ -218,7 +221,7 @@ def measure(
         line["latency_us"] = latency.to_dict()
         line |= {key: fastest / latency.p50 for key, fastest in yardsticks.items()}
         if name not in against:
-            played = name if name in ours else "ours, f32"  # counted by the engine, which played the same inputs
+            played = ", ".join(name.split(", ")[:2])  # counted by the engine, which played the same inputs
             stream = streams[played]
             total = cost(ours[played], stream.counters)
             line |= {"density": density, "event_rate": stream.counters.event_rate(), "cost": total.to_dict()}

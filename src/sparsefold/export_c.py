@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsefold.c_products import AddColumn, Products
 from sparsefold.formats import CSC, Block, Complementary, Dense, Float, Format
 from sparsefold.program import (
     DELTA_REFRESH,
@@ -38,64 +38,7 @@ from sparsefold.program import (
     write_atomically,
 )
 
-# (column, value, target) in C -> the statement target += W[:, column] * value
-_AddColumn = Callable[[str, str, str], str]
-
 _HELPERS = {
-    "add_dense": """
-/* y += column of W * x; the columns of W lie one after the other. */
-static void add_dense(const float *restrict w, uint32_t rows, uint32_t column, float x, float *restrict y)
-{
-    uint32_t j;
-    w += (size_t)column * rows;
-    for (j = 0; j < rows; ++j) y[j] += w[j] * x;
-}
-""",
-    "block_matrix": """
-/* Only blocks that hold something: those of block column c are start[c] to start[c + 1]; block k adds to the height[k] rows
- * from row[k] on. */
-typedef struct {
-    const float *values; /* (blocks, block_cols, block_rows): the outputs of one input lie together */
-    const uint32_t *start, *row;
-    const uint8_t *height;
-} block_matrix;
-""",
-    "add_csc": """
-/* Single elements: those of a column are start[column] to start[column + 1]. */
-typedef struct {
-    const float *values;
-    const uint32_t *start;
-    const uint16_t *row;
-} csc_matrix;
-
-/* y += column of W * x. */
-static void add_csc(const csc_matrix *w, uint32_t column, float x, float *y)
-{
-    uint32_t k;
-    for (k = w->start[column]; k < w->start[column + 1]; ++k) y[w->row[k]] += w->values[k] * x;
-}
-""",
-    "add_complementary": """
-/* Of each set of groups of rows one lives in every column; group q of set s is rows (q sets + s) group and on of its gate. */
-typedef struct {
-    const float *values; /* (columns, gates, sets, group) */
-    const uint8_t *live; /* (columns, gates, sets) */
-    uint32_t gates, units, sets, group;
-} complementary_matrix;
-
-/* y += column of W * x. */
-static void add_complementary(const complementary_matrix *w, uint32_t column, float x, float *y)
-{
-    size_t at = (size_t)column * w->gates * w->sets;
-    uint32_t gate, set, j;
-    for (gate = 0; gate < w->gates; ++gate, y += w->units)
-        for (set = 0; set < w->sets; ++set, ++at) {
-            const float *values = w->values + at * w->group;
-            const uint32_t first = (w->live[at] * w->sets + set) * w->group;
-            for (j = 0; j < w->group && first + j < w->units; ++j) y[first + j] += values[j] * x;
-        }
-}
-""",
     "exp_minus": """
 /* e^-a of a >= 0, from 87 on that of 87: a power of two times a Taylor polynomial. Without a branch and without a call, so that
  * a compiler can play many units at once. */
@@ -213,23 +156,8 @@ static void layer_norm(const float *x, uint32_t n, float epsilon, const float *w
 }
 
 
+_BYTES = {"float": 4, "uint32_t": 4, "uint16_t": 2, "int8_t": 1, "uint8_t": 1}
 _ACTIVATIONS = {"exp_minus", "sigmoid", "tanh_of"}
-_ADD_BLOCK = """
-/* y += column of W * x. Only a gate's last blocks may be lower than the others, whose loop is as long as the compiler knows. */
-static void add_block_ROWSxCOLS(const block_matrix *w, uint32_t column, float x, float *y)
-{
-    const uint32_t c = column / COLS, inner = column % COLS;
-    uint32_t k, j;
-    for (k = w->start[c]; k < w->start[c + 1]; ++k) {
-        const float *values = w->values + ((size_t)k * COLS + inner) * ROWS;
-        float *restrict rows = y + w->row[k];
-        if (w->height[k] == ROWS)
-            for (j = 0; j < ROWS; ++j) rows[j] += values[j] * x;
-        else
-            for (j = 0; j < w->height[k]; ++j) rows[j] += values[j] * x;
-    }
-}
-"""
 
 
 def export_c(program: Program, name: str, fold: bool | None = None) -> tuple[str, str]:
@@ -282,9 +210,10 @@ class _Writer:
         self.state: list[str] = []  # members
         self.clear: list[str] = []  # of reset
         self.used: set[str] = set()  # helpers
-        self.shapes: set[tuple[int, int]] = set()  # of blocks
+        self.products = Products(self._array, self._struct)
         self.table = self._table(fold)
         self.scratch = 0
+        self.codes = 0  # of the longest x that is read in codes
         ops, value = program.ops, "x"  # what the next op reads: a C expression, or the op whose events it reads
         of_linear: tuple[str, int | None] = "x", None  # what the last linear read, and the op whose events that was
         for i, op in enumerate(ops):
@@ -338,7 +267,7 @@ class _Writer:
 
     def _array(self, name: str, values: NDArray[Any], kind: str = "float", comment: str = "") -> str:
         flat = values.reshape(-1)
-        self.data_bytes += flat.nbytes
+        self.data_bytes += flat.size * _BYTES[kind]
         words = [_hex(v) for v in flat.tolist()] if kind == "float" else [str(v) for v in flat.tolist()]
         words = words or ["0"]  # C has no empty arrays
         width = max(1, 116 // (max(map(len, words)) + 2))
@@ -347,38 +276,8 @@ class _Writer:
         self.data += [f"static const {kind} {name}[{len(words)}] = {{{note}", *lines, "};", ""]
         return name
 
-    def _matrix(self, name: str, matrix: Format) -> _AddColumn:
-        rows, cols = matrix.shape
-        if isinstance(matrix, Dense):
-            self.used.add("add_dense")
-            self._array(name, matrix.values.T, comment=f"{rows} x {cols}, column after column")
-            return lambda column, value, to: f"add_dense({name}, {rows}, {column}, {value}, {to});"
-        if isinstance(matrix, CSC):
-            self.used.add("add_csc")
-            self._array(f"{name}_values", matrix.values, comment=f"{rows} x {cols}, {matrix.description}")
-            self._array(f"{name}_start", matrix.start, "uint32_t")
-            self._array(f"{name}_row", matrix.row, "uint16_t")
-            return self._struct("csc", name, "values", "start", "row")
-        if isinstance(matrix, Complementary):
-            self.used.add("add_complementary")
-            self._array(f"{name}_values", matrix.values, comment=f"{rows} x {cols}, {matrix.description}")
-            self._array(f"{name}_live", matrix.live, "uint8_t")
-            numbers = matrix.gates, rows // matrix.gates, matrix.sets, matrix.group
-            return self._struct("complementary", name, "values", "live", numbers=numbers)
-        self.used.add("block_matrix")
-        self.shapes.add(matrix.block)
-        (br, bc), units, per_gate = matrix.block, rows // matrix.gates, matrix.blocks_per_gate
-        gate, inside = np.divmod(matrix.block_row.astype(np.int64), per_gate)
-        self._array(f"{name}_values", matrix.values, comment=f"{rows} x {cols} in {matrix.description}")
-        self._array(f"{name}_start", matrix.start, "uint32_t")
-        self._array(f"{name}_row", (gate * units + inside * br).astype(np.uint32), "uint32_t")
-        self._array(f"{name}_height", np.minimum(br, units - inside * br).astype(np.uint8), "uint8_t")
-        return self._struct("block", name, "values", "start", "row", "height", call=f"block_{br}x{bc}")
-
-    def _struct(self, kind: str, name: str, *arrays: str, numbers: tuple[int, ...] = (), call: str = "") -> _AddColumn:
-        members = [*(f"{name}_{array}" for array in arrays), *map(str, numbers)]
-        self.data += [f"static const {kind}_matrix {name} = {{{', '.join(members)}}};", ""]
-        return lambda column, value, to: f"add_{call or kind}(&{name}, {column}, {value}, {to});"
+    def _struct(self, kind: str, name: str, members: list[str]) -> None:
+        self.data += [f"static const {kind} {name} = {{{', '.join(members)}}};", ""]
 
     # --- ops ----------------------------------------------------------------------------------------------------------
 
@@ -398,30 +297,24 @@ class _Writer:
         self.clear.append(f"    s->count_{i} = 0;")
         return f"s->event_{i}[s->count_{i}++] = ({index})j;"
 
-    def _product(self, add: _AddColumn, matrix: Format, x: str, events_of: int | None, target: str) -> list[str]:
-        """C that adds W x to ``target``: all columns of a dense x, or those of the units of an op that spoke."""
-        cols = matrix.shape[1]
-        if matrix.precision == "w8a8":
-            return [
-                "    {",
-                "        float largest = 0.0f, inverse; /* x is rounded to codes from -127 to 127 times one scale */",
-                f"        for (i = 0; i < {cols}; ++i)",
-                f"            if (fabsf({x}[i]) > largest) largest = fabsf({x}[i]);",
-                "        inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;",
-                f"        for (i = 0; i < {cols}; ++i) {add('i', f'rintf({x}[i] * inverse) * (largest / 127.0f)', target)}",
-                "    }",
-            ]
+    def _product(self, name: str, matrix: Format, x: str, events_of: int | None, target: str) -> list[str]:
+        """C that adds W x to ``target``: all columns of a dense x, or those of the units of an op that spoke.
+
+        What an event sends is ``x[i]``, of any expression ``x``.
+        """
         if events_of is None:
-            return [f"    for (i = 0; i < {cols}; ++i) {add('i', f'{x}[i]', target)}"]
+            if matrix.precision == "w8a8":
+                self.codes = max(self.codes, matrix.shape[1])
+            return self.products.whole(name, matrix, x, target, "s->codes")
         return [
             f"    for (k = 0; k < s->count_{events_of}; ++k) {{",
             f"        i = s->event_{events_of}[k];",
-            f"        {add('i', f'{x}[i]', target)}",
+            f"        {self.products.columns(name, matrix)('i', f'{x}[i]', target)}",
             "    }",
         ]
 
     def _changes(
-        self, i: int, side: str, add: _AddColumn, x: str, cols: int, rows: int, bias: str, delta: float
+        self, i: int, side: str, add: AddColumn, x: str, cols: int, rows: int, bias: str, delta: float
     ) -> tuple[str, list[str]]:
         """The memory of a product that reads changes, and C that moves it by what of x changed by more than ``delta``."""
         sent = self._member("float", f"sent_{side}_{i}", cols, f"op {i}: what was sent of {side}")
@@ -465,14 +358,13 @@ class _Writer:
         return f"({weight} + (size_t)token * {op.outputs})"
 
     def _linear(self, i: int, op: Linear, x: str, events_of: int | None) -> str:
-        add = self._matrix(f"weight_{i}", op.weight)
         bias = self._array(f"bias_{i}", op.bias)
         out = self._output(i, op)
         body = [
             f"    for (j = 0; j < {op.outputs}; ++j) y[j] = {bias}[j];",
-            *self._product(add, op.weight, "x" if events_of is None else x, events_of, "y"),
+            *self._product(f"weight_{i}", op.weight, "x" if events_of is None else x, events_of, "y"),
         ]
-        state = "" if events_of is None else f"const {self.name}_state *s, "
+        state = f"{self.name}_state *s, " if any("s->" in line for line in body) else ""
         dense = "const float *x, " if events_of is None else ""
         call = self._function(i, op, f"{state}{dense}float *y", body)
         arguments = [*(["s"] if state else []), *([x] if dense else []), out]
@@ -480,7 +372,7 @@ class _Writer:
         return out
 
     def _conv1d(self, i: int, op: Conv1d, x: str, events_of: int | None) -> str:
-        add, width = self._matrix(f"weight_{i}", op.weight), op.inputs
+        width = op.inputs
         bias = self._array(f"bias_{i}", op.bias)
         out, seen = self._output(i, op), self._member("float", f"seen_{i}", op.kernel * width, f"op {i}: all taps")
         body = [f"    const float *seen = {seen};"]
@@ -504,8 +396,9 @@ class _Writer:
             f"    for (j = 0; j < {op.outputs}; ++j) y[j] = {bias}[j];",
         ]
         if events_of is None:
-            body += self._product(add, op.weight, "seen", None, "y")
+            body += self._product(f"weight_{i}", op.weight, "seen", None, "y")
         else:
+            add = self.products.columns(f"weight_{i}", op.weight)
             body += [
                 f"    for (i = 0; i < {op.kernel * width}; ++i)",
                 f"        if (seen[i] != 0.0f) {add('i', 'seen[i]', 'y')}",
@@ -542,16 +435,15 @@ class _Writer:
 
     def _cluster(self, i: int, op: Cluster, q: str, x: str, events_of: int | None) -> str:
         self.used |= {"exp_minus", "log_softmax"}
-        projection = self._matrix(f"projection_{i}", op.projection)
-        weight, bias = self._matrix(f"weight_{i}", op.weight), self._array(f"bias_{i}", op.bias)
+        bias = self._array(f"bias_{i}", op.bias)
         narrow = op.projection.shape[0]
         out, projected = self._output(i, op), self._member("float", f"projected_{i}", narrow, f"op {i}: of one step")
         words = f"y + {op.at}"
         body = [
             f"    for (j = 0; j < {narrow}; ++j) {projected}[j] = 0.0f;",
-            *self._product(projection, op.projection, "x" if events_of is None else x, events_of, projected),
+            *self._product(f"projection_{i}", op.projection, "x" if events_of is None else x, events_of, projected),
             f"    for (j = 0; j < {op.words}; ++j) y[{op.at} + j] = {bias}[j];",
-            *self._product(weight, op.weight, projected, None, words),
+            *self._product(f"weight_{i}", op.weight, projected, None, words),
             f"    log_softmax({words}, {op.words}, {words});",
             f"    for (j = 0; j < {op.words}; ++j) y[{op.at} + j] += q[{op.at}];",
             f"    for (j = 0; j < {op.at}; ++j) y[j] = q[j];",
@@ -595,7 +487,7 @@ class _Writer:
             start_gh = f"gh[j] = {bias_hh}[j];"
             recurrent: list[str] | None = None
         else:
-            add = self._matrix(f"weight_hh_{i}", op.weight_hh)
+            add = self.products.columns(f"weight_hh_{i}", op.weight_hh)
             gh, recurrent = self._changes(i, "h", add, h, H, rows, bias_hh, op.delta_hidden)
         product: list[str]
         if folded:
@@ -604,14 +496,14 @@ class _Writer:
             start = f"gi[j] = {table}[(size_t)token * {rows} + j];"
             parameter, argument, product = ", uint32_t token", ", token", []
         elif op.delta_input is not None:
-            bias, add = self._array(f"bias_ih_{i}", op.bias_ih), self._matrix(f"weight_ih_{i}", op.weight_ih)
+            bias, add = self._array(f"bias_ih_{i}", op.bias_ih), self.products.columns(f"weight_ih_{i}", op.weight_ih)
             start, parameter, argument = "", ", const float *x", f", {x}"
             gi, product = self._changes(i, "x", add, "x", op.inputs, rows, bias, op.delta_input)
         else:
             start = f"gi[j] = {self._array(f'bias_ih_{i}', op.bias_ih)}[j];"
             parameter, argument = (", const float *x", f", {x}") if events_of is None else ("", "")
             read = "x" if events_of is None else x
-            product = self._product(self._matrix(f"weight_ih_{i}", op.weight_ih), op.weight_ih, read, events_of, "gi")
+            product = self._product(f"weight_ih_{i}", op.weight_ih, read, events_of, "gi")
         body = [
             f"    float *gi = {gi}, *gh = {gh}; /* W_ih x + b_ih and W_hh {'y' if speak else 'h'} + b_hh{gates} */",
             *ageing,
@@ -625,8 +517,7 @@ class _Writer:
             body += lines
         else:
             if recurrent is None:
-                add = self._matrix(f"weight_hh_{i}", op.weight_hh)
-                recurrent = self._product(add, op.weight_hh, seen, own, "gh")
+                recurrent = self._product(f"weight_hh_{i}", op.weight_hh, seen, own, "gh")
             body += recurrent
             body += [f"    for (j = 0; j < {H}; ++j) {{", *(self._lstm(i, H) if isinstance(op, LSTM) else [])]
             if isinstance(op, RNN) and op.nonlinearity == "relu":
@@ -659,12 +550,15 @@ class _Writer:
         if recurrent is not None:
             body = list(recurrent)
         elif op.reset_after:
-            body = self._product(self._matrix(f"weight_hh_{i}", op.weight_hh), op.weight_hh, seen, own, "gh")
+            body = self._product(f"weight_hh_{i}", op.weight_hh, seen, own, "gh")
         else:  # n reads W (r * y), so that its product waits for r
             rz, n = _gates(op.weight_hh, 0, 2), _gates(op.weight_hh, 2, 3)
-            body = self._product(self._matrix(f"weight_hh_rz_{i}", rz), rz, seen, own, "gh")
-            body += [f"    for (j = 0; j < {H}; ++j) gh[j] = sigmoid(gi[j] + gh[j]); /* r */"]
-            body += self._product(self._matrix(f"weight_hh_n_{i}", n), n, f"gh[i] * {seen}", own, f"gh + {2 * H}")
+            body = self._product(f"weight_hh_rz_{i}", rz, seen, own, "gh")
+            gate, reads = ("", f"gh[i] * {seen}") if speak else (f" * {h}[j]", "gh")
+            body += [
+                f"    for (j = 0; j < {H}; ++j) gh[j] = sigmoid(gi[j] + gh[j]){gate}; /* r{' * h' * (not speak)} */"
+            ]
+            body += self._product(f"weight_hh_n_{i}", n, reads, own, f"gh + {2 * H}")
             r = f"gh[{2 * H} + j]"
         body += [
             f"    for (j = 0; j < {H}; ++j) {{",
@@ -710,6 +604,8 @@ class _Writer:
         tokens = program.takes_tokens
         if self.scratch:
             self.state += [f"    float gi[{self.scratch}], gh[{self.scratch}]; /* of one step */"]
+        if self.codes:
+            self.state += [f"    int8_t codes[{self.codes}]; /* of one product */"]
         state = self.state or ["    char nothing;"]
         step = f"int {name}_step({name}_state *s, {'uint32_t token' if tokens else 'const float *x'}, float *y)"
         refusal = ", or -1 when there is no such token; nothing was done then" if tokens else ""
@@ -746,9 +642,7 @@ void {name}_reset({name}_state *s);
 #endif
 """
         helpers = [_HELPERS[h] for h in _HELPERS if h in self.used]
-        helpers += [
-            _ADD_BLOCK.replace("ROWS", str(rows)).replace("COLS", str(cols)) for rows, cols in sorted(self.shapes)
-        ]
+        helpers += self.products.text()
         check = [f"    if (token >= {upper}_INPUTS) return -1;"] if tokens else []
         declared = ["    uint32_t j;"] if any("j = 0" in line for line in self.calls) else []
         needs_state = any(re.search(r"\bs\b", line) for line in self.calls)

@@ -15,7 +15,7 @@ import tolerances
 from native.conftest import shell, tool
 from sparsefold.cli import main
 from sparsefold.export_c import _hex, c_name, export_c, write_c
-from sparsefold.program import EGRU, Conv1d, Program, Recurrent, ReLU
+from sparsefold.program import EGRU, Conv1d, Linear, Program, Recurrent, ReLU
 
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic"]
 F = np.float32
@@ -133,6 +133,43 @@ def test_a_matrix_of_zeros_is_written(storage, tmp_path):
     follow(program, Exported(program, tmp_path), 4)
 
 
+@pytest.mark.parametrize("precision", ["f32", "bf16", "i8", "w8a8"])
+@pytest.mark.parametrize(
+    "storage", [None, (8, 4), (16, 1), (5, 3), (1, 8), "csc", cases.Overlay(4), cases.Overlay(2, 4)], ids=str
+)
+def test_every_precision_of_every_format_follows_the_oracle(storage, precision, tmp_path):
+    r, density = cases.rng(6), None if isinstance(storage, cases.Overlay) else 0.4
+    share = {} if density is None or storage is None else {"density": density}
+    ops = cases.linear(r, 13, 37, storage, **share), ReLU(37), cases.linear(r, 37, 22, storage, **share)
+    program = Program(ops).rounded(precision)  # the first reads all of x by rows, the second events by columns
+    follow(program, Exported(program, tmp_path), 6)
+    source = (tmp_path / "net.c").read_text()
+    stored = {"f32": "float", "bf16": "uint16_t"}.get(precision, "int8_t")
+    for i in (0, 2):
+        assert f"static const {stored} weight_{i}_values[" in source and ("scale" in source) == (stored == "int8_t")
+
+
+def test_constants_take_no_more_than_the_file_says(tmp_path):
+    r = cases.rng(2)
+    ops = cases.egru(r, 64, 160, (16, 1), 0.1), cases.egru(r, 160, 64, (4, 4), 0.2), cases.linear(r, 64, 40)
+    for precision in ("f32", "bf16", "i8"):
+        program = Program(ops).rounded(precision)
+        header, _ = export_c(program, "net")
+        written = int(header.split("Constants take ")[1].split()[0])
+        assert written <= program.nbytes
+
+
+def test_indices_beyond_16_bits(tmp_path):
+    weight = np.zeros((3, 70_000), F)
+    weight[[0, 1, 2, 2], [0, 65_536, 69_999, 40]] = 1, 2, 3, 4
+    csc, block = sf.formats.CSC.from_dense(weight), sf.formats.Block.from_dense(weight, (2, 4))
+    for k, matrix in enumerate((csc, block)):
+        folder = tmp_path / str(k)
+        folder.mkdir()
+        exported = Exported(Program((Linear(matrix, np.zeros(3, F)),)), folder)
+        assert (exported.step(np.arange(70_000)) == [0, 2 * 65_536, 3 * 69_999 + 160]).all()
+
+
 def test_it_plays_along_with_the_engine_from_the_start(tmp_path):
     program = network("gru-block-2")
     exported, x = Exported(program, tmp_path), cases.sequence(program, 20)
@@ -172,6 +209,19 @@ def test_not_a_number_reaches_whoever_listens(nonlinearity, tmp_path):
     assert np.isnan(exported.step([0, np.nan, 0])).all()
     exported.lib.net_reset(ctypes.c_void_p(exported.state))
     assert np.isfinite(exported.step(np.zeros(3))).all()
+
+
+@pytest.mark.parametrize("precision", ["f32", "w8a8"])
+@pytest.mark.parametrize("make", [cases.gru, cases.lstm, cases.egru], ids=lambda make: make.__name__)
+def test_not_a_number_is_kept_by_gates(make, precision, tmp_path):
+    r = cases.rng(8)
+    program = Program((make(r, 3, 17), cases.linear(r, 17, 2))).rounded(precision)
+    exported = Exported(program, tmp_path)
+    for wrong in (np.nan, np.inf) if precision == "w8a8" else (np.nan,):  # a gate of an infinite sum is open or shut
+        assert np.isfinite(exported.step(np.ones(3))).all()
+        assert np.isnan(exported.step([0, wrong, 0])).all()
+        assert np.isnan(exported.step(np.zeros(3))).all()
+        exported.lib.net_reset(ctypes.c_void_p(exported.state))
 
 
 @pytest.mark.parametrize("name", ["three", "layer-norm-of-events", "relu-recurrent", "lstm-overlay", "csc"])

@@ -24,6 +24,7 @@ RUNTIME = [
         "cost",
         "calibrate",
         "export_c",
+        "c_products",
         "bench",
         "report",
         "_figures",
