@@ -3,7 +3,9 @@
 NSNet2 (two GRU layers of 400 units) and the first half of DTLN (two LSTM layers of 128), both noise suppressors that give a
 gain for each bin of a spectrum, are read from ``SPARSEFOLD_DATA/models``; nothing of them is trained or kept. Thresholds are
 calibrated on pieces of a recording and checked on others of it. Then the recurrent layers alone play the latter: ours dense,
-ours with changes, and the rivals, who read everything; one pinned thread, all in turns, Python call included.
+ours with changes, both in float32 and with int8 weights, and the rivals, who read everything; one pinned thread, all in turns,
+Python call included. Errors are of the whole model whose recurrent layers alone are rounded or send changes, those of the
+int8 rivals too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import os
 import wave
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from threadpoolctl import threadpool_limits
 from sparsefold.bench import pinned, provenance, race, write_lines
 from sparsefold.calibrate import Calibration, Loss, calibrate_delta
 from sparsefold.engine import Engine, Stream
-from sparsefold.formats import Dense
+from sparsefold.formats import Dense, Precision
 from sparsefold.nn import Stack
 from sparsefold.program import GRU, LSTM, Linear, Program, Recurrent, ReLU
 from sparsefold.recipes import rivals
@@ -32,6 +35,7 @@ from sparsefold.recipes import rivals
 FFT = 512
 PIECE = 200  # spectra, of about two seconds
 PARITY_STEPS = 20
+PRECISIONS: tuple[Precision, ...] = ("f32", "i8")  # of weights whose products read changes
 LOSSES = (0.01, 0.03)  # relative errors of the enhanced spectrum: 40 and 30 dB below it
 
 
@@ -140,13 +144,41 @@ def played(program: Program, model: Model, spectra: list[NDArray[np.float32]]) -
     return outputs, stream
 
 
-def calibrated(model: Model, max_loss: float) -> tuple[Calibration, float, Stream]:
-    """(what calibration found, the loss on what it has not heard, the stream that played that)."""
+def calibrated(model: Model, max_loss: float, weights: Precision = "f32") -> tuple[Calibration, float, Stream]:
+    """(what calibration found, the loss on what it has not heard, the stream that played that).
+
+    ``max_loss`` is by how much the loss may rise above what rounding costs.
+    """
     sample, others = pieces(model)
-    loss = spectrum_error(model.program, model, sample)
-    found = calibrate_delta(model.program, [model.features(m) for m in sample], loss, max_loss)
+    loss, program = spectrum_error(model.program, model, sample), layers_rounded(model.program, weights)
+    found = calibrate_delta(program, [model.features(m) for m in sample], loss, max_loss)
     outputs, stream = played(found.program, model, others)
     return found, spectrum_error(model.program, model, others)(outputs), stream
+
+
+def layers_rounded(program: Program, weights: Precision) -> Program:
+    """The program with rounded recurrent layers; all others stay."""
+    ops = zip(program.ops, program.rounded(weights).ops, strict=True)
+    return Program(tuple(new if isinstance(old, Recurrent) else old for old, new in ops))
+
+
+def losses_of(model: Model, outputs: Callable[[list[NDArray[np.float32]]], list[NDArray[Any]]]) -> dict[str, float]:
+    """Losses of outputs for each piece: of those that are calibrated on, and of the others."""
+    sample, others = (spectrum_error(model.program, model, m)(outputs(m)) for m in pieces(model))
+    return {"loss": sample, "loss_checked": others}
+
+
+def played_by(make: Callable[[], rivals.Rival], model: Model, spectra: list[NDArray[np.float32]]) -> list[NDArray[Any]]:
+    """Outputs of the model for each piece, its recurrent layers being played by a rival that is made anew each time."""
+    ops, outputs = model.program.ops, []
+    first, layers = layers_alone(model.program)
+    rest = Program(ops[first + len(layers.ops) :])
+    for m in spectra:
+        x, call = model.features(m), make().call
+        if first:
+            x = Engine(Program(ops[:first])).stream().run(x)
+        outputs.append(Engine(rest).stream().run(np.array([call(v).copy() for v in x])))
+    return outputs
 
 
 def layers_alone(program: Program) -> tuple[int, Program]:
@@ -155,8 +187,8 @@ def layers_alone(program: Program) -> tuple[int, Program]:
     return first, Program(tuple(op for op in program.ops if isinstance(op, Recurrent)))
 
 
-def opponents(program: Program, inputs: NDArray[np.float32]) -> dict[str, tuple[rivals.Rival, float]]:
-    """Every rival on the dense recurrent layers, and its largest difference from the engine, which int8 may choose itself."""
+def opponents(program: Program, inputs: NDArray[np.float32]) -> dict[str, tuple[Callable[[], rivals.Rival], float]]:
+    """Every rival on the dense recurrent layers: (what makes it, its largest difference from the engine; int8 may differ)."""
     op = program.ops[0]
     kind = torch.nn.GRU if isinstance(op, GRU) else torch.nn.LSTM
     module = kind(op.inputs, op.outputs, len(program.ops))
@@ -167,14 +199,19 @@ def opponents(program: Program, inputs: NDArray[np.float32]) -> dict[str, tuple[
                 array = value if isinstance(value, np.ndarray) else value.to_dense()
                 getattr(module, f"{name}_l{k}").copy_(torch.from_numpy(array.copy()))
     model = Stack(module).eval()
-    made = [rivals.onnx_runtime(model), rivals.openvino(model), rivals.torch_eager(model), rivals.torch_int8(model)]
+    made = [
+        partial(make, model) for make in (rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8)
+    ]
+    if kind is torch.nn.LSTM:
+        made.append(partial(rivals.onnx_runtime, model, int8=True))
     expected = Engine(program).stream().run(inputs[:PARITY_STEPS])
-    found = {}
-    for rival in made:
+    found: dict[str, tuple[Callable[[], rivals.Rival], float]] = {}
+    for make in made:
+        rival = make()
         error = float(np.abs(np.array([rival.call(x).copy() for x in inputs[:PARITY_STEPS]]) - expected).max())
         if error > 1e-4 and "int8" not in rival.name:
             raise RuntimeError(f"{rival.name} is {error:.1e} off: nothing is timed.")
-        found[rival.name] = rival, error
+        found[rival.name] = make, error
     return found
 
 
@@ -185,35 +222,43 @@ def measure(model: Model, losses: Sequence[float] = LOSSES) -> list[dict[str, An
     features = np.concatenate([model.features(m) for m in others])
     inputs = Engine(Program(model.program.ops[:first])).stream().run(features) if first else features
     against = opponents(dense, inputs)
-    programs: dict[str, Program] = {"ours, dense": dense}
+    playing = {name: make() for name, (make, _) in against.items()}
+    programs: dict[str, Program] = {"ours, dense": dense, "ours, dense, w8a8": dense.rounded("w8a8")}
     found = {}
-    for loss in losses:
-        name = f"ours, changes, loss {loss:.0%}"
-        found[name] = calibrated(model, loss)
-        programs[name] = layers_alone(found[name][0].program)[1]
+    for weights in PRECISIONS:
+        for loss in losses:
+            name = f"ours, changes, loss {loss:.0%}" + f", {weights}" * (weights != "f32")
+            found[name] = calibrated(model, loss, weights)
+            programs[name] = layers_alone(found[name][0].program)[1]
     streams = {name: Engine(program).stream() for name, program in programs.items()}
-    players = {n: s.step for n, s in streams.items()} | {n: r.call for n, (r, _) in against.items()}
+    players = {n: s.step for n, s in streams.items()} | {n: r.call for n, r in playing.items()}
     with pinned():
         times = race(players, list(inputs), rounds=10, warmup=50)
-    fastest = min(times[n].p50 for n in against if "int8" not in n)
+    fastest = {
+        kind: min(times[n].p50 for n in against if ("int8" in n) == (kind == "int8")) for kind in ("f32", "int8")
+    }
     lines = []
     for name in players:
         line: dict[str, Any] = {"model": model.name, "engine": name, "latency_us": times[name].to_dict()}
         line |= {"units": dense.outputs, "layers": len(dense.ops), "cell": dense.ops[0].kind}
-        line["ratio_to_fastest_f32"] = fastest / times[name].p50
+        line |= {f"ratio_to_fastest_{kind}": time / times[name].p50 for kind, time in fastest.items()}
         line["ratio_to_dense"] = times["ours, dense"].p50 / times[name].p50
         if name in found:
             calibration, checked, stream = found[name]
-            line |= {"max_loss": calibration.program.metadata["delta"]["max_loss"], "loss": calibration.loss}
-            line |= {"loss_checked": checked, "sample_steps": calibration.steps, "checked_steps": stream.counters.steps}
+            line |= {"loss": calibration.loss, "loss_checked": checked}
+            line |= {"sample_steps": calibration.steps, "checked_steps": stream.counters.steps}
             line["sent"] = calibration.program.metadata["delta"]["sent"]
+        if "w8a8" in name:
+            line |= losses_of(model, lambda m: played(layers_rounded(model.program, "w8a8"), model, m)[0])
+        if "int8" in name:
+            line |= losses_of(model, partial(played_by, against[name][0], model))
         if name in streams:
             counts, total = streams[name].counters, streams[name].cost
             rates = [counts.read_rate(i, role) for i in range(len(dense.ops)) for role in ("input", "recurrent")]
             line |= {"event_rates": rates, "cost": total.to_dict(), "settings": f"{streams[name].engine.isa}, 1 thread"}
         else:
-            rival, error = against[name]
-            line["settings"] = f"{rival.settings}, largest difference from the engine {error:.1e}"
+            error = against[name][1]
+            line["settings"] = f"{playing[name].settings}, largest difference from the engine {error:.1e}"
         lines.append(line)
     return lines
 
@@ -233,8 +278,8 @@ def main() -> None:
         quality = f", loss {e['loss']:.3f}, checked {e['loss_checked']:.3f}" if "loss" in e else ""
         macs = f", {e['cost']['macs_effective']:,.0f} MACs" if "cost" in e else ""
         print(
-            f"{e['model']:<18}{e['engine']:<24}{e['latency_us']['p50']:>9.2f} us{e['ratio_to_fastest_f32']:>7.2f}x of "
-            f"float32{macs}{quality}"
+            f"{e['model']:<18}{e['engine']:<28}{e['latency_us']['p50']:>9.2f} us{e['ratio_to_fastest_f32']:>7.2f}x of "
+            f"float32{e['ratio_to_fastest_int8']:>7.2f}x of int8{macs}{quality}"
         )
     print(write_lines(args.out, "delta-", about, lines))
 

@@ -113,8 +113,8 @@ def delta() -> str:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [
         "| network | engine | error, calibrated on | error, not heard before | columns read, x and h of each layer | MACs | "
-        "µs p50 | µs p99 | against our dense step | against the fastest float32 rival |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "µs p50 | µs p99 | against our dense step | against the fastest float32 rival | int8 rival |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         ours = r["engine"].startswith("ours")
@@ -123,7 +123,7 @@ def delta() -> str:
         rates = ", ".join("all" if rate is None else f"{rate:.0%}" for rate in r.get("event_rates", ()))
         macs = f"{r['cost']['macs_effective']:,.0f}" if ours else ""
         times = f"{r['latency_us']['p50']:.2f} | {r['latency_us']['p99']:.2f}"
-        ratios = f"{r['ratio_to_dense']:.2f}x | {r['ratio_to_fastest_f32']:.2f}x"
+        ratios = " | ".join(f"{r[f'ratio_to_{to}']:.2f}x" for to in ("dense", "fastest_f32", "fastest_int8"))
         size = f"{r['model']}: {r['cell'].upper()} {r['units']} x {r['layers']}"
         lines.append(f"| {size} | {name} | {errors} | {rates} | {macs} | {times} | {ratios} |")
     about = rows[0]
