@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefold import language
+from sparsefold import hearing, language
 from sparsefold.bench import Latency, pinned, time_calls
 from sparsefold.engine import Engine
 from sparsefold.formats import VALUE_TYPES
@@ -151,20 +151,33 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="may be CKPT itself")
     prune.add_argument("--png", type=Path, default=None, metavar="FILE", help="draw the masks")
 
-    run = add("run", _run, "Generate text with a compiled language model, as a stream.")
+    run = add(
+        "run", _run, "Generate text with a compiled language model, as a stream; or name what is said in recordings."
+    )
     run.add_argument("file", type=Path)
     run.add_argument("--prompt", default="", help="text to start from; none: the beginning of a line")
     run.add_argument("--tokens", type=int, default=400, help="bytes, or words, to generate (default: 400)")
     run.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest (default: 0.7)")
     run.add_argument("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest (default: all)")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--wav", type=Path, nargs="+", default=[], metavar="FILE", help="recordings, for a model that hears"
+    )
     _add_fold(run, "up to 8 MB")
 
-    eval_ = add("eval", _eval, "Quality, event rates, cost and time of a compiled language model on a text.")
+    eval_ = add(
+        "eval",
+        _eval,
+        "Quality, event rates, cost and time of a compiled language model on a text, or of one that hears.",
+    )
     eval_.add_argument("file", type=Path)
     eval_.add_argument(
         "--text", type=Path, default=None, help="text file (default: the test split it was trained beside)"
     )
+    eval_.add_argument(
+        "--wav", type=Path, default=None, metavar="DIR",
+        help="for a model that hears: files LABEL_*.wav (default: the test split of the published digits)",
+    )  # fmt: skip
     eval_.add_argument("--data-dir", type=Path, default=None, help=_DATA_DIR)
     eval_.add_argument("--json", action="store_true", help="print JSON")
     _add_fold(eval_, "up to 8 MB")
@@ -427,12 +440,22 @@ def _load(file: Path) -> Program:
 
 
 def _run(args: argparse.Namespace) -> None:
+    program = _load(args.file)
+    if args.wav or "hears" in program.metadata:
+        if not args.wav:
+            raise ValueError(f"{args.file} hears, and writes nothing. Name recordings: --wav FILE.")
+        hearing.tell(program, args.file, args.wav)
+        return
     prompt = os.fsencode(args.prompt)  # bytes, whatever the terminal's encoding
-    language.write(_load(args.file), args.file, prompt, args.tokens, args.temperature, args.top_k, args.seed, args.fold)
+    language.write(program, args.file, prompt, args.tokens, args.temperature, args.top_k, args.seed, args.fold)
 
 
 def _eval(args: argparse.Namespace) -> None:
-    language.read(_load(args.file), args.file, args.text, args.data_dir, args.json, args.fold)
+    program = _load(args.file)
+    if args.wav or "hears" in program.metadata:
+        hearing.score(program, args.file, args.wav, args.data_dir, args.json)
+        return
+    language.read(program, args.file, args.text, args.data_dir, args.json, args.fold)
 
 
 def _latency(engine: Engine, inputs: Sequence[Any]) -> Latency:

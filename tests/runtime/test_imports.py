@@ -32,6 +32,8 @@ RUNTIME = [
         "progress",
         "vocabulary",
         "language",
+        "sound",
+        "hearing",
         "cli",
     )
     if find_spec(f"sparsefold.{name}")

@@ -62,12 +62,7 @@ class Published:
         return corpus
 
     def _paths(self, data_dir: str | os.PathLike[str] | None, download: bool) -> list[Path]:
-        named = data_dir or os.environ.get("SPARSEFOLD_DATA")
-        root = Path(named) if named else _cache()
-        if named and not root.is_dir():
-            raise ValueError(
-                f"the data folder {root} does not exist. Make it, or name another (--data-dir, SPARSEFOLD_DATA)."
-            )
+        root = data_root(data_dir)
         for folder in (root / self.folder, root):
             paths = [folder / file.name for file in self.files]
             if all(path.is_file() for path in paths):
@@ -79,38 +74,58 @@ class Published:
                 "SPARSEFOLD_DATA."
             )
         print(f"{self.name} is not in {root}; downloading it. {self.licence}", file=sys.stderr)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"cannot make the folder {folder}: {error.strerror}. Name another with --data-dir."
-            ) from error
+        made_folder(folder)
         for file in self.files:
             if not (folder / file.name).is_file():
                 write_atomically(folder / file.name, self._download(file, folder))
         return [folder / file.name for file in self.files]
 
     def _download(self, file: File, folder: Path) -> bytes:
-        raw = bytearray()
-        try:
-            with urllib.request.urlopen(file.url, timeout=TIMEOUT) as reply, Progress(file.size, file.name) as progress:
-                while len(raw) <= file.size and (piece := reply.read(2**16)):  # never more than one piece too much
-                    raw += piece
-                    progress.update(len(raw), "bytes")
-        except (OSError, HTTPException) as error:  # of urllib and of the socket
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()
-            reason = error.reason if type(error) is urllib.error.URLError else error
-            raise ValueError(
-                f"cannot download {file.url}: {reason}. Where there is no network, put {_names(self.files)} into {folder}, "
-                f"or into a folder that --data-dir or SPARSEFOLD_DATA names."
-            ) from error
+        raw = downloaded(file.url, file.name, file.size, f"{_names(self.files)} into {folder}")
         if hashlib.sha256(raw).hexdigest() != file.sha256:
             raise ValueError(
                 f"{file.url} gave {len(raw):,} bytes that are not {file.name} of {self.name} (SHA-256 differs); nothing was "
                 f"kept. Put the right files ({_names(self.files)}) into {folder}."
             )
-        return bytes(raw)
+        return raw
+
+
+def data_root(data_dir: str | os.PathLike[str] | None) -> Path:
+    """Where published corpora lie: the folder that is named, else ``SPARSEFOLD_DATA``, else the user's cache."""
+    named = data_dir or os.environ.get("SPARSEFOLD_DATA")
+    root = Path(named) if named else _cache()
+    if named and not root.is_dir():
+        raise ValueError(
+            f"the data folder {root} does not exist. Make it, or name another (--data-dir, SPARSEFOLD_DATA)."
+        )
+    return root
+
+
+def made_folder(folder: Path) -> None:
+    """Make a folder that downloads go to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}. Name another with --data-dir.") from error
+
+
+def downloaded(url: str, name: str, size: int, instead: str) -> bytes:
+    """What lies at ``url``, no more than one piece above ``size`` bytes of it; ``instead``: what to put where by hand."""
+    raw = bytearray()
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as reply, Progress(size, name) as progress:
+            while len(raw) <= size and (piece := reply.read(2**16)):
+                raw += piece
+                progress.update(min(len(raw), size), "bytes")
+    except (OSError, HTTPException) as error:  # of urllib and of the socket
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        reason = error.reason if type(error) is urllib.error.URLError else error
+        raise ValueError(
+            f"cannot download {url}: {reason}. Where there is no network, put {instead}, "
+            f"or into a folder that --data-dir or SPARSEFOLD_DATA names."
+        ) from error
+    return bytes(raw)
 
 
 def _counted(words: Sequence[int], types: int) -> str:

@@ -74,12 +74,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def made_with(path: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+def made_with(path: Path, facts: Mapping[str, Any], words_in: str = "vocabulary") -> tuple[dict[str, Any], list[Any]]:
     """Settings and vocabulary of a checkpoint's network. Raises ``ValueError`` where it does not say them."""
-    config, words = (facts["about"].get(key) for key in ("config", "vocabulary"))
+    config, words = (facts["about"].get(key) for key in ("config", words_in))
     if not (isinstance(config, dict) and isinstance(words, list)):
         raise ValueError(
-            f"{path} does not say the settings and the vocabulary of its network: it is damaged, or of no recipe."
+            f"{path} does not say the settings and the {words_in} of its network: it is damaged, or of no recipe."
         )
     return config, words
 

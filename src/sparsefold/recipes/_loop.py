@@ -29,10 +29,10 @@ from sparsefold.progress import Progress
 from sparsefold.recipes import _distributed as processes
 from sparsefold.recipes._average import Average
 from sparsefold.recipes._checkpoint import Progressed, make_folder, model_tensors, resume, save_checkpoint, tensors_of
-from sparsefold.recipes._windows import Windows
+from sparsefold.recipes._windows import Batches
 from sparsefold.sparsify import Pruner
 
-Unit = Literal["bits_per_char", "perplexity"]
+Unit = Literal["bits_per_char", "perplexity", "bits"]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Trainer:
 
     model: Stack
     optimizer: torch.optim.Optimizer
-    windows: Windows
+    windows: Batches
     steps: int
     lr: Callable[[int], float]
     penalty: Callable[[Any, int], Tensor | float]
@@ -238,7 +238,7 @@ class _Run:
                 x, figures, state = _advance(trainer, model, at.step, state)
                 self.waiting.append(figures)
                 at.step += 1
-                tokens += x.numel() * processes.count()
+                tokens += x.shape[0] * x.shape[1] * processes.count()
                 done = at.step == trainer.steps
                 evaluates = done or at.step % trainer.eval_every == 0 or at.step in trainer.snapshots
                 # What a clock or a signal decides, all processes decide alike.

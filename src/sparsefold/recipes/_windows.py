@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,16 @@ from torch.nn.functional import cross_entropy
 from sparsefold.nn import Stack
 
 GRAIN, SHORTEST, LONGEST = 8, 32, 104  # steps of a window of random length: multiples of the first, between the others
+
+
+class Batches(Protocol):
+    """What a training reads: batch ``i`` is a pure function of ``i``."""
+
+    batch: int
+    length: int  # steps of time, in the mean
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, bool]:
+        """Inputs (time, batch, …) and targets (time, batch), and whether the state begins anew."""
 
 
 class Windows:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsefold.recipes import lm, multiply, paper, prune_lm, text
+from sparsefold.recipes import digits, lm, multiply, paper, prune_lm, text
 
 RECIPES: dict[str, Any] = {
     "text": text,
+    "digits": digits,
     "prune_lm": prune_lm,
     "lm": lm,
     "ptb": lm,

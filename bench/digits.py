@@ -1,0 +1,162 @@
+"""Spoken digits by networks of several sizes, dense and sparse twice: ``python bench/digits.py``.
+
+Trains each network once a seed with the recipe ``digits`` (a folder each in ``--runs``, which resumes), hears the test split with
+every compiled program, among noise of several loudnesses, and races the first seed's networks with engines that play the
+dense ones, frame by frame, one pinned thread, all in turns. What exported C takes of a device is counted: bytes of constants
+and of state. Writes results/digits/<date>-<commit>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from steps import FromC, tool
+from threadpoolctl import threadpool_limits
+
+from sparsefold.bench import pinned, provenance, race
+from sparsefold.data.digits import Digits, load_digits
+from sparsefold.engine import Engine
+from sparsefold.export_c import write_c
+from sparsefold.lowering import compile_model
+from sparsefold.nn import EGRU
+from sparsefold.program import Program, write_atomically
+from sparsefold.recipes import digits, rivals
+from sparsefold.recipes._config import override
+from sparsefold.sound import LogMel
+
+DENSE = ["density=1", "input_density=1"]
+# Settings by name, each at the best of a few learning rates that were tried.
+NETWORKS = {
+    "GRU 32": ["cell=gru", "hidden=32", "lr=6e-3", *DENSE],
+    "GRU 48": ["cell=gru", "hidden=48", "lr=6e-3", *DENSE],
+    "GRU 64": ["cell=gru", "hidden=64", "lr=6e-3", *DENSE],
+    "GRU 128": ["cell=gru", "hidden=128", "lr=4e-3", *DENSE],
+    "GRU 256": ["cell=gru", "hidden=256", "lr=2.5e-3", *DENSE],
+    "event GRU 128": ["hidden=128", *DENSE],
+    "event GRU 256, sparse": [],
+}
+PRECISIONS = ("f32", "w8a8")
+TIMED, PARITY_STEPS = 4000, 20
+
+
+def trained(name: str, seed: int, runs: Path) -> tuple[Any, LogMel]:
+    """(the best model of a network, what it hears), trained where that was not done."""
+    folder = runs / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
+    if not (folder / "done").exists():
+        digits.run(override(digits.Config(), [*NETWORKS[name], f"seed={seed}"]), folder, f"{name}, seed {seed}")
+        (folder / "done").touch()
+    model, facts = digits.load(folder)
+    return model, LogMel.from_metadata(facts["about"])
+
+
+def quality(program: Program, hears: LogMel, data: Digits) -> dict[str, Any]:
+    """Accuracies of a program, and what it counted on the test split without noise."""
+    stream = Engine(program).stream()
+    found = {"inf dB": digits.accuracy(stream, hears, data.test, math.inf)}
+    counts, cost = stream.counters, stream.cost
+    speaks = isinstance(program.ops[0].kind, str) and program.ops[0].kind == "egru"
+    rate = counts.event_rate() if speaks else None
+    for decibels in digits.DECIBELS[1:]:
+        found[f"{decibels:g} dB"] = digits.accuracy(stream, hears, data.test, decibels)
+    macs = {name: cost.per_step(name) for name in ("macs_effective", "macs_dense")}
+    return {"accuracy": found, "event_rate": rate, **macs}
+
+
+def on_a_device(program: Program) -> dict[str, int]:
+    """Bytes of constants and of state in exported C."""
+    with tempfile.TemporaryDirectory() as name:
+        header, source = write_c(program, name, "net")
+        size = f'#include "{source.name}"\nunsigned long bytes(void) {{ return sizeof(net_state); }}\n'
+        (source.parent / "size.c").write_text(size)
+        library = source.parent / "size.so"
+        subprocess.run([tool("cc"), "-shared", "-fPIC", source.parent / "size.c", "-o", library, "-lm"], check=True)
+        state = int(ctypes.CDLL(str(library)).bytes())
+        constants = int(header.read_text().split("Constants take ")[1].split()[0])
+    return {"constants": constants, "state": state}
+
+
+def measure(runs: Path, seeds: int) -> list[dict[str, Any]]:
+    """All rows: quality of every seed, then the race of the first one's networks."""
+    data = load_digits()
+    rows: list[dict[str, Any]] = []
+    players: dict[str, Any] = {}
+    clocks: dict[str, FromC] = {}
+    folder = tempfile.TemporaryDirectory()
+    frames: NDArray[np.float32] | None = None
+    for name in NETWORKS:
+        made = [trained(name, seed, runs) for seed in range(seeds)]
+        sample = made[0][1](data.valid[0].samples)
+        if frames is None:
+            frames = np.concatenate([made[0][1](r.samples) for r in data.test])[:TIMED]
+        for precision in PRECISIONS:
+            programs = [compile_model(model, weights=precision, sample=sample) for model, _ in made]
+            each = [quality(p, hears, data) for p, (_, hears) in zip(programs, made, strict=True)]
+            row: dict[str, Any] = {"network": name, "engine": f"ours, {precision}", "seeds": each}
+            rows.append(row | {"file_bytes": len(programs[0].to_bytes()), "exported": on_a_device(programs[0])})
+            players[f"{name}/ours, {precision}"] = Engine(programs[0]).stream().step
+            if precision == "f32" or name.endswith("sparse"):
+                clock = FromC(programs[0], frames, Path(folder.name) / f"{name}-{precision}", None)
+                clocks[f"{name}/exported C, {precision}"] = clock
+                rows.append({"network": name, "engine": f"exported C, {precision}", "settings": clock.settings})
+        model = made[0][0]
+        if isinstance(model[0], EGRU):
+            continue
+        expected = model(torch.from_numpy(frames[:PARITY_STEPS])[:, None])[0][:, 0].detach().numpy()
+        for make in (rivals.onnx_runtime, rivals.openvino, rivals.torch_eager, rivals.torch_int8):
+            rival = make(model)
+            error = float(np.abs(np.array([rival.call(x).copy() for x in frames[:PARITY_STEPS]]) - expected).max())
+            if error > 1e-3 and "int8" not in rival.name:
+                raise RuntimeError(f"{rival.name} is {error:.1e} off on {name}: nothing is timed.")
+            rows.append({"network": name, "engine": rival.name, "settings": f"{rival.settings}, {error:.1e} off"})
+            players[f"{name}/{rival.name}"] = rival.call
+    assert frames is not None
+    with pinned():
+        for clock in clocks.values():
+            clock.turn()
+        times = race(players, list(frames), rounds=10)
+        for clock in clocks.values():
+            clock.turn()
+    folder.cleanup()
+    times |= {key: clock.latency for key, clock in clocks.items()}
+    for row in rows:
+        row["latency_us"] = times[f"{row['network']}/{row['engine']}"].to_dict()
+    return rows
+
+
+def main() -> None:
+    """Trains, hears, races and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/digits-compared"))
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--train", type=int, default=None, metavar="SEED", help="train this seed's networks, and stop")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "digits", help="folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.train is not None:
+        for name in NETWORKS:
+            trained(name, args.train, args.runs)
+        return
+    with torch.no_grad(), threadpool_limits(1):
+        about = provenance("python bench/digits.py")
+        rows = measure(args.runs, args.seeds)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{about['date'][:10]}-{about['commit'][:12]}.json"
+    write_atomically(path, json.dumps({"provenance": about, "rows": rows}, indent=1).encode())
+    for row in rows:
+        quality = [s["accuracy"] for s in row.get("seeds", [])]
+        print(f"{row['network']:<24}{row['engine']:<20}{row['latency_us']['p50']:8.2f} us  {quality}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
