@@ -2,31 +2,29 @@
 
 Trains each network once a seed with the recipe ``digits`` (a folder each in ``--runs``, which resumes), hears the test split with
 every compiled program, among noise of several loudnesses, and races the first seed's networks with engines that play the
-dense ones, frame by frame, one pinned thread, all in turns. What exported C takes of a device is counted: bytes of constants
-and of state. Writes results/digits/<date>-<commit>.json.
+dense ones, frame by frame, one pinned thread, all in turns. Exported C is played on an emulated Cortex-M4 too (bench/device.py): its
+bytes and instructions are counted. Writes results/digits/<date>-<commit>.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import device
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from steps import FromC, tool
+from steps import FromC
 from threadpoolctl import threadpool_limits
 
 from sparsefold.bench import pinned, provenance, race
 from sparsefold.data.digits import Digits, load_digits
 from sparsefold.engine import Engine
-from sparsefold.export_c import write_c
 from sparsefold.lowering import compile_model
 from sparsefold.nn import EGRU
 from sparsefold.program import Program, write_atomically
@@ -46,7 +44,7 @@ NETWORKS = {
     "event GRU 256, sparse": [],
 }
 PRECISIONS = ("f32", "w8a8")
-TIMED, PARITY_STEPS = 4000, 20
+TIMED, PARITY_STEPS, DEVICE_STEPS = 4000, 20, 60
 
 
 def trained(name: str, seed: int, runs: Path) -> tuple[Any, LogMel]:
@@ -72,17 +70,13 @@ def quality(program: Program, hears: LogMel, data: Digits) -> dict[str, Any]:
     return {"accuracy": found, "event_rate": rate, **macs}
 
 
-def on_a_device(program: Program) -> dict[str, int]:
-    """Bytes of constants and of state in exported C."""
-    with tempfile.TemporaryDirectory() as name:
-        header, source = write_c(program, name, "net")
-        size = f'#include "{source.name}"\nunsigned long bytes(void) {{ return sizeof(net_state); }}\n'
-        (source.parent / "size.c").write_text(size)
-        library = source.parent / "size.so"
-        subprocess.run([tool("cc"), "-shared", "-fPIC", source.parent / "size.c", "-o", library, "-lm"], check=True)
-        state = int(ctypes.CDLL(str(library)).bytes())
-        constants = int(header.read_text().split("Constants take ")[1].split()[0])
-    return {"constants": constants, "state": state}
+def on_a_device(program: Program, frames: NDArray[np.float32]) -> dict[str, float]:
+    """What a microcontroller needs for it, and instructions of a frame: of exported C on a Cortex-M4, in emulation."""
+    played = device.play(program, frames[:DEVICE_STEPS])
+    worst = float(np.abs(played.outputs - Engine(program).stream().run(frames[:DEVICE_STEPS])).max())
+    if not worst <= 1e-3:
+        raise RuntimeError(f"a Cortex-M4 is {worst:.1e} off: nothing is counted.")
+    return {"flash": played.flash, "ram": played.ram, "instructions": played.instructions}
 
 
 def measure(runs: Path, seeds: int) -> list[dict[str, Any]]:
@@ -102,7 +96,7 @@ def measure(runs: Path, seeds: int) -> list[dict[str, Any]]:
             programs = [compile_model(model, weights=precision, sample=sample) for model, _ in made]
             each = [quality(p, hears, data) for p, (_, hears) in zip(programs, made, strict=True)]
             row: dict[str, Any] = {"network": name, "engine": f"ours, {precision}", "seeds": each}
-            rows.append(row | {"file_bytes": len(programs[0].to_bytes()), "exported": on_a_device(programs[0])})
+            rows.append(row | {"file_bytes": len(programs[0].to_bytes()), "device": on_a_device(programs[0], frames)})
             players[f"{name}/ours, {precision}"] = Engine(programs[0]).stream().step
             if precision == "f32" or name.endswith("sparse"):
                 clock = FromC(programs[0], frames, Path(folder.name) / f"{name}-{precision}", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from tables import engine, language, pruning, training
+from tables import engine, language, pruning, sound, training
 from tables.files import ROOT
 
 SECTIONS = {
@@ -35,6 +35,7 @@ SECTIONS = {
         "heatmap": engine.heatmap,
     },
     "docs/pruning.md": {"pruned": pruning.pruned},
+    "docs/sound.md": {"digits": sound.digits},
 }
 FIGURES = {"docs/heatmap.svg": engine.heatmap_svg, "docs/training.svg": training.training_svg}
 FIGURES |= {"docs/pruning.svg": pruning.pruned_svg} if pruning.LATENCY.exists() else {}

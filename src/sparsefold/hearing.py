@@ -84,7 +84,10 @@ def score(program: Program, file: Path, folder: Path | None, data_dir: Path | No
         from sparsefold.data.digits import load_digits
 
         what = "the test split of the Free Spoken Digit Dataset"
-        wanted = [(f"{r.label}_{r.speaker}_{r.number}.wav", r.label, r.samples) for r in load_digits(data_dir).test]
+        wanted = [
+            (f"{r.label}_{r.speaker}_{r.number}.wav", r.label, r.samples)
+            for r in load_digits(data_dir, download=False).test
+        ]
     else:
         what, paths = str(folder), sorted(folder.glob("*.wav")) if folder.is_dir() else []
         named = [p for p in paths if p.name.partition("_")[0] in labels]
