@@ -2,8 +2,8 @@
 
 Trains each network once a seed with the recipe ``digits`` (a folder each in ``--runs``, which resumes), hears the test split with
 every compiled program, among noise of several loudnesses, and races the first seed's networks with engines that play the
-dense ones, frame by frame, one pinned thread, all in turns. Exported C is played on an emulated Cortex-M4 too (bench/device.py): its
-bytes and instructions are counted. Writes results/digits/<date>-<commit>.json.
+dense ones, frame by frame, one pinned thread, all in turns. Exported C is played on an emulated Cortex-M4 too (bench/device.py),
+and its bytes and instructions are counted. Writes results/digits/<date>-<commit>.json.
 """
 
 from __future__ import annotations
