@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+LETTING_GO = 0.2  # seconds
 
 # Ours, until the process ends. Its threads may still wait for Python when the others have gone, and a model that a traceback
 # keeps would join them without giving Python up, were it the last to hold the group.
@@ -38,6 +41,9 @@ def join(device: str | torch.device) -> None:
 
 def _leave() -> None:
     if dist.is_initialized() and dist.group.WORLD in _own:
+        # A thread of the group that has still to let go of a tensor waits for Python. It gets it while we sleep; were it to ask
+        # when the interpreter has begun to end, Python would end the thread, and with it C++ the process, by SIGABRT.
+        time.sleep(LETTING_GO)
         dist.destroy_process_group()
 
 
