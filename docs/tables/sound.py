@@ -40,8 +40,6 @@ def digits() -> str:
     )  # fmt: skip
     about, count = found["provenance"], len(found["rows"][0]["seeds"])
     where = f"{about['processor']}, {about['isa']}, one thread, pinned, Python call included except as C."
-    return table(
-        columns,
-        rows,
-        f"Means of {count} seeds; times of the first. {where} From [{path.name}](../{path.relative_to(ROOT)}).",
-    )
+    made = f"From [{path.name}](../{path.relative_to(ROOT)})."
+    rates = "learning rates of [search.json](../results/digits/search.json)"
+    return table(columns, rows, f"Means of {count} seeds, {rates}; times of the first. {where} {made}")
