@@ -41,7 +41,6 @@ static void print(uint32_t value)
 void start(void)
 {
     uint32_t ticks = 0, t, j;
-    static uint32_t bits;
     CPACR |= 0xF << 20; /* the FPU */
     __asm__ volatile("dsb\nisb");
     SYSTICK[1] = 0xFFFFFF;
@@ -63,8 +62,7 @@ void start(void)
                 uint32_t bits;
             } u;
             u.value = y[j];
-            bits = u.bits;
-            print(bits);
+            print(u.bits);
         }
     }
     print(ticks);

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from steps import FromC
 from threadpoolctl import threadpool_limits
 
+from sparsefold import program as ops
 from sparsefold.bench import pinned, provenance, race
 from sparsefold.data.digits import Digits, load_digits
 from sparsefold.engine import Engine
@@ -82,9 +83,7 @@ def quality(program: Program, hears: LogMel, data: Digits) -> dict[str, Any]:
     """Accuracies of a program, and what it counted on the test split without noise."""
     stream = Engine(program).stream()
     found = {"inf dB": digits.accuracy(stream, hears, data.test, math.inf)}
-    counts, cost = stream.counters, stream.cost
-    speaks = isinstance(program.ops[0].kind, str) and program.ops[0].kind == "egru"
-    rate = counts.event_rate() if speaks else None
+    cost, rate = stream.cost, stream.counters.event_rate() if isinstance(program.ops[0], ops.EGRU) else None
     for decibels in digits.DECIBELS[1:]:
         found[f"{decibels:g} dB"] = digits.accuracy(stream, hears, data.test, decibels)
     macs = {name: cost.per_step(name) for name in ("macs_effective", "macs_dense")}

@@ -546,6 +546,7 @@ class Builder {
         }
         return view;
     }
+    static constexpr uint32_t kMostCodes = 0x7fffffff / (127 * 127);
     /// How the values are written. The scale of int8 comes with it; the matrix itself checks that it is positive.
     void precision(const std::string& name, const Json* json, MatrixView& view) {
         if (!json) return;
@@ -558,6 +559,9 @@ class Builder {
             view.precision = MatrixView::Precision::w8a8;
         else if (said != "f32")
             refuse("matrix " + name + ": precision must be one of f32, bf16, i8, w8a8");
+        if (view.precision == MatrixView::Precision::w8a8 && view.cols > kMostCodes)
+            refuse("matrix " + name + ": 32 bits hold the sums of codes of at most " + std::to_string(kMostCodes) +
+                   " columns, not of " + std::to_string(view.cols) + "; its weights are i8, not w8a8");
         view.coded = true;
         if (view.int8()) view.scale = array<float>(shaped(name + ".scale", Type::f32, {view.rows}));
     }

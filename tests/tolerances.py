@@ -414,3 +414,8 @@ STREAMED_F32 = 1e-5
 TRAINED_F32 = 1e-3
 # The same in float64 over 20 steps: what the loop promises.
 TRAINED_F64 = 1e-9
+# A log-mel spectrum in float32 against its equation in float64: 32 products of a transform, their squares' sum and a logarithm,
+# which near FLOOR makes of a relative error an absolute one.
+SPECTRUM_F32 = 1e-4
+# A sample of 16 bits: what rounding to its grid, and a full scale of 2^15 - 1 in place of 2^15, move.
+PCM16 = 2.0**-14

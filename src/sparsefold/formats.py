@@ -24,6 +24,7 @@ MAX_BLOCK = 64
 Precision = Literal["f32", "bf16", "i8", "w8a8"]
 # By precision, type in the file and bytes of a value.
 VALUE_TYPES: dict[str, tuple[str, int]] = {"f32": ("F32", 4), "bf16": ("BF16", 2), "i8": ("I8", 1), "w8a8": ("I8", 1)}
+MOST_CODES = (2**31 - 1) // 127**2  # columns of a "w8a8" matrix
 CLIPPED_SCALES = 1.0, 0.97, 0.94, 0.91, 0.88, 0.84, 0.8, 0.75, 0.7  # of the scale at which nothing is clipped
 
 
@@ -120,6 +121,11 @@ class _Values:
         return np.zeros_like(x) if tiny else np.rint(x * (127 / largest)) * (largest / 127)
 
     def _with(self, values: Float, precision: Precision, scale: Float | None) -> Self:
+        if precision == "w8a8" and self.shape[1] > MOST_CODES:
+            raise ValueError(
+                f"32 bits hold the sums of codes of at most {MOST_CODES} columns, not of {self.shape[1]}; "
+                "its weights are i8, not w8a8."
+            )
         return cast(Self, replace(cast(Any, self), values=values, precision=precision, scale=scale))
 
     @property

@@ -47,8 +47,11 @@ def labels_of(program: Program, file: Path) -> tuple[LogMel, list[str]]:
         raise ValueError(f"{file}: {error}") from error
     if program.takes_tokens or program.inputs != hears.bands or program.whole_sequences:
         raise ValueError(f"{file} hears {hears.bands} bands and reads something else: it is damaged.")
-    if not isinstance(labels, list) or len(labels) != program.outputs or not all(isinstance(n, str) for n in labels):
-        raise ValueError(f"{file} has no name for each of its {program.outputs} outputs: it is damaged.")
+    # Names are shown on a terminal, which more than letters could move, or worse.
+    if not isinstance(labels, list) or not all(isinstance(n, str) and n.isprintable() for n in labels):
+        raise ValueError(f"the names of {file}'s outputs are no words of printable characters: it is damaged.")
+    if len(labels) != program.outputs:
+        raise ValueError(f"{file} has {len(labels)} names for {program.outputs} outputs: it is damaged.")
     return hears, labels
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsefold.formats import FORMATS, VALUE_TYPES, Float, Format, Precision, is_format
+from sparsefold.formats import FORMATS, MOST_CODES, VALUE_TYPES, Float, Format, Precision, is_format
 
 FORMAT_VERSION = 1
 MAX_HEADER = 16 * 2**20
@@ -469,7 +469,8 @@ class Program:
     def rounded(self, precision: Precision) -> Program:
         """The same program with every weight matrix rounded to "bf16" or "i8" (one scale a row); biases and tables stay.
 
-        "w8a8" rounds dense inputs of a product to int8 too; a matrix that reads events, which it takes as they are, gets "i8".
+        "w8a8" rounds dense inputs of a product to int8 too; a matrix that reads events, which it takes as they are, gets "i8",
+        and so does one of more columns than 32 bits hold the sums of.
         ``metadata["rounding_errors"]`` holds, by op and matrix, the root mean square of what rounding changed over that of the
         weights.
         """
@@ -477,7 +478,10 @@ class Program:
 
         def of(i: int, op: Any) -> Op:
             own: dict[str, Precision] = {
-                name: "i8" if precision == "w8a8" and self.by_events(i, name) else precision for name in matrices(op)
+                name: "i8"
+                if precision == "w8a8" and (self.by_events(i, name) or m.shape[1] > MOST_CODES)
+                else precision
+                for name, m in matrices(op).items()
             }
             new = {name: matrix.rounded(own[name]) for name, matrix in matrices(op).items()}
             for name, matrix in matrices(op).items():

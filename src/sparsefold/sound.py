@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import wave
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 Float = NDArray[np.float32]
 
+CHUNK = 4096  # frames that are turned into a spectrum at a time
 FLOOR = 1e-6  # is added to every energy, so that silence has a logarithm
 
 
@@ -41,10 +43,10 @@ class LogMel:
     deviation: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rate", "frame", "hop", "bands"):
+        for name, most in (("rate", 2**20), ("frame", 2**16), ("hop", 2**16), ("bands", 2**10)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**20:
-                raise ValueError(f"{name} of a LogMel is a whole number from 1 to {2**20}, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ValueError(f"{name} of a LogMel is a whole number from 1 to {most}, got {value!r}.")
         if self.hop > self.frame:
             raise ValueError(f"a hop of {self.hop} samples would leave out some between frames of {self.frame}.")
         if self.bands > self.frame:
@@ -64,14 +66,18 @@ class LogMel:
         if len(x) < self.frame:
             return np.zeros((0, self.bands), np.float32)
         frames = np.lib.stride_tricks.sliding_window_view(x.astype(np.float32), self.frame)[:: self.hop]
+        found = np.empty((len(frames), self.bands), np.float32)
+        for k in range(0, len(frames), CHUNK):  # an hour of sound is no more memory than a minute
+            found[k : k + CHUNK] = self._heard(frames[k : k + CHUNK])
+        return found
+
+    def _heard(self, frames: Float) -> NDArray[Any]:
         power = np.abs(np.fft.rfft(frames * self._window, self._size, axis=1)) ** 2
         # Not a product of BLAS, whose sums depend on how many frames there are: as it comes, sound gives the same bits.
         loudness = np.log(FLOOR + np.einsum("tf,bf->tb", power, self._triangles))
         if self.mean:
             loudness = loudness - np.array(self.mean)
-        if self.deviation:
-            loudness = loudness / np.array(self.deviation)
-        found: Float = loudness.astype(np.float32)
+        found: NDArray[Any] = loudness / np.array(self.deviation) if self.deviation else loudness
         return found
 
     def stream(self) -> Listener:
@@ -153,8 +159,8 @@ def read_wav(path: str | os.PathLike[str], rate: int) -> Float:
         with wave.open(os.fspath(path), "rb") as file:
             found = file.getframerate(), file.getnchannels(), 8 * file.getsampwidth()
             raw = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is not a WAV file that is read here: {error}.") from error
+    except (wave.Error, EOFError, RuntimeError, struct.error) as error:  # as damage may have it
+        raise ValueError(f"{path} is not a WAV file that is read here: {error or 'it is damaged'}.") from error
     if found != (rate, 1, 16):
         raise ValueError(
             f"{path} has {found[0]} samples a second in {found[1]} channels of {found[2]} bits; wanted are {rate} in one of 16. "

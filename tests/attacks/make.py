@@ -444,6 +444,17 @@ def _wide_block(file: File) -> None:
     }  # fmt: skip
 
 
+def _wide_codes(file: File) -> None:
+    """A linear of more inputs than 32 bits hold the sums of codes of, with no block at all."""
+    layout = {"format": "block", "rows": 3, "cols": 133_145, "gates": 1, "block": [64, 64], "precision": "w8a8"}
+    file.ops = [{"op": "linear", "weight": layout}]
+    file.tensors = {
+        "0.weight.values": ["I8", [0, 64, 64], b""], "0.weight.block_row": ["U32", [0], b""],
+        "0.weight.start": ["U32", [2082], bytes(4 * 2082)], "0.weight.scale": ["F32", [3], _f32(1, 1, 1)],
+        "0.bias": ["F32", [3], b"\0" * 12],
+    }  # fmt: skip
+
+
 def _three_gates(file: File) -> None:
     """The decoder as three gates of one row."""
     file.ops[2]["weight"]["gates"] = 3
@@ -757,6 +768,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "packed_gates_of_a_linear": (_packed(_three_gates), "a linear op has one gate"),
     # what is small and announces much
     "huge_units_in_small_tensors": (_file(_huge_block), "6442450944|but stores|whole numbers|stores values"),
+    "w8a8_of_too_many_columns": (_file(_wide_codes), "32 bits hold the sums of codes of at most 133144 columns, not of 133145"),
     "huge_inputs_in_small_tensors": (_file(_wide_block), "stores values"),
 }  # fmt: skip
 

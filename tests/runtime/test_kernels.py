@@ -16,6 +16,7 @@ import sparsefold as sf
 import tolerances
 from sparsefold import _native
 from sparsefold.engine import native_matrix
+from sparsefold.program import Linear
 
 ISAS = _native.available_isas()
 # What is packed in which way: single elements and groups of several rows are blocks to the kernels.
@@ -578,3 +579,20 @@ def test_wide_objects_hold_wide_registers_and_offer_the_linker_nothing_but_their
 
 def test_the_library_is_small():
     assert Path(_native.__file__).stat().st_size <= 3 * 2**20
+
+
+def test_sums_of_codes_fit_32_bits_or_are_refused(isa):
+    """The most columns that w8a8 takes, all codes at their largest; one more is refused, and a program gives it i8."""
+    most = sf.formats.MOST_CODES
+    assert most * 127**2 < 2**31 <= (most + 1) * 127**2
+    for make in (sf.formats.Dense.from_dense, lambda w: sf.formats.Block.from_dense(w, (16, 1))):
+        matrix, x = make(np.ones((16, most), np.float32)), np.ones(most, np.float32)
+        program = sf.Program((Linear(matrix.rounded("w8a8"), np.zeros(16, np.float32)),))
+        np.testing.assert_allclose(sf.Engine(program, isa=isa).stream().step(x), most, rtol=tolerances.TRAINED_F32)
+        wide = make(np.ones((16, most + 1), np.float32))
+        with pytest.raises(
+            ValueError, match=f"at most {most} columns, not of {most + 1}; its weights are i8, not w8a8"
+        ):
+            wide.rounded("w8a8")
+        program = sf.Program((Linear(wide, np.zeros(16, np.float32)),)).rounded("w8a8")
+        assert program.ops[0].weight.precision == "i8"

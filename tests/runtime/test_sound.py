@@ -11,6 +11,7 @@ import pytest
 
 import cases
 import sparsefold as sf
+import tolerances
 from sparsefold.cli import main
 from sparsefold.hearing import UNSCORED, heard, labels_of
 from sparsefold.sound import FLOOR, LogMel, read_wav
@@ -48,15 +49,15 @@ def test_a_frame_is_what_the_equation_says():
         for b in range(5):
             low, middle, high = (top * (b + s) / 6 for s in range(3))
             weight = [max(0, min((m - low) / (middle - low), (high - m) / (high - middle))) for m in mel]
-            assert row[b] == pytest.approx(np.log(FLOOR + np.dot(weight, power)), abs=1e-4)
+            assert row[b] == pytest.approx(np.log(FLOOR + np.dot(weight, power)), abs=tolerances.SPECTRUM_F32)
 
 
 def test_mean_and_deviation_are_of_the_recordings():
     recordings = [sound(k, 300) * (k + 1) for k in range(3)]
     measured = HEARS.measured(recordings)
     seen = np.concatenate([measured(x) for x in recordings])
-    np.testing.assert_allclose(seen.mean(0), 0, atol=1e-5)
-    np.testing.assert_allclose(seen.std(0), 1, atol=1e-4)
+    np.testing.assert_allclose(seen.mean(0), 0, atol=tolerances.SPECTRUM_F32)
+    np.testing.assert_allclose(seen.std(0), 1, atol=tolerances.SPECTRUM_F32)
     assert LogMel.from_metadata(json.loads(json.dumps({"hears": measured.to_dict()}))) == measured
 
 
@@ -103,13 +104,13 @@ def test_the_answer_is_the_likeliest_over_the_last_two_thirds():
     for _ in range(2):  # from the beginning each time
         answer, sure = heard(stream, HEARS, x)
         assert answer == scores.argmax()
-        np.testing.assert_allclose(sure, scores - np.log(np.exp(scores).sum()), atol=1e-4)
+        np.testing.assert_allclose(sure, scores - np.log(np.exp(scores).sum()), atol=tolerances.FREE_RUNNING_F32)
 
 
 def test_a_wav_file_is_read_as_it_was_written(tmp_path):
     x = sound(4, 100)
     write_wav(tmp_path / "a.wav", x)
-    np.testing.assert_allclose(read_wav(tmp_path / "a.wav", 800), x, atol=1e-4)
+    np.testing.assert_allclose(read_wav(tmp_path / "a.wav", 800), x, atol=tolerances.PCM16)
     write_wav(tmp_path / "stereo.wav", x, channels=2)
     write_wav(tmp_path / "bytes.wav", x, width=1)
     (tmp_path / "text.wav").write_text("RIFF and no more")
@@ -129,6 +130,28 @@ def test_a_wav_file_is_read_as_it_was_written(tmp_path):
             read_wav(tmp_path / f"{name}.wav", rate)
 
 
+def test_a_damaged_wav_file_is_read_or_refused_with_a_sentence(tmp_path):
+    write_wav(tmp_path / "a.wav", sound(4, 100))
+    whole, random, refused = (tmp_path / "a.wav").read_bytes(), cases.rng(9), 0
+    for _ in range(2000):
+        raw = bytearray(whole)
+        for place in random.integers(0, 60, 3):
+            raw[place] = random.choice([0, 255, random.integers(256)])
+        (tmp_path / "b.wav").write_bytes(raw[: random.integers(20, 300)])
+        try:
+            assert np.isfinite(read_wav(tmp_path / "b.wav", 800)).all()
+        except ValueError as error:
+            refused += 1
+            assert str(error).endswith(".")
+    assert refused > 500
+
+
+def test_long_recordings_are_heard_in_pieces(monkeypatch):
+    x, whole = sound(5, 700), HEARS(sound(5, 700))
+    monkeypatch.setattr("sparsefold.sound.CHUNK", 13)
+    np.testing.assert_array_equal(HEARS(x), whole)
+
+
 @pytest.mark.parametrize(
     ("metadata", "sentence"),
     [
@@ -136,9 +159,11 @@ def test_a_wav_file_is_read_as_it_was_written(tmp_path):
         ({"hears": {"bands": "5"}}, "is not to be read: bands of a LogMel is a whole number"),
         ({"hears": {"mean": 3}}, "is not to be read: "),
         ({"hears": {"bands": 6, "frame": 20, "hop": 8}}, "hears 6 bands and reads something else: it is damaged"),
-        ({"labels": None}, "has no name for each of its 3 outputs"),
-        ({"labels": ["a", "b"]}, "has no name for each of its 3 outputs"),
-        ({"labels": ["a", "b", 3]}, "has no name for each of its 3 outputs"),
+        ({"labels": None}, "are no words of printable characters"),
+        ({"labels": ["a", "b", 3]}, "are no words of printable characters"),
+        ({"labels": ["a", "b", "\x1b[2J"]}, "are no words of printable characters"),
+        ({"labels": ["a", "b"]}, "has 2 names for 3 outputs"),
+        ({"hears": {"frame": 2**17}}, "frame of a LogMel is a whole number from 1 to 65536"),
     ],
 )
 def test_a_file_that_says_nonsense_of_what_it_hears_is_refused(metadata, sentence, tmp_path):

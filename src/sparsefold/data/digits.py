@@ -94,7 +94,7 @@ def _folder(data_dir: str | os.PathLike[str] | None, download: bool) -> Path:
         with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
             for member in archive:  # nothing but files of such names is kept, wherever the archive would have them
                 name = Path(member.name).name
-                if member.isfile() and _FILE.fullmatch(name) and member.size < 2**20 and len(found) < RECORDINGS:
+                if member.isfile() and _FILE.fullmatch(name) and member.size < 2**17 and len(found) < RECORDINGS:
                     file = archive.extractfile(member)
                     assert file is not None
                     found[name] = file.read()

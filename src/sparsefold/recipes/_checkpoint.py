@@ -75,7 +75,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def made_with(path: Path, facts: Mapping[str, Any], words_in: str = "vocabulary") -> tuple[dict[str, Any], list[Any]]:
-    """Settings and vocabulary of a checkpoint's network. Raises ``ValueError`` where it does not say them."""
+    """Settings of a checkpoint's network, and its vocabulary or what else ``words_in`` names.
+
+    Raises ``ValueError`` where it does not say them.
+    """
     config, words = (facts["about"].get(key) for key in ("config", words_in))
     if not (isinstance(config, dict) and isinstance(words, list)):
         raise ValueError(

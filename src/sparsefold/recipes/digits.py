@@ -249,7 +249,7 @@ def told(summary: dict[str, Any]) -> str:
     )
     return (
         f"named rightly of the test split: {right}; {events}{macs[0]:,.0f} of {macs[1]:,.0f} MACs a frame "
-        f"({summary['seconds']:.0f} s). Compile it: sparsefold compile RUN -o digits.sfold"
+        f"({summary['seconds']:.0f} s). Compile its folder: sparsefold compile"
     )
 
 
